@@ -1,0 +1,30 @@
+"""moon_jax: MOON2.0 (arXiv 2511.12449) in JAX. Multimodal product embeddings for e-commerce.
+
+    import moon_jax
+    embedder = moon_jax.load("workdir")
+    vectors = embedder.encode([moon_jax.Product(text="red canvas sneaker", images=("shoe.jpg",))])  # [1, D]
+
+Names are imported when they are first used, so that `import moon_jax` stays quick.
+"""
+
+import importlib
+
+_HOME = {
+    "Product": "moon_jax.types",
+    "Config": "moon_jax.config",
+    "load": "moon_jax.serving.embedder",
+    "train": "moon_jax.training.loop",
+}
+
+__all__ = list(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module moon_jax has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,327 @@
+"""Every option, once: its default, its type, one line of doc. The only place for a default.
+
+A file of `moon_jax/configs/` returns an `ml_collections.ConfigDict` of *differences* from these defaults; `resolve`
+applies it, and refuses keys that do not exist and differences that are none. The defaults describe the paper's
+setting on a Qwen3-VL-2B backbone. What the paper does not state is ours (the docs of such options say "ours").
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from moon_jax.types import UserError
+
+
+def option(default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class Vision:
+    """The vision transformer and its mergers."""
+
+    depth: int = option(24, "layers")
+    width: int = option(1024, "width of a patch")
+    mlp_width: int = option(4096, "inner width of the feed-forward")
+    heads: int = option(16, "attention heads")
+    patch: int = option(16, "pixels along a patch's side")
+    temporal: int = option(2, "frames that the patch kernel spans; a still image is repeated")
+    merge: int = option(2, "patches along the side of one merged visual token")
+    positions: int = option(2304, "learned positions, a square grid that is interpolated")
+    deepstack: tuple[int, ...] = option((5, 11, 17), "layers whose output also enters the first language layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """The decoder."""
+
+    vocab: int = option(151936, "rows of the token embedding")
+    width: int = option(2048, "D")
+    layers: int = option(28, "decoder layers")
+    heads: int = option(16, "query heads")
+    kv_heads: int = option(8, "key and value heads")
+    head_dim: int = option(128, "width of a head")
+    mlp_width: int = option(6144, "inner width of a dense feed-forward")
+    rope_theta: float = option(5_000_000.0, "base of the rotary frequencies")
+    rope_sections: tuple[int, ...] = option((24, 20, 20), "rotary frequencies for time, row and column")
+    norm_eps: float = option(1e-6, "epsilon of the RMS norms")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The modality-driven mixture of experts. The paper states none of the sizes: these are ours."""
+
+    count: int = option(8, "E; 0 leaves every feed-forward dense")
+    per_token: int = option(2, "K")
+    width: int = option(6144, "F, the inner width of one expert")
+    every: int = option(1, "the last of every so many layers holds experts")
+    dispatch: str = option("grouped", "grouped: sorted, cost of the routed tokens; dense: all experts, the oracle")
+    router_init: float = option(0.02, "standard deviation of the router's start; zero would tie all experts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is read, and how a product becomes a row."""
+
+    path: str = option("", "catalogue: a Parquet or JSONL file, or a folder of them")
+    tokenizer: str = option("", "tokenizer.json; empty trains a byte-level BPE of language.vocab on the catalogue")
+    batch: int = option(256, "triplets of a global batch, B")
+    images: int = option(1, "images of a product in one row, N; training draws them, evaluation takes the first")
+    text_tokens: int = option(64, "longest text in tokens; the rest is cut")
+    visual_tokens: int = option(256, "pixel budget of an image, in merged visual tokens")
+    min_visual_tokens: int = option(4, "smaller images are enlarged to about this many merged visual tokens")
+    max_pixels: int = option(178_956_970, "an image of more pixels is refused before it is decoded")
+    keep_word: float = option(0.7, "a training query made from its positive keeps each word with this probability")
+    crop: tuple[float, float] = option((0.7, 1.0), "area of the crop of such a query's image")
+    mirror: float = option(0.5, "probability that such an image is mirrored")
+    val_fraction: float = option(0.1, "title groups kept for evaluation where the catalogue has no split")
+    threads: int = option(2, "reader threads")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Losses and their weights. All numbers are ours but the threshold 0.6, which is the paper's."""
+
+    temperature: tuple[float, float] = option((0.05, 0.05), "start of ε (inter-product) and ε̃ (intra-product)")
+    balance: float = option(0.01, "ρ, weight of L_aux")
+    router_z: float = option(0.0, "weight of the router z-loss")
+    sparsity: float = option(0.01, "ς, weight of L_sparsity; 0 during warm-up")
+    weighting: str = option("balanced", "gradient of ω: balanced, product or stopped (objectives/weighting.py)")
+    dual_init: float = option(0.02, "standard deviation of W*'s start")
+    filtering: bool = option(True, "weigh triplets of low φ down")
+    phi_threshold: float = option(0.6, "φ from which a triplet counts fully")
+    phi_slope: float = option(10.0, "κ")
+    margin: tuple[float, float] = option((0.1, -0.2), "m̄ at the first and the last step, a cosine between")
+    chunk: int = option(4096, "candidates whose similarities are held at once")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The optimiser, the schedule, and what is kept."""
+
+    steps: int = option(22500, "optimiser steps; an epoch of MBE2.0 at batch 256 (paper)")
+    learning_rate: float = option(1e-5, "backbone and experts (paper)")
+    router_learning_rate: float = option(1e-4, "router (ours)")
+    dual_learning_rate: float = option(1e-2, "W* (ours)")
+    temperature_learning_rate: float = option(0.0, "log temperatures; 0 keeps them fixed, as the paper does")
+    warmup: float = option(0.03, "share of the steps that warm up")
+    min_warmup: int = option(100, "least number of warm-up steps")
+    betas: tuple[float, float] = option((0.9, 0.98), "AdamW")
+    weight_decay: float = option(0.05, "on matrices only")
+    clip: float = option(1.0, "largest global norm of the gradient")
+    param_dtype: str = option("float32", "dtype of the parameters")
+    dtype: str = option("float32", "dtype of the computation; norms, softmax, router and pooling stay float32")
+    remat: bool = option(True, "recompute each layer in the backward pass")
+    log_every: int = option(10, "steps between metric lines")
+    save_every: int = option(500, "steps between checkpoints")
+    keep: int = option(3, "newest checkpoints that are kept")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 takes what the others leave."""
+
+    data: int = option(-1, "data parallel")
+    fsdp: int = option(1, "data parallel with sharded parameters")
+    expert: int = option(1, "experts")
+    tensor: int = option(1, "heads and feed-forward widths")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How queries are altered where query and candidate share a modality."""
+
+    keep_word: float = option(0.5, "each word of the query is kept with this probability, at least one")
+    crop: tuple[float, float] = option((0.6, 0.9), "area of the crop of the query's image")
+    seed: int = option(0, "seed of the alteration")
+    batch: int = option(64, "rows encoded at once")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run is a function of this."""
+
+    seed: int = option(0, "of parameters, data order and alterations")
+    vision: Vision = Vision()
+    language: Language = Language()
+    experts: Experts = Experts()
+    data: Data = Data()
+    objective: Objective = Objective()
+    training: Training = Training()
+    mesh: Mesh = Mesh()
+    evaluation: Evaluation = Evaluation()
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name → value of every option."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = prefix + field.name
+        if dataclasses.is_dataclass(value):
+            found |= leaves(value, name + ".")
+        else:
+            found[name] = value
+    return found
+
+
+def _coerce(name: str, value: Any, default: Any) -> Any:
+    """`value` as the type of `default`, or an error that names the option."""
+    if isinstance(default, tuple):
+        if isinstance(value, list | tuple):
+            kind = type(default[0])
+            return tuple(_coerce(name, item, kind()) for item in value)
+    elif isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+    elif isinstance(default, float):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, type(default)) and not isinstance(value, bool):
+        return value
+    raise UserError(f"config.{name}: {value!r} is not a {type(default).__name__}; an example is {default!r}")
+
+
+def replace(config: Config, values: dict[str, Any]) -> Config:
+    """`config` with the options of `values` (dotted names) changed.
+
+    Raises:
+        UserError: a name that does not exist (the closest one is named), or a value of another type.
+    """
+    known, defaults = leaves(config), leaves(Config())
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise UserError(f"config.{name}: no such option; the closest is config.{close[0]}")
+        known[name] = _coerce(name, value, defaults[name])
+
+    def rebuild(part: Any, prefix: str) -> Any:
+        fields = {}
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            name = prefix + field.name
+            fields[field.name] = rebuild(value, name + ".") if dataclasses.is_dataclass(value) else known[name]
+        return type(part)(**fields)
+
+    return check(rebuild(config, ""))
+
+
+def check(config: Config) -> Config:
+    """Refuses what cannot work, in one line each; returns `config`."""
+    language, vision, experts = config.language, config.vision, config.experts
+    rules = [
+        (language.heads % language.kv_heads == 0, "language.heads must be a multiple of language.kv_heads"),
+        (sum(language.rope_sections) * 2 == language.head_dim, "language.rope_sections must add up to head_dim / 2"),
+        (vision.width % (4 * vision.heads) == 0, "vision.width must be a multiple of 4 * vision.heads"),
+        (round(vision.positions**0.5) ** 2 == vision.positions, "vision.positions must be a square number"),
+        (
+            all(0 <= tap < vision.depth for tap in vision.deepstack)
+            and tuple(sorted(set(vision.deepstack))) == vision.deepstack
+            and len(vision.deepstack) <= language.layers,
+            "vision.deepstack must rise, stay below vision.depth, and be no longer than language.layers",
+        ),
+        (
+            experts.count == 0 or 1 <= experts.per_token <= experts.count,
+            "experts.per_token must lie between 1 and experts.count",
+        ),
+        (
+            experts.count == 0 or language.layers % experts.every == 0,
+            "language.layers must be a multiple of experts.every",
+        ),
+        (experts.dispatch in ("grouped", "dense"), "experts.dispatch must be grouped or dense"),
+        (
+            config.objective.weighting in ("balanced", "product", "stopped"),
+            "objective.weighting must be balanced, product or stopped",
+        ),
+        (
+            0 < config.data.min_visual_tokens <= config.data.visual_tokens,
+            "data.min_visual_tokens must lie between 1 and data.visual_tokens",
+        ),
+        (config.data.images >= 1, "data.images must be at least 1"),
+        (config.training.steps >= 1, "training.steps must be at least 1"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise UserError(f"config.{message}")
+    return config
+
+
+def resolve(differences: Any) -> Config:
+    """The defaults with an `ml_collections.ConfigDict` (or nested dict) of differences applied.
+
+    Raises:
+        UserError: also for a difference that restates its default.
+    """
+
+    def flatten(part: Any, prefix: str = "") -> dict[str, Any]:
+        flat = {}
+        for key, value in part.items():
+            flat |= flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
+        return flat
+
+    values = flatten(differences)
+    config = replace(Config(), values)
+    defaults = leaves(Config())
+    for name, value in leaves(config).items():
+        if name in values and value == defaults[name]:
+            raise UserError(f"config.{name}: {value!r} is the default already; leave it out")
+    return config
+
+
+def load(source: str) -> Config:
+    """A config by the name of a file in moon_jax/configs, or by path: Python with `get_config()`, or a run's config.json.
+
+    A Python config is code and is run: load only what you trust.
+    """
+    shipped = Path(__file__).parent / "configs"
+    path = Path(source) if source.endswith((".py", ".json")) else shipped / f"{source}.py"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in shipped.glob("*.py") if p.stem != "__init__"))
+        raise UserError(f"--config {source}: no such config; give a path, or one of: {names}")
+    if path.suffix == ".json":
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return resolve(module.get_config())
+
+
+def override(config: Config, arguments: list[str]) -> Config:
+    """`config` with command-line overrides, each `--config.a.b=value` (a Python literal, else a string)."""
+    values = {}
+    for argument in arguments:
+        name, separator, text = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not separator:
+            raise UserError(f"{argument}: not understood; options of the config are written --config.a.b=value")
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return replace(config, values)
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, where: str) -> Config:
+    """The inverse of `to_json`; `where` names the file in errors."""
+    try:
+        nested = json.loads(text)
+        values = {}
+        for key, value in nested.items():
+            values |= {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{where}: not a config written by moon_jax ({error})") from None
+    return replace(Config(), values)
+
+
+def warmup_steps(training: Training) -> int:
+    """Warm-up steps of a run: a share of it, at least `min_warmup`, never more than half of it."""
+    return min(max(round(training.warmup * training.steps), training.min_warmup), training.steps // 2)

@@ -1,0 +1,32 @@
+"""The main job, small: the whole method from scratch in minutes on two CPU cores."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            vision=dict(depth=2, width=96, mlp_width=192, heads=3, positions=64, deepstack=(0,)),
+            language=dict(
+                vocab=4096,
+                width=128,
+                layers=3,
+                heads=4,
+                kv_heads=2,
+                head_dim=32,
+                mlp_width=256,
+                rope_theta=10_000.0,
+                rope_sections=(6, 5, 5),
+            ),
+            experts=dict(count=4, width=128),
+            data=dict(batch=128, text_tokens=16, visual_tokens=9, min_visual_tokens=5),
+            training=dict(
+                steps=300,
+                learning_rate=2e-3,
+                router_learning_rate=1e-3,
+                min_warmup=30,
+                remat=False,
+                save_every=50,
+            ),
+        )
+    )

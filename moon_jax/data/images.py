@@ -1,0 +1,136 @@
+"""Images on the host: bounded decoding, Qwen's resize rule, crops, and patches in the order the tower expects."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from moon_jax import config as config_lib
+
+LONGEST_TO_SHORTEST = 200
+"""Qwen refuses images more elongated than this."""
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message is the reason, without the file's name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeRule:
+    """The pixel budget of an image and the grid it must fit, in pixels."""
+
+    patch: int
+    merge: int
+    min_pixels: int
+    max_pixels: int
+    source_pixels: int  # larger images are not decoded
+
+    @classmethod
+    def of(cls, config: config_lib.Config) -> ResizeRule:
+        area = (config.vision.patch * config.vision.merge) ** 2
+        return cls(
+            patch=config.vision.patch,
+            merge=config.vision.merge,
+            min_pixels=config.data.min_visual_tokens * area,
+            max_pixels=config.data.visual_tokens * area,
+            source_pixels=config.data.max_pixels,
+        )
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after resizing: Qwen's rule (`smart_resize`), multiples of patch · merge.
+
+        Qwen's rule rounds outwards and so overruns a small budget for some aspects; here the longer side is then cut
+        back, since the number of patches is static.
+        """
+        factor = self.patch * self.merge
+        if max(height, width) > LONGEST_TO_SHORTEST * min(height, width):
+            raise BadImage(f"{width} x {height} pixels: more elongated than {LONGEST_TO_SHORTEST}:1")
+        high, wide = round(height / factor) * factor, round(width / factor) * factor
+        if high * wide > self.max_pixels:
+            beta = math.sqrt(height * width / self.max_pixels)
+            high = max(factor, math.floor(height / beta / factor) * factor)
+            wide = max(factor, math.floor(width / beta / factor) * factor)
+        elif high * wide < self.min_pixels:
+            beta = math.sqrt(self.min_pixels / (height * width))
+            high = math.ceil(height * beta / factor) * factor
+            wide = math.ceil(width * beta / factor) * factor
+        if high * wide > self.max_pixels:
+            longest = self.max_pixels // min(high, wide) // factor * factor
+            high, wide = (high, longest) if wide > high else (longest, wide)
+            if min(high, wide) == 0:
+                high = wide = math.isqrt(self.max_pixels) // factor * factor
+        return high, wide
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """One image, ready for the tower: patches in merge-block order, so that merge² neighbours follow one another."""
+
+    pixels: np.ndarray  # u8[P,3·patch²]: channel, row, column
+    yx: np.ndarray  # i32[P,2]
+    hw: tuple[int, int]  # the grid in patches
+
+
+def decode(source: Any, max_pixels: int) -> Image.Image:
+    """An RGB image from encoded bytes, a path, or a `PIL.Image.Image`.
+
+    Orientation tags are honoured; grey, palette, CMYK and transparent images become RGB as `convert("RGB")` does,
+    which is what transformers and the servers built on it do.
+
+    Raises:
+        BadImage: missing, empty, truncated, of an unknown format, or of more than `max_pixels` pixels.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            image = source
+        elif isinstance(source, bytes | bytearray | memoryview):
+            if not len(source):
+                raise BadImage("no bytes")
+            image = Image.open(io.BytesIO(source))
+        elif isinstance(source, str | os.PathLike):
+            image = Image.open(io.BytesIO(Path(source).read_bytes()))
+        else:
+            raise BadImage(f"a {type(source).__name__} is no image; give bytes, a path or a PIL image")
+        if image.width * image.height > max_pixels:
+            raise BadImage(f"{image.width} x {image.height} pixels, above data.max_pixels = {max_pixels}")
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage("not an image of a known format") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow raises SyntaxError for broken PNG and TIFF files.
+        raise BadImage(str(error) or type(error).__name__) from None
+
+
+def crop_box(width: int, height: int, area: tuple[float, float], rng: np.random.Generator) -> tuple[float, ...]:
+    """A box of the image's own aspect, its share of the area uniform in `area`, its place uniform."""
+    scale = math.sqrt(rng.uniform(*area))
+    left, top = rng.uniform(0, width * (1 - scale)), rng.uniform(0, height * (1 - scale))
+    return left, top, left + width * scale, top + height * scale
+
+
+def patchify(
+    image: Image.Image, rule: ResizeRule, box: tuple[float, ...] | None = None, mirrored: bool = False
+) -> Patches:
+    """Resizes (bicubic, the part in `box`) and cuts into patches."""
+    left, top, right, bottom = box or (0, 0, image.width, image.height)
+    high, wide = rule.size(max(1, round(bottom - top)), max(1, round(right - left)))
+    pixels = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC, box=box))
+    if mirrored:
+        pixels = pixels[:, ::-1]
+    merge, patch = rule.merge, rule.patch
+    rows, columns = high // patch, wide // patch
+    # (block row, merge, pixel row, block column, merge, pixel column, channel)
+    pixels = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+    pixels = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3 * patch * patch)
+    grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).astype(np.int32)
+    grid = grid.reshape(rows // merge, merge, columns // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+    return Patches(np.ascontiguousarray(pixels), grid, (rows, columns))

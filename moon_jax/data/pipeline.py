@@ -1,0 +1,121 @@
+"""Batch = f(seed, step): a randomly addressable Grain dataset whose element number `step` is the batch of that step.
+
+Nothing is consumed and nothing is remembered, so resuming needs the step and nothing else, on any number of hosts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from moon_jax import config as config_lib
+from moon_jax.data import rows as rows_lib
+from moon_jax.data.images import Patches, ResizeRule, crop_box, decode, patchify
+from moon_jax.data.prepare import Prepared
+from moon_jax.data.text import Tokenizer, keep_words
+from moon_jax.types import Batch, Product
+
+
+@dataclasses.dataclass(frozen=True)
+class Alteration:
+    """How a query is made from the product that it seeks."""
+
+    keep_word: float
+    least_words: int
+    crop: tuple[float, float]
+    mirror: float
+
+
+class Reader:
+    """Products → segments: tokenizes, decodes, resizes; alters on demand."""
+
+    def __init__(self, config: config_lib.Config, tokenizer: Tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.rule = ResizeRule.of(config)
+
+    def image(self, source: Any, alteration: Alteration | None, rng: np.random.Generator | None) -> Patches:
+        picture = decode(source, self.config.data.max_pixels)
+        if alteration is None:
+            return patchify(picture, self.rule)
+        box = crop_box(picture.width, picture.height, alteration.crop, rng)
+        return patchify(picture, self.rule, box, mirrored=rng.random() < alteration.mirror)
+
+    def read(
+        self,
+        product: Product,
+        views: Sequence[str],
+        alteration: Alteration | None = None,
+        rng: np.random.Generator | None = None,
+        draw: bool = False,
+    ) -> list[rows_lib.Segment]:
+        """The segments of a product's `views`.
+
+        Args:
+            alteration: how text and images are altered; None leaves them alone.
+            rng: needed by `alteration` and `draw`.
+            draw: which images fill the row, where the product has more than fit: drawn, not the first ones.
+        """
+        text = product.text
+        if text and alteration:
+            text = keep_words(text, alteration.keep_word, alteration.least_words, rng)
+        tokens = self.tokenizer.encode([text], self.config.data.text_tokens)[0] if text and set(views) & {"t", "mm"} else None
+        images = product.images if set(views) & {"i", "mm"} else ()
+        if len(images) > self.config.data.images:
+            chosen = range(self.config.data.images)
+            if draw:
+                chosen = sorted(rng.choice(len(images), self.config.data.images, replace=False))
+            images = [images[index] for index in chosen]
+        patches = [self.image(image, alteration, rng) for image in images]
+        return rows_lib.segments(tokens, patches, self.tokenizer, self.config.vision.merge, views)
+
+
+def batches(prepared: Prepared, reader: Reader) -> grain.MapDataset[Batch]:
+    """The endless dataset whose element `step` is that step's batch, as numpy arrays."""
+    config = reader.config
+    layout = rows_lib.Layout.of(config)
+    data = config.data
+    query_alteration = Alteration(data.keep_word, 2, data.crop, data.mirror)
+
+    def read(index: int, rng: np.random.Generator) -> tuple[int, list[list[rows_lib.Segment]]]:
+        triplet = prepared.triplets[index]
+        members = []
+        for role, member in enumerate(triplet[:3]):
+            alteration = query_alteration if role == 0 else None
+            product = None if member is None else prepared.products[member]
+            views = ("t", "i", "mm")
+            members.append([] if product is None else reader.read(product, views, alteration, rng, draw=True))
+        return index, members
+
+    def collate(elements: Sequence[tuple[int, list[list[rows_lib.Segment]]]]) -> Batch:
+        chosen = [prepared.triplets[index] for index, _ in elements]
+        members = np.array(
+            [-1 if triplet[role] is None else triplet[role] for role in range(3) for triplet in chosen], np.int32
+        )
+        rows = [[segments[role]] for role in range(3) for _, segments in elements]
+        return Batch(
+            rows=rows_lib.pack(rows, layout, reader.tokenizer.pad),
+            product=members,
+            group=np.where(members >= 0, prepared.group[members], -1).astype(np.int32),
+            weight=np.array([triplet.weight for triplet in chosen], np.float32),
+            triplet=np.array([index for index, _ in elements], np.int32),
+        )
+
+    return (
+        grain.MapDataset.range(len(prepared.triplets))
+        .seed(config.seed)
+        .shuffle()
+        .repeat()
+        .random_map(read)
+        .batch(data.batch, batch_fn=collate)
+    )
+
+
+def from_step(dataset: grain.MapDataset[Batch], step: int, threads: int) -> Iterator[Batch]:
+    """The batches of `step`, `step` + 1, …, read ahead by `threads` threads."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(dataset[step:].to_iter_dataset(options))

@@ -1,0 +1,84 @@
+"""Text on the host: the tokenizer, and the alteration of a title."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as BaseTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from moon_jax.types import UserError
+
+PAD, VISION_START, VISION_END, IMAGE_PAD = "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
+SPECIAL = (PAD, VISION_START, VISION_END, IMAGE_PAD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A fast tokenizer and the ids of the tokens that frame an image."""
+
+    base: BaseTokenizer
+    pad: int
+    vision_start: int
+    vision_end: int
+    image_pad: int
+
+    @classmethod
+    def of(cls, base: BaseTokenizer, where: str) -> Tokenizer:
+        ids = [base.token_to_id(token) for token in SPECIAL]
+        if None in ids:
+            raise UserError(f"{where}: no token {SPECIAL[ids.index(None)]}; a Qwen-VL tokenizer.json has it")
+        # A title that spells a special token gets ordinary tokens: it must not be able to forge an image.
+        base.encode_special_tokens = True
+        pad, start, end, image = ids
+        return cls(base, pad, start, end, image)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        try:
+            base = BaseTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path}: not a readable tokenizer.json ({error})") from None
+        return cls.of(base, str(path))
+
+    def save(self, path: str | Path) -> None:
+        self.base.save(str(path))
+
+    @property
+    def size(self) -> int:
+        return self.base.get_vocab_size()
+
+    def encode(self, texts: Iterable[str], longest: int) -> list[np.ndarray]:
+        """i32[n] per text, n ≤ `longest`."""
+        encoded = self.base.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(item.ids[:longest], np.int32) for item in encoded]
+
+
+def train(texts: Iterable[str], vocab: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab` tokens, lower-cased; every text can be encoded."""
+    base = BaseTokenizer(models.BPE())
+    base.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    # A word gets the same tokens at the start of a text as within it.
+    base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    base.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    base.train_from_iterator(texts, trainer)
+    return Tokenizer.of(base, "the trained tokenizer")
+
+
+def keep_words(text: str, probability: float, least: int, rng: np.random.Generator) -> str:
+    """Each word kept with `probability`, in order; at least `least` of them, or all if there are fewer."""
+    words = text.split()
+    kept = rng.random(len(words)) < probability
+    missing = min(least, len(words)) - int(kept.sum())
+    if missing > 0:
+        kept[rng.choice(np.flatnonzero(~kept), missing, replace=False)] = True
+    return " ".join(word for word, stays in zip(words, kept, strict=True) if stays)

@@ -1,0 +1,79 @@
+"""The network: rows in, one unit vector per view out.
+
+Visual tokens stand where the row says, the decoder runs over the row, and each view's embedding is the mean of the
+last hidden states over its span, brought to unit length.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moon_jax import config as config_lib
+from moon_jax.model.attention import partitioned
+from moon_jax.model.language import Decoder, place_visual
+from moon_jax.model.vision import VisionTower
+from moon_jax.types import Array, EncoderOutput, Rows
+
+
+def span_mask(rows: Rows) -> Array:
+    """The tokens of each span; none for an absent view. f32[R,G,S]."""
+    place = jnp.arange(rows.tokens.shape[1])
+    inside = (place >= rows.span[..., :1]) & (place < rows.span[..., 1:])
+    return (inside & (rows.view > 0)[..., None]).astype(jnp.float32)
+
+
+def pool_mean(hidden: Array, mask: Array) -> Array:
+    """Unit vector along the mean of each span's tokens, zero for an empty span; float32.
+
+    Args:
+        hidden: [R,S,D].
+        mask: f32[R,G,S].
+
+    Returns:
+        f32[R,G,D].
+    """
+    total = jnp.einsum("rgs,rsd->rgd", mask, hidden.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    # The length of the sum cancels the count. Below the floor only an empty span can fall.
+    square = jnp.sum(total * total, axis=-1, keepdims=True)
+    return total * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+class Encoder(nn.Module):
+    """Rows → EncoderOutput."""
+
+    config: config_lib.Config
+
+    @nn.compact
+    def __call__(self, rows: Rows) -> EncoderOutput:
+        c, rows = self.config, jax.tree.map(jnp.asarray, rows)
+        dtype, param_dtype = jnp.dtype(c.training.dtype), jnp.dtype(c.training.param_dtype)
+        init = partitioned(("vocab", "embed"), nn.initializers.normal(0.02))
+        table = self.param("token_embedding", init, (c.language.vocab, c.language.width), param_dtype)
+        x = table[rows.tokens].astype(dtype)
+        if rows.patches.shape[1]:
+            tower = VisionTower(c.vision, c.language.width, dtype, param_dtype, c.training.remat, name="vision")
+            merged, deepstack = tower(rows)
+            x = jnp.where(rows.visual[..., None] >= 0, place_visual(merged, rows.visual), x)
+        else:  # rows of texts only: the tower is left out of the program
+            deepstack = jnp.zeros((0, rows.tokens.shape[0], 0, c.language.width), dtype)
+        x = nn.with_logical_constraint(x, ("rows", None, None))
+        mask = span_mask(rows)
+        x, sums = Decoder(c, name="decoder")(x, rows.segment, rows.position, mask, rows.visual, deepstack)
+        shape = (0, c.experts.count)
+        return EncoderOutput(
+            embedding=pool_mean(x, mask),
+            gate=jnp.zeros((0, *mask.shape[:2], c.experts.count)) if sums is None else sums.gate,
+            tokens=mask.sum(-1).astype(jnp.int32),
+            load=jnp.zeros(shape) if sums is None else sums.load,
+            prob=jnp.zeros(shape) if sums is None else sums.prob,
+            z=jnp.zeros(0) if sums is None else sums.z,
+            dropped=jnp.zeros(0, jnp.int32) if sums is None else sums.dropped,
+            valid=(rows.segment > 0).sum(dtype=jnp.int32),
+        )
+
+
+def initialize(config: config_lib.Config, rng: jax.Array, rows: Rows) -> dict:
+    """Encoder parameters with their partitioning boxes; run it under `jax.eval_shape` or `jit`."""
+    return Encoder(config).init(rng, rows)["params"]

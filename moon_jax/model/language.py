@@ -1,0 +1,215 @@
+"""Qwen3-VL's decoder: grouped-query attention with QK-norm and interleaved M-RoPE, SwiGLU, and the paper's
+modality-driven mixture of experts in the feed-forward of configured layers.
+
+Layers come in equal periods of `experts.every`, the last of a period holding experts; periods are stacked and
+scanned. Weights and layout are those of `qwen3_vl` and `qwen3_vl_moe` checkpoints.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moon_jax import config as config_lib
+from moon_jax.model import experts as experts_lib
+from moon_jax.model.attention import Dense, RMSNorm, attention, partitioned, rotate
+from moon_jax.model.router import route
+from moon_jax.types import Array
+
+
+def rotary_angles(position: Array, config: config_lib.Language) -> Array:
+    """Angles of interleaved M-RoPE: frequencies go to time, row, column in turn, by `rope_sections`.
+
+    Args:
+        position: i32[R,S,3].
+
+    Returns:
+        f32[R,S,head_dim/2].
+    """
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    # Frequency f belongs to axis f mod 3 as far as that axis's section reaches, beyond it to time.
+    axis = [f % 3 if f % 3 and f < 3 * config.rope_sections[f % 3] else 0 for f in range(half)]
+    return position[..., jnp.array(axis)].astype(jnp.float32) * frequencies
+
+
+@struct.dataclass
+class RouterSums:
+    """Of one layer of experts, summed over tokens (types.EncoderOutput)."""
+
+    gate: Array  # f32[R,G,E]
+    load: Array  # f32[E]
+    prob: Array  # f32[E]
+    z: Array  # f32[]
+    dropped: Array  # i32[]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention within segments. [R,S,D] → [R,S,D]."""
+
+    config: config_lib.Language
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, segment: Array, cos: Array, sin: Array) -> Array:
+        c = self.config
+
+        def project(name: str, heads: int) -> Array:
+            dense = Dense(
+                heads * c.head_dim, ("embed", "heads"), dtype=self.dtype, param_dtype=self.param_dtype, name=name
+            )
+            return dense(x).reshape(*x.shape[:2], heads, c.head_dim)
+
+        q = RMSNorm(c.norm_eps, self.param_dtype, name="q_norm")(project("q_proj", c.heads))
+        k = RMSNorm(c.norm_eps, self.param_dtype, name="k_norm")(project("k_proj", c.kv_heads))
+        v = project("v_proj", c.kv_heads)
+        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, segment, causal=True)
+        y = y.reshape(*x.shape[:2], c.heads * c.head_dim)
+        return Dense(c.width, ("heads", "embed"), dtype=self.dtype, param_dtype=self.param_dtype, name="o_proj")(y)
+
+
+class FeedForward(nn.Module):
+    """Dense SwiGLU. [R,S,D] → [R,S,D]."""
+
+    config: config_lib.Language
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        gate = Dense(c.mlp_width, ("embed", "mlp"), name="gate_proj", **dtypes)(x)
+        up = Dense(c.mlp_width, ("embed", "mlp"), name="up_proj", **dtypes)(x)
+        return Dense(c.width, ("mlp", "embed"), name="down_proj", **dtypes)(nn.silu(gate) * up)
+
+
+class MixtureOfExperts(nn.Module):
+    """The modality-driven mixture of experts. [R,S,D] → [R,S,D] and the router's sums.
+
+    `pool` f32[R,G,S] marks the tokens of each span, `valid` bool[R,S] those that are not padding.
+    """
+
+    config: config_lib.Experts
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, pool: Array, valid: Array) -> tuple[Array, RouterSums]:
+        c, width = self.config, x.shape[-1]
+        init = partitioned(("embed", None), nn.initializers.normal(c.router_init))
+        router = self.param("router", init, (width, c.count), self.param_dtype)
+        kernel = nn.initializers.lecun_normal(batch_axis=(0,))
+        shape = (c.count, width, 2 * c.width)
+        gate_up = self.param("gate_up", partitioned(("experts", "embed", "mlp"), kernel), shape, self.param_dtype)
+        shape = (c.count, c.width, width)
+        down = self.param("down", partitioned(("experts", "mlp", "embed"), kernel), shape, self.param_dtype)
+
+        tokens, real = x.reshape(-1, width), valid.reshape(-1)
+        routing = route(tokens, router, c.per_token)
+        compute = experts_lib.DISPATCH[c.dispatch]
+        y = compute(
+            tokens, routing.gate, routing.index, real, gate_up.astype(self.dtype), down.astype(self.dtype)
+        )
+        counted = real[:, None].astype(jnp.float32)
+        sums = RouterSums(
+            gate=jnp.einsum(
+                "rgs,rse->rge",
+                pool,
+                routing.gate.reshape(*x.shape[:2], c.count),
+                precision=jax.lax.Precision.HIGHEST,
+            ),
+            load=((jax.lax.stop_gradient(routing.gate) > 0) * counted).sum(0),
+            prob=(routing.prob * counted).sum(0),
+            z=(jnp.square(routing.logsumexp) * counted[:, 0]).sum(),
+            dropped=jnp.zeros((), jnp.int32),
+        )
+        return y.reshape(x.shape), sums
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer. Returns its output, and the router's sums or None."""
+
+    config: config_lib.Config
+    sparse: bool
+
+    @nn.compact
+    def __call__(self, x: Array, segment: Array, cos: Array, sin: Array, pool: Array) -> tuple[Array, RouterSums | None]:
+        c = self.config.language
+        dtypes = {
+            "dtype": jnp.dtype(self.config.training.dtype),
+            "param_dtype": jnp.dtype(self.config.training.param_dtype),
+        }
+        norm = RMSNorm(c.norm_eps, dtypes["param_dtype"], name="input_norm")
+        x = x + Attention(c, name="attention", **dtypes)(norm(x), segment, cos, sin)
+        h = RMSNorm(c.norm_eps, dtypes["param_dtype"], name="post_attention_norm")(x)
+        if self.sparse:
+            y, sums = MixtureOfExperts(self.config.experts, name="experts", **dtypes)(h, pool, segment > 0)
+            return x + y, sums
+        return x + FeedForward(c, name="mlp", **dtypes)(h), None
+
+
+class Period(nn.Module):
+    """`experts.every` layers, the last with experts; the unit that is scanned. DeepStack features join on the way."""
+
+    config: config_lib.Config
+
+    @nn.compact
+    def __call__(
+        self, x: Array, index: Array, segment: Array, cos: Array, sin: Array, pool: Array, visual: Array, deepstack: Array
+    ) -> tuple[Array, RouterSums | None]:
+        c = self.config
+        layer = nn.remat(Layer, prevent_cse=False) if c.training.remat else Layer
+        every = c.experts.every if c.experts.count else 1
+        sums = None
+        for place in range(every):
+            sparse = bool(c.experts.count) and place == every - 1
+            x, sums = layer(c, sparse, name=f"layer_{place}")(x, segment, cos, sin, pool)
+            if deepstack.shape[0]:
+                number = index * every + place
+                x = jax.lax.cond(number < deepstack.shape[0], _add_deepstack, _keep, x, number, visual, deepstack)
+        return x, sums
+
+
+def _add_deepstack(x: Array, number: Array, visual: Array, deepstack: Array) -> Array:
+    features = jax.lax.dynamic_index_in_dim(deepstack, number, keepdims=False)
+    return x + place_visual(features, visual)
+
+
+def _keep(x: Array, number: Array, visual: Array, deepstack: Array) -> Array:
+    del number, visual, deepstack
+    return x
+
+
+def place_visual(features: Array, visual: Array) -> Array:
+    """Visual tokens to where they stand in the row, zero elsewhere. [R,V,D], i32[R,S] → [R,S,D]."""
+    placed = jnp.take_along_axis(features, jnp.maximum(visual, 0)[..., None], axis=1)
+    return jnp.where(visual[..., None] >= 0, placed, 0)
+
+
+class Decoder(nn.Module):
+    """Token embeddings [R,S,D] → last hidden states [R,S,D], and the router's sums stacked over layers or None."""
+
+    config: config_lib.Config
+
+    @nn.compact
+    def __call__(
+        self, x: Array, segment: Array, position: Array, pool: Array, visual: Array, deepstack: Array
+    ) -> tuple[Array, RouterSums | None]:
+        c = self.config
+        angles = rotary_angles(position, c.language)
+        periods = c.language.layers // (c.experts.every if c.experts.count else 1)
+        scanned = nn.scan(
+            Period,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0,) + (nn.broadcast,) * 6,
+            length=periods,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, name="periods")
+        x, sums = scanned(
+            x, jnp.arange(periods), segment, jnp.cos(angles), jnp.sin(angles), pool, visual, deepstack
+        )
+        return RMSNorm(c.language.norm_eps, jnp.dtype(c.training.param_dtype), name="norm")(x), sums

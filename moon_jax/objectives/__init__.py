@@ -1,0 +1,5 @@
+"""The paper's objectives: pure functions of an EncoderOutput and the alignment parameters."""
+
+from moon_jax.objectives.alignment import objectives
+
+__all__ = ["objectives"]

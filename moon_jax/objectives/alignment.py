@@ -1,0 +1,149 @@
+"""Dual-level alignment, and the paper's total loss.
+
+    L_inter^ϑ = −log exp(r_q^ϑ·r_p^mm/ε) / ( exp(r_q^ϑ·r_p^mm/ε) + Σ_{N_q} exp(r_q^ϑ·r_n^mm/ε) ),  ϑ ∈ {t, i, mm}
+    L_intra^ϖ = −log exp(r_ϖ^i·r_ϖ^t/ε̃) / ( exp(r_ϖ^i·r_ϖ^t/ε̃) + Σ_{t'} exp(r_ϖ^i·r_{t'}/ε̃) ),  ϖ ∈ {p, n}
+    L = Σ_m ω_m L_m + ρ L_aux + ς L_sparsity
+
+Both are one contrastive loss: an anchor, its own candidate, all other candidates of the global batch. Ours, since
+the paper leaves it open: the negatives are all other p and n of the batch, those of the same product or of an equal
+title masked; φ weighs the inter objectives only; ω multiplies the intra objectives as well (M = 5).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from moon_jax import config as config_lib
+from moon_jax import similarity
+from moon_jax.objectives import balance, filtering, weighting
+from moon_jax.types import VIEWS, Array, Batch, EncoderOutput, Objectives
+
+T, I, MM = range(len(VIEWS))
+
+
+def contrastive_loss(
+    anchors: Array,
+    candidates: Array,
+    own: Array,
+    present: Array,
+    product: Array,
+    group: Array,
+    temperature: Array,
+    chunk: int,
+) -> tuple[Array, Array]:
+    """−log of the softmax probability of each anchor's own candidate.
+
+    Args:
+        anchors: f32[B,D], unit.
+        candidates: f32[C,D], unit.
+        own: i32[B], index of each anchor's own candidate.
+        present: bool[C], candidates that exist.
+        product, group: i32[C]; a candidate that shares either with the anchor's own one is no negative. -1 is shared
+            with nothing.
+        temperature: f32[].
+        chunk: candidates whose similarities are held at once.
+
+    Returns:
+        f32[B], and i32[B], the negatives of each anchor. Both are meaningless where the own candidate is absent.
+    """
+
+    def keep(columns: Array) -> Array:
+        def differs(key: Array) -> Array:
+            mine, theirs = key[own][:, None], jnp.take(key, columns, mode="fill", fill_value=-1)[None]
+            return (mine != theirs) | (mine < 0)
+
+        exists = jnp.take(present, columns, mode="fill", fill_value=False)
+        return (columns == own[:, None]) | (exists & differs(product) & differs(group))
+
+    own_logit = (anchors * candidates[own]).sum(-1) / temperature
+    normaliser, kept = similarity.masked_logsumexp(anchors, candidates, keep, 1.0 / temperature, chunk)
+    return normaliser - own_logit, kept - 1
+
+
+def _mean(values: Array, weight: Array) -> Array:
+    """Σ w·v / Σ w over the samples of positive weight, 0 without any; f32[] from two f32[B]."""
+    # Where the weight is 0 the value may be anything, NaN included.
+    return jnp.where(weight > 0, values * weight, 0.0).sum() / jnp.maximum(weight.sum(), 1e-9)
+
+
+def objectives(
+    output: EncoderOutput, alignment: dict[str, Array], batch: Batch, config: config_lib.Config, step: Array
+) -> Objectives:
+    """All losses of a batch.
+
+    Args:
+        output: of the batch's rows, R = 3B.
+        alignment: {"dual": W* f32[L,E,M], "log_temperature": f32[2], of ε and ε̃}.
+        batch: for identities and weights.
+        config: `objective`, `experts` and the warm-up of `training` are read.
+        step: i32[], steps done; sets m̄, and when L_sparsity begins.
+    """
+    options = config.objective
+    size = batch.weight.shape[0]
+    q, p, n = range(3)
+    embedding = output.embedding.reshape(3, size, len(VIEWS), -1)
+    present = (batch.rows.view > 0).reshape(3, size, len(VIEWS))
+    # Candidates are all positives, then all negatives: the own candidate of p_b is b, that of n_b is B + b.
+    items = embedding[p:].reshape(2 * size, len(VIEWS), -1)
+    items_present = present[p:].reshape(2 * size, len(VIEWS))
+    product, group = batch.product[size:], batch.group[size:]
+    first = jnp.arange(size)
+    temperature, intra_temperature = jnp.exp(alignment["log_temperature"])
+
+    # φ: the query's richest view against the items' mm. NaN where one of the three is missing.
+    richest = jnp.where(present[q, :, MM], MM, jnp.where(present[q, :, I], I, T))
+    query = jnp.take_along_axis(embedding[q], richest[:, None, None], axis=1)[:, 0]
+    margin = filtering.margin_at(options.margin, step / config.training.steps)
+    phi = filtering.phi(query, embedding[p, :, MM], embedding[n, :, MM], options.phi_slope, margin)
+    phi = jnp.where(present[q].any(-1) & present[p, :, MM] & present[n, :, MM], phi, jnp.nan)
+    weight = batch.weight
+    if options.filtering:
+        weight = weight * filtering.sample_weight(phi, options.phi_threshold)
+
+    # G̃ averaged over each span's tokens: f32[L,3,B,G,E].
+    routing = output.gate / jnp.maximum(output.tokens, 1)[None, :, :, None]
+    routing = routing.reshape(routing.shape[0], 3, size, *routing.shape[2:])
+
+    losses, counts, served, negatives = [], [], [], jnp.zeros(size, jnp.int32)
+    for view in (T, I, MM):
+        loss, others = contrastive_loss(
+            embedding[q, :, view], items[:, MM], first, items_present[:, MM], product, group, temperature, options.chunk
+        )
+        exists = present[q, :, view] & present[p, :, MM]
+        losses.append(_mean(loss, weight * exists))
+        counts.append(exists.sum())
+        served.append((routing[:, q, :, view] * exists[:, None]).sum(1) / jnp.maximum(exists.sum(), 1))
+        negatives = jnp.where(exists, others, negatives)
+    for item in (p, n):
+        own = first + (item - p) * size
+        loss, _ = contrastive_loss(
+            embedding[item, :, I], items[:, T], own, items_present[:, T], product, group, intra_temperature, options.chunk
+        )
+        exists = present[item, :, I] & present[item, :, T]
+        losses.append(_mean(loss, exists.astype(jnp.float32)))
+        counts.append(exists.sum())
+        pair = 0.5 * (routing[:, item, :, I] + routing[:, item, :, T])
+        served.append((pair * exists[:, None]).sum(1) / jnp.maximum(exists.sum(), 1))
+
+    loss, count = jnp.stack(losses), jnp.stack(counts)
+    value, weights = weighting.weighted_sum(
+        alignment["dual"], jnp.stack(served, axis=1), loss, count, options.weighting
+    )
+    balanced = balance.load_balance(output.load, output.prob, output.valid, config.experts.per_token)
+    sparsity = weighting.sparsity(alignment["dual"])
+    # Before the end of the warm-up the entropy of p says nothing but W*'s initial noise.
+    warm = step >= config_lib.warmup_steps(config.training)
+    total = value + options.balance * balanced + jnp.where(warm, options.sparsity, 0.0) * sparsity
+    if options.router_z:
+        total = total + options.router_z * balance.router_z(output.z, output.valid)
+    return Objectives(
+        total=total,
+        loss=loss,
+        weight=jax.lax.stop_gradient(weights),
+        count=count,
+        balance=balanced,
+        sparsity=sparsity,
+        phi=jax.lax.stop_gradient(phi),
+        negatives=negatives,
+    )

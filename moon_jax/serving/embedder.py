@@ -1,0 +1,208 @@
+"""What a user loads and calls: products in, unit vectors out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moon_jax import config as config_lib
+from moon_jax.data import rows as rows_lib
+from moon_jax.data.images import BadImage
+from moon_jax.data.pipeline import Alteration, Reader
+from moon_jax.data.text import Tokenizer
+from moon_jax.model.encoder import Encoder, initialize
+from moon_jax.training import checkpoints
+from moon_jax.training.step import initial_state
+from moon_jax.types import VIEWS, Product, Rows, UserError
+
+BATCHES = (1, 8)
+"""Batch sizes that get a compilation of their own, beside the largest."""
+
+
+def as_product(item: Any) -> Product:
+    """A product from a Product, a string (its text), or {"text": …, "image": …} (or "images", a list)."""
+    if isinstance(item, str):
+        return Product(text=item)
+    if isinstance(item, dict):
+        unknown = set(item) - {"text", "image", "images"}
+        if unknown:
+            raise UserError(f'{sorted(unknown)[0]!r}: not a part of an item; use "text", "image" or "images"')
+        images = [item["image"]] if item.get("image") is not None else item.get("images") or ()
+        return Product(text=item.get("text"), images=tuple(images))
+    if isinstance(item, Product):
+        return item
+    raise UserError(f"a {type(item).__name__} cannot be embedded; give a Product, a string or a dict")
+
+
+class Embedder:
+    """A trained model. Vectors are float32 rows of unit length; the dot product compares them.
+
+    A product's vector does not depend on what else is in the batch.
+    """
+
+    def __init__(self, config: config_lib.Config, params: Any, tokenizer: Tokenizer, fingerprint: str):
+        """
+        Args:
+            params: of the encoder.
+            fingerprint: vectors with equal ones lie in the same space.
+        """
+        # No layer is differentiated here, and recomputing would cost for nothing.
+        training = dataclasses.replace(config.training, remat=False)
+        self.config = dataclasses.replace(config, training=training)
+        self.fingerprint = fingerprint
+        self.reader = Reader(self.config, tokenizer)
+        self._params = params
+        encoder = Encoder(self.config)
+        self._encode = jax.jit(lambda params, rows: encoder.apply({"params": params}, rows).embedding)
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.config.language.width
+
+    def encode(
+        self,
+        items: Iterable[Any] | Any,
+        *,
+        batch_size: int | None = None,
+        truncate_dim: int | None = None,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> np.ndarray:
+        """One vector per item, from all it has: text, images, or both.
+
+        Args:
+            items: Products, strings, or dicts with "text" and "image" (a path, bytes or a PIL image); one, or many.
+            batch_size: rows encoded at once; `config.evaluation.batch` by default.
+            truncate_dim: keep the first so many dimensions, and bring them to unit length again.
+            advance: called with the number of items done.
+
+        Returns:
+            f32[items,D], or f32[items,truncate_dim].
+
+        Raises:
+            UserError: an item that has nothing to embed, or an image that cannot be read; says which.
+        """
+        items = [items] if isinstance(items, str | dict | Product) else list(items)
+        products = []
+        for number, item in enumerate(items):
+            try:
+                products.append(as_product(item))
+            except UserError as error:
+                raise UserError(f"item {number}: {error}") from None
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.dimension:
+            raise UserError(f"truncate_dim={truncate_dim}: must lie between 1 and {self.dimension}")
+
+        def read(number: int) -> list[rows_lib.Segment]:
+            product = products[number]
+            richest = "mm" if product.text and product.images else "i" if product.images else "t"
+            try:
+                segments = self.reader.read(product, (richest,))
+            except BadImage as error:
+                raise UserError(f"item {number}: image: {error}") from None
+            if not segments:
+                raise UserError(f"item {number}: neither text nor image; nothing to embed")
+            return segments
+
+        vectors = np.zeros((len(products), self.dimension), np.float32)
+        # Texts alone need no vision tower: rows without patches are a program of their own.
+        for with_images in (False, True):
+            chosen = [n for n, product in enumerate(products) if bool(product.images) == with_images]
+            layout = rows_lib.Layout.of(self.config, with_images, both_segments=False)
+            embeddings = self._run(chosen, read, layout, batch_size, advance)
+            # A row holds one view, and the absent ones are zero.
+            vectors[chosen] = embeddings.sum(axis=1)
+        if truncate_dim is not None:
+            vectors = vectors[:, :truncate_dim]
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors
+
+    # One tower embeds both sides; the two names are what retrieval code calls.
+    encode_query = encode
+    encode_document = encode
+
+    @staticmethod
+    def similarity(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Cosine similarities f32[Q,C] of unit vectors f32[Q,D] and f32[C,D]."""
+        return np.asarray(queries) @ np.asarray(documents).T
+
+    def encode_views(
+        self,
+        products: Sequence[Product],
+        alteration: Alteration | None = None,
+        seed: int = 0,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All three views of each product.
+
+        Args:
+            alteration: alters each product, a function of (seed, its number here).
+
+        Returns:
+            f32[products,3,D], zero where a view is absent, and bool[products,3].
+        """
+
+        def read(number: int) -> list[rows_lib.Segment]:
+            rng = np.random.default_rng((seed, number))
+            return self.reader.read(products[number], VIEWS, alteration, rng)
+
+        layout = rows_lib.Layout.of(self.config)
+        vectors = self._run(range(len(products)), read, layout, None, advance)
+        return vectors, np.any(vectors != 0, axis=-1)
+
+    def _run(
+        self,
+        numbers: Sequence[int],
+        read: Callable[[int], list[rows_lib.Segment]],
+        layout: rows_lib.Layout,
+        batch_size: int | None,
+        advance: Callable[[int], None],
+    ) -> np.ndarray:
+        """f32[numbers,G,D]; one product a row, in batches of a few sizes that are filled up with empty rows."""
+        largest = batch_size or self.config.evaluation.batch
+        sizes = sorted({size for size in BATCHES if size < largest} | {largest})
+        results = [np.zeros((0, len(VIEWS), self.dimension), np.float32)]
+        with ThreadPoolExecutor(self.config.data.threads) as pool:
+            for start in range(0, len(numbers), largest):
+                chunk = numbers[start : start + largest]
+                segments = list(pool.map(read, chunk))
+                size = next(size for size in sizes if size >= len(chunk))
+                rows = [[parts] for parts in segments] + [[]] * (size - len(chunk))
+                packed: Rows = rows_lib.pack(rows, layout, self.reader.tokenizer.pad)
+                results.append(np.asarray(self._encode(self._params, packed))[: len(chunk)])
+                advance(len(chunk))
+        return np.concatenate(results)
+
+
+def load(model: str | Path) -> Embedder:
+    """An Embedder from a workdir.
+
+    Raises:
+        UserError: no model there.
+    """
+    workdir = Path(model)
+    if not (workdir / "config.json").is_file() or not (workdir / "tokenizer.json").is_file():
+        raise UserError(f"{workdir}: not a workdir of a training run (no config.json and tokenizer.json)")
+    text = (workdir / "config.json").read_text(encoding="utf-8")
+    config = config_lib.from_json(text, str(workdir / "config.json"))
+    tokenizer = Tokenizer.load(workdir / "tokenizer.json")
+    like = abstract_params(config, tokenizer)
+    step, params = checkpoints.latest_params(workdir, like)
+    manifest = (workdir / "data" / "manifest.json").read_bytes()
+    fingerprint = hashlib.blake2b(text.encode() + manifest + str(step).encode(), digest_size=8).hexdigest()
+    return Embedder(config, jax.tree.map(jnp.asarray, params["encoder"]), tokenizer, fingerprint)
+
+
+def abstract_params(config: config_lib.Config, tokenizer: Tokenizer) -> Any:
+    """Shapes and dtypes of a run's parameters, without making any."""
+    rows = rows_lib.pack([[]], rows_lib.Layout.of(config), tokenizer.pad)
+    return nn.unbox(jax.eval_shape(functools.partial(initial_state, config, rows))).params

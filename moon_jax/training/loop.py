@@ -1,0 +1,165 @@
+"""The training run: prepare, compile once, step, log, save; the same call again resumes where it stopped."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import jax
+
+from moon_jax import config as config_lib
+from moon_jax import sharding
+from moon_jax.data import pipeline, prepare, text
+from moon_jax.training import watch
+from moon_jax.training.checkpoints import Checkpoints
+from moon_jax.training.step import initial_state, train_step, unboxed
+from moon_jax.types import Batch, TrainState, UserError
+
+
+def open_workdir(config: config_lib.Config, workdir: Path) -> None:
+    """Makes the workdir the home of this config, or checks that it is.
+
+    Raises:
+        UserError: the workdir belongs to another config, or cannot be written.
+    """
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(config_lib.to_json(config), encoding="utf-8")
+            temporary.replace(path)
+            return
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: {error.strerror}; give a folder that can be written") from None
+    held = config_lib.leaves(config_lib.from_json(path.read_text(encoding="utf-8"), str(path)))
+    for name, value in config_lib.leaves(config).items():
+        if held[name] != value:
+            raise UserError(
+                f"--workdir {workdir}: holds a run with config.{name} = {held[name]!r}, not {value!r};"
+                " take another workdir, or remove this one"
+            )
+
+
+def open_tokenizer(config: config_lib.Config, workdir: Path, prepared: prepare.Prepared) -> text.Tokenizer:
+    """The run's tokenizer.json: the configured one, or one trained on the catalogue's training titles.
+
+    Raises:
+        UserError: it has more tokens than `language.vocab`.
+    """
+    path = workdir / "tokenizer.json"
+    if not path.exists():
+        if config.data.tokenizer:
+            tokenizer = text.Tokenizer.load(config.data.tokenizer)
+        else:
+            titles = (prepared.products[index].text for index in prepared.train)
+            tokenizer = text.train((title for title in titles if title), config.language.vocab)
+        temporary = path.with_suffix(".tmp")
+        tokenizer.save(temporary)
+        temporary.replace(path)
+    tokenizer = text.Tokenizer.load(path)
+    if tokenizer.size > config.language.vocab:
+        raise UserError(f"{path}: {tokenizer.size} tokens, more than config.language.vocab = {config.language.vocab}")
+    return tokenizer
+
+
+def abstract_state(config: config_lib.Config, rows: object, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    boxed = jax.eval_shape(lambda: initial_state(config, rows))
+    shardings = sharding.of_variables(mesh, boxed)
+    return jax.tree.map(
+        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), unboxed(boxed), shardings
+    )
+
+
+def train(
+    config: config_lib.Config,
+    workdir: str | Path,
+    prepared: prepare.Prepared | None = None,
+    report: watch.Watch | None = None,
+) -> prepare.Prepared:
+    """Trains on `config.data.path` until `config.training.steps`, from the newest checkpoint if there is one.
+
+    Args:
+        config: the run is a function of it. A workdir belongs to one config.
+        workdir: receives config.json, tokenizer.json, data/, checkpoints/, metrics.jsonl and run.log.
+        prepared: what `prepare.prepare(config)` gives, if the caller has it already.
+        report: where progress goes; the terminal by default.
+
+    Returns:
+        The prepared data, for evaluation.
+    """
+    workdir = Path(workdir)
+    open_workdir(config, workdir)
+    report = report or watch.Watch(workdir)
+    prepared = prepared or prepare_data(config, report)
+    prepared.save(workdir / "data")
+    tokenizer = open_tokenizer(config, workdir, prepared)
+    dataset = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))
+
+    mesh = sharding.make_mesh(config.mesh)
+    steps = config.training.steps
+    with jax.set_mesh(mesh):
+        sample: Batch = dataset[0]
+        abstract = abstract_state(config, sample.rows, mesh)
+        checkpoints = Checkpoints(workdir, config.training)
+        start = checkpoints.latest()
+        if start is None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            create = jax.jit(lambda: unboxed(initial_state(config, sample.rows)), out_shardings=shardings)
+            state = create()
+        else:
+            state = checkpoints.restore(start, abstract)
+            report.line(f"resuming {workdir} at step {start} of {steps}")
+        start = start or 0
+        if start >= steps:
+            checkpoints.close()
+            return prepared
+
+        placed = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding.rows(mesh)), sample
+        )
+        began = time.monotonic()
+        jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state")
+        compiled = jitted.lower(abstract, placed, config=config).compile()
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+        report.line(
+            f"{parameters:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s);"
+            f" step compiled in {time.monotonic() - began:.1f} s"
+        )
+
+        log = watch.MetricLog(workdir / "metrics.jsonl", resumed_at=start)
+        batches = pipeline.from_step(dataset, start, config.data.threads)
+        metrics = None
+        with report.progress("training", steps, start) as advance:
+            for step in range(start, steps):
+                batch = jax.device_put(next(batches), sharding.rows(mesh))
+                # The device works on one step while the next one's data is read; never further ahead.
+                jax.block_until_ready(metrics)
+                state, metrics = compiled(state, batch)
+                done, note = step + 1, ""
+                if done % config.training.log_every == 0 or done == steps:
+                    line = watch.describe(done, jax.device_get(metrics), config)
+                    log.write(line)
+                    note = f"loss {line['total']:.3f}" if line["finite"] else "loss not finite, step skipped"
+                checkpoints.save(state, done, last=done == steps)
+                advance(note=note)
+        log.close()
+        checkpoints.close()
+        report.line(f"training step compiled {watch.COMPILED['train_step']} time(s); bad steps: {int(state.bad_steps)}")
+    return prepared
+
+
+def prepare_data(config: config_lib.Config, report: watch.Watch) -> prepare.Prepared:
+    """`prepare.prepare` with its progress shown and its quarantine summed up."""
+    began = time.monotonic()
+    prepared = prepare.prepare(config)
+    without_text = sum(product.text is None for product in prepared.products)
+    without_image = sum(not product.images for product in prepared.products)
+    report.line(
+        f"read {len(prepared.products):,} records in {time.monotonic() - began:.1f} s:"
+        f" {len(prepared.train):,} products to train on, {len(prepared.val):,} to find,"
+        f" {len(prepared.val_queries):,} queries of their own; {without_text:,} without text,"
+        f" {without_image:,} without image; {len(prepared.quarantine):,} quarantined"
+    )
+    return prepared

@@ -1,0 +1,153 @@
+"""What a run tells while it works: progress on the terminal, a run log, metric lines, and a count of compilations."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from moon_jax import config as config_lib
+from moon_jax.objectives import filtering
+from moon_jax.types import OBJECTIVES
+
+COMPILED: Counter[str] = Counter()
+"""Compilations of this process by function name, counted by JAX's own events."""
+
+
+def _count(event: str, duration: float, **details: Any) -> None:
+    del duration
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED[details.get("fun_name", "").removeprefix("jit(").removesuffix(")")] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+class Watch:
+    """The terminal, and `run.log` in the workdir. Times go here, never into metrics: those are functions of the config."""
+
+    def __init__(self, workdir: Path | None = None, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self.workdir = workdir
+
+    def line(self, text: str) -> None:
+        """One line on the terminal and in run.log."""
+        self.console.print(text, markup=False, soft_wrap=True)
+        if self.workdir:
+            with (self.workdir / "run.log").open("a", encoding="utf-8") as file:
+                file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + text + "\n")
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int, start: int = 0) -> Iterator[Callable[..., None]]:
+        """A bar with rate and time left; off a terminal, one line every tenth of the way.
+
+        Yields:
+            advance(count=1, note=""): reports work done.
+        """
+        began, done, told = time.monotonic(), start, 0
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+        )
+        shown = self.console.is_terminal
+        task = bar.add_task(what, total=total, completed=start, rate="", note="")
+
+        def advance(count: int = 1, note: str = "") -> None:
+            nonlocal done, told
+            done += count
+            rate = (done - start) / max(time.monotonic() - began, 1e-9)
+            speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
+            if shown:
+                bar.update(task, completed=done, rate=speed, **({"note": note} if note else {}))
+            elif total and done * 10 // total > told and done < total:
+                told = done * 10 // total
+                left = (total - done) / max(rate, 1e-9)
+                self.line(f"{what} {done}/{total}, {speed}, {left:.0f} s left {note}".rstrip())
+
+        with bar if shown else contextlib.nullcontext():
+            yield advance
+        self.line(f"{what}: {done - start} in {time.monotonic() - began:.1f} s")
+
+
+class MetricLog:
+    """metrics.jsonl: one line per logged step, in order, each step once however often the run was resumed."""
+
+    def __init__(self, path: Path, resumed_at: int):
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= resumed_at:
+                        kept.append(line + "\n")
+                except ValueError:  # the line that a kill cut short
+                    break
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        self._file.write(json.dumps(metrics, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _round(value: Any) -> Any:
+    """A JSON number of six significant digits, or None where it is not finite."""
+    return float(f"{float(value):.6g}") if np.isfinite(value) else None
+
+
+def describe(step: int, metrics: dict[str, Any], config: config_lib.Config) -> dict[str, Any]:
+    """The metrics of a step (training/step.py) as one JSON line.
+
+    `experts` holds per layer and expert the share of text tokens and of image tokens that its gate took: each
+    modality's shares add up to 1 over a layer's experts.
+    """
+    result, modality = metrics["objectives"], metrics["modality"]
+    shares = modality / np.maximum(modality.sum(axis=-1, keepdims=True), 1e-9)
+    has_phi = np.isfinite(result.phi)
+    phi = result.phi[has_phi]
+    margin = filtering.margin_at(config.objective.margin, step / config.training.steps)
+    named = {
+        name: dict(zip(OBJECTIVES, map(kind, values), strict=True))
+        for name, kind, values in (
+            ("loss", _round, result.loss),
+            ("omega", _round, result.weight),
+            ("count", int, result.count),
+        )
+    }
+    return {
+        "step": step,
+        "total": _round(result.total),
+        **named,
+        "balance": _round(result.balance),
+        "sparsity": _round(result.sparsity),
+        "margin": _round(margin),
+        "phi_mean": _round(phi.mean()) if phi.size else None,
+        "phi_below_threshold": _round((phi < config.objective.phi_threshold).mean()) if phi.size else None,
+        "negatives_mean": _round(result.negatives.mean()),
+        "negatives_min": int(result.negatives.min()),
+        "experts": [
+            [{"text": _round(text), "image": _round(image)} for text, image in zip(*layer, strict=True)]
+            for layer in shares
+        ],
+        "grad_norm": _round(metrics["grad_norm"]),
+        "finite": bool(metrics["finite"]),
+    }

@@ -1,0 +1,37 @@
+"""Packaging. `pip install -e .` is all that a CPU user needs; the extras add hardware and references."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="moon_jax",
+    version="0.1.0",
+    description="MOON2.0 in JAX: modality-balanced multimodal product embeddings",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["moon_jax", "moon_jax.*"]),
+    entry_points={"console_scripts": ["moon-jax = moon_jax.cli:main"]},
+    install_requires=[
+        "array_record>=0.8.3",
+        "flax>=0.12.8,<0.13",
+        "grain>=0.2.18,<0.3",
+        # jax 0.11 needs Python 3.12; pip picks the newest that the interpreter can run.
+        "jax>=0.10.2,<0.12",
+        "ml_collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "pillow>=11",
+        "pyarrow>=18",
+        "rich>=13",
+        "tokenizers>=0.22",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "hf": ["torch>=2.6", "transformers>=5.23,<6"],
+        "notebooks": ["jupyterlab", "matplotlib"],
+        "test": ["pytest>=8", "ruff==0.14.5"],
+    },
+)
