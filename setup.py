@@ -11,7 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["moon_jax", "moon_jax.*"]),
-    entry_points={"console_scripts": ["moon-jax = moon_jax.cli:main"]},
+    entry_points={"console_scripts": ["moon-jax = moon_jax.cli:console"]},
     install_requires=[
         "array_record>=0.8.3",
         "flax>=0.12.8,<0.13",

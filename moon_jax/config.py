@@ -15,7 +15,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moon_jax.types import UserError
+
+class UserError(Exception):
+    """A mistake of the user's: one line that names the culprit, what was expected, and the remedy."""
 
 
 def option(default: Any, doc: str) -> Any:

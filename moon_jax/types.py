@@ -135,7 +135,3 @@ class TrainState:
     params: Any  # {"encoder": …, "alignment": {"dual" f32[L,E,M], "log_temperature" f32[2]}}
     opt_state: Any
     bad_steps: Array  # i32[]: steps skipped because the loss or a gradient was not finite
-
-
-class UserError(Exception):
-    """A mistake of the user's: one line that names the culprit, what was expected, and the remedy."""

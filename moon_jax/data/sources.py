@@ -19,7 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moon_jax.types import Product, UserError
+from moon_jax.config import UserError
+from moon_jax.types import Product
 
 LONGEST_TEXT = 65_536
 """Characters; a longer title is a mistake in the catalogue, not a title."""

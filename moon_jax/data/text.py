@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer as BaseTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from moon_jax.types import UserError
+from moon_jax.config import UserError
 
 PAD, VISION_START, VISION_END, IMAGE_PAD = "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
 SPECIAL = (PAD, VISION_START, VISION_END, IMAGE_PAD)

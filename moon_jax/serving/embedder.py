@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moon_jax import backend
 from moon_jax import config as config_lib
 from moon_jax.data import rows as rows_lib
 from moon_jax.data.images import BadImage
@@ -23,7 +24,8 @@ from moon_jax.data.text import Tokenizer
 from moon_jax.model.encoder import Encoder, initialize
 from moon_jax.training import checkpoints
 from moon_jax.training.step import initial_state
-from moon_jax.types import VIEWS, Product, Rows, UserError
+from moon_jax.config import UserError
+from moon_jax.types import VIEWS, Product, Rows
 
 BATCHES = (1, 8)
 """Batch sizes that get a compilation of their own, beside the largest."""
@@ -63,7 +65,10 @@ class Embedder:
         self.reader = Reader(self.config, tokenizer)
         self._params = params
         encoder = Encoder(self.config)
-        self._encode = jax.jit(lambda params, rows: encoder.apply({"params": params}, rows).embedding)
+        self._encode = jax.jit(
+            lambda params, rows: encoder.apply({"params": params}, rows).embedding,
+            compiler_options=backend.compiler_options(),
+        )
 
     @property
     def dimension(self) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from moon_jax.config import UserError
 from moon_jax import config as config_lib
-from moon_jax.types import TrainState, UserError
+from moon_jax.types import TrainState
 
 
 class Checkpoints:

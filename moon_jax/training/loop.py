@@ -7,20 +7,38 @@ from pathlib import Path
 
 import jax
 
+from moon_jax.config import UserError
 from moon_jax import config as config_lib
-from moon_jax import sharding
+from moon_jax import backend, sharding
 from moon_jax.data import pipeline, prepare, text
 from moon_jax.training import watch
 from moon_jax.training.checkpoints import Checkpoints
 from moon_jax.training.step import initial_state, train_step, unboxed
-from moon_jax.types import Batch, TrainState, UserError
+from moon_jax.types import Batch, TrainState
+
+
+def check_workdir(config: config_lib.Config, workdir: Path) -> None:
+    """Refuses a workdir that belongs to another config.
+
+    Where the data lies and how many threads read it may change; the data itself is held to by its fingerprint.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    held = config_lib.leaves(config_lib.from_json(path.read_text(encoding="utf-8"), str(path)))
+    for name, value in config_lib.leaves(config).items():
+        if held[name] != value and name not in ("data.path", "data.threads"):
+            raise UserError(
+                f"--workdir {workdir}: holds a run with config.{name} = {held[name]!r}, not {value!r};"
+                " take another workdir, or remove this one"
+            )
 
 
 def open_workdir(config: config_lib.Config, workdir: Path) -> None:
-    """Makes the workdir the home of this config, or checks that it is.
+    """Makes the workdir the home of this config.
 
     Raises:
-        UserError: the workdir belongs to another config, or cannot be written.
+        UserError: it cannot be written.
     """
     path = workdir / "config.json"
     try:
@@ -29,16 +47,8 @@ def open_workdir(config: config_lib.Config, workdir: Path) -> None:
             temporary = path.with_suffix(".tmp")
             temporary.write_text(config_lib.to_json(config), encoding="utf-8")
             temporary.replace(path)
-            return
     except OSError as error:
         raise UserError(f"--workdir {workdir}: {error.strerror}; give a folder that can be written") from None
-    held = config_lib.leaves(config_lib.from_json(path.read_text(encoding="utf-8"), str(path)))
-    for name, value in config_lib.leaves(config).items():
-        if held[name] != value:
-            raise UserError(
-                f"--workdir {workdir}: holds a run with config.{name} = {held[name]!r}, not {value!r};"
-                " take another workdir, or remove this one"
-            )
 
 
 def open_tokenizer(config: config_lib.Config, workdir: Path, prepared: prepare.Prepared) -> text.Tokenizer:
@@ -72,27 +82,24 @@ def abstract_state(config: config_lib.Config, rows: object, mesh: jax.sharding.M
     )
 
 
-def train(
-    config: config_lib.Config,
-    workdir: str | Path,
-    prepared: prepare.Prepared | None = None,
-    report: watch.Watch | None = None,
-) -> prepare.Prepared:
+def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
     """Trains on `config.data.path` until `config.training.steps`, from the newest checkpoint if there is one.
 
     Args:
         config: the run is a function of it. A workdir belongs to one config.
         workdir: receives config.json, tokenizer.json, data/, checkpoints/, metrics.jsonl and run.log.
-        prepared: what `prepare.prepare(config)` gives, if the caller has it already.
-        report: where progress goes; the terminal by default.
 
     Returns:
         The prepared data, for evaluation.
+
+    Raises:
+        UserError: the workdir holds a run of another config or of other data; the data cannot be used.
     """
     workdir = Path(workdir)
+    check_workdir(config, workdir)
+    report = watch.Watch(workdir)
+    prepared = prepare_data(config, report)
     open_workdir(config, workdir)
-    report = report or watch.Watch(workdir)
-    prepared = prepared or prepare_data(config, report)
     prepared.save(workdir / "data")
     tokenizer = open_tokenizer(config, workdir, prepared)
     dataset = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))
@@ -121,7 +128,7 @@ def train(
         )
         began = time.monotonic()
         jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state")
-        compiled = jitted.lower(abstract, placed, config=config).compile()
+        compiled = jitted.lower(abstract, placed, config=config).compile(compiler_options=backend.compiler_options())
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         report.line(
             f"{parameters:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s);"

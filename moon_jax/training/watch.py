@@ -42,7 +42,7 @@ class Watch:
     def line(self, text: str) -> None:
         """One line on the terminal and in run.log."""
         self.console.print(text, markup=False, soft_wrap=True)
-        if self.workdir:
+        if self.workdir and self.workdir.is_dir():
             with (self.workdir / "run.log").open("a", encoding="utf-8") as file:
                 file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + text + "\n")
 
