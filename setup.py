@@ -1,12 +1,14 @@
 """Packaging. `pip install -e .` is all that a CPU user needs; the extras add hardware and references."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="moon_jax",
     version="0.1.0",
     description="MOON2.0 in JAX: modality-balanced multimodal product embeddings",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

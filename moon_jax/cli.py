@@ -24,7 +24,9 @@ examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("moon-jax", description="MOON2.0: multimodal product embeddings.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "moon-jax", description="MOON2.0: multimodal product embeddings.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     quickstart = commands.add_parser(
         "quickstart",
@@ -34,7 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     quickstart.add_argument("--data", required=True, help="a .parquet or .jsonl file of products, or a folder of them")
-    quickstart.add_argument("--workdir", default="moon-jax-quickstart", help="where the run lives (default: %(default)s)")
+    quickstart.add_argument(
+        "--workdir", default="moon-jax-quickstart", help="where the run lives (default: %(default)s)"
+    )
     quickstart.add_argument("--steps", type=int, help="training steps, in place of the config's")
     quickstart.add_argument("--config", default="quickstart", help="a shipped config by name, or a file")
     parsed, overrides = parser.parse_known_args(arguments)

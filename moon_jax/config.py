@@ -44,7 +44,7 @@ class Language:
     """The decoder."""
 
     vocab: int = option(151936, "rows of the token embedding")
-    width: int = option(2048, "D")
+    width: int = option(2048, "D, width of a token and of the embedding")
     layers: int = option(28, "decoder layers")
     heads: int = option(16, "query heads")
     kv_heads: int = option(8, "key and value heads")
@@ -60,7 +60,7 @@ class Experts:
     """The modality-driven mixture of experts. The paper states none of the sizes: these are ours."""
 
     count: int = option(8, "E; 0 leaves every feed-forward dense")
-    per_token: int = option(2, "K")
+    per_token: int = option(2, "K, experts of one token")
     width: int = option(6144, "F, the inner width of one expert")
     every: int = option(1, "the last of every so many layers holds experts")
     dispatch: str = option("grouped", "grouped: sorted, cost of the routed tokens; dense: all experts, the oracle")
@@ -98,7 +98,7 @@ class Objective:
     dual_init: float = option(0.02, "standard deviation of W*'s start")
     filtering: bool = option(True, "weigh triplets of low φ down")
     phi_threshold: float = option(0.6, "φ from which a triplet counts fully")
-    phi_slope: float = option(10.0, "κ")
+    phi_slope: float = option(10.0, "κ, slope of φ")
     margin: tuple[float, float] = option((0.1, -0.2), "m̄ at the first and the last step, a cosine between")
     chunk: int = option(4096, "candidates whose similarities are held at once")
 
@@ -114,7 +114,7 @@ class Training:
     temperature_learning_rate: float = option(0.0, "log temperatures; 0 keeps them fixed, as the paper does")
     warmup: float = option(0.03, "share of the steps that warm up")
     min_warmup: int = option(100, "least number of warm-up steps")
-    betas: tuple[float, float] = option((0.9, 0.98), "AdamW")
+    betas: tuple[float, float] = option((0.9, 0.98), "decay of AdamW's two moments")
     weight_decay: float = option(0.05, "on matrices only")
     clip: float = option(1.0, "largest global norm of the gradient")
     param_dtype: str = option("float32", "dtype of the parameters")
@@ -131,7 +131,7 @@ class Mesh:
 
     data: int = option(-1, "data parallel")
     fsdp: int = option(1, "data parallel with sharded parameters")
-    expert: int = option(1, "experts")
+    expert: int = option(1, "expert parallel")
     tensor: int = option(1, "heads and feed-forward widths")
 
 
@@ -318,7 +318,9 @@ def from_json(text: str, where: str) -> Config:
         nested = json.loads(text)
         values = {}
         for key, value in nested.items():
-            values |= {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+            values |= (
+                {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+            )
     except (ValueError, AttributeError) as error:
         raise UserError(f"{where}: not a config written by moon_jax ({error})") from None
     return replace(Config(), values)

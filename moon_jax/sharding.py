@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moon_jax.config import UserError
 from moon_jax import config as config_lib
+from moon_jax.config import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
 

@@ -63,7 +63,11 @@ class Reader:
         text = product.text
         if text and alteration:
             text = keep_words(text, alteration.keep_word, alteration.least_words, rng)
-        tokens = self.tokenizer.encode([text], self.config.data.text_tokens)[0] if text and set(views) & {"t", "mm"} else None
+        tokens = (
+            self.tokenizer.encode([text], self.config.data.text_tokens)[0]
+            if text and set(views) & {"t", "mm"}
+            else None
+        )
         images = product.images if set(views) & {"i", "mm"} else ()
         if len(images) > self.config.data.images:
             chosen = range(self.config.data.images)

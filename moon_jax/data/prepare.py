@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moon_jax import config as config_lib
+from moon_jax.config import UserError
 from moon_jax.data import sources, triplets
 from moon_jax.data.images import BadImage, ResizeRule, decode
-from moon_jax.config import UserError
 from moon_jax.types import Product, Triplet
 
 

@@ -110,9 +110,7 @@ class MixtureOfExperts(nn.Module):
         tokens, real = x.reshape(-1, width), valid.reshape(-1)
         routing = route(tokens, router, c.per_token)
         compute = experts_lib.DISPATCH[c.dispatch]
-        y = compute(
-            tokens, routing.gate, routing.index, real, gate_up.astype(self.dtype), down.astype(self.dtype)
-        )
+        y = compute(tokens, routing.gate, routing.index, real, gate_up.astype(self.dtype), down.astype(self.dtype))
         counted = real[:, None].astype(jnp.float32)
         sums = RouterSums(
             gate=jnp.einsum(
@@ -136,7 +134,9 @@ class Layer(nn.Module):
     sparse: bool
 
     @nn.compact
-    def __call__(self, x: Array, segment: Array, cos: Array, sin: Array, pool: Array) -> tuple[Array, RouterSums | None]:
+    def __call__(
+        self, x: Array, segment: Array, cos: Array, sin: Array, pool: Array
+    ) -> tuple[Array, RouterSums | None]:
         c = self.config.language
         dtypes = {
             "dtype": jnp.dtype(self.config.training.dtype),
@@ -158,7 +158,15 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, index: Array, segment: Array, cos: Array, sin: Array, pool: Array, visual: Array, deepstack: Array
+        self,
+        x: Array,
+        index: Array,
+        segment: Array,
+        cos: Array,
+        sin: Array,
+        pool: Array,
+        visual: Array,
+        deepstack: Array,
     ) -> tuple[Array, RouterSums | None]:
         c = self.config
         layer = nn.remat(Layer, prevent_cse=False) if c.training.remat else Layer
@@ -209,7 +217,5 @@ class Decoder(nn.Module):
             length=periods,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, name="periods")
-        x, sums = scanned(
-            x, jnp.arange(periods), segment, jnp.cos(angles), jnp.sin(angles), pool, visual, deepstack
-        )
+        x, sums = scanned(x, jnp.arange(periods), segment, jnp.cos(angles), jnp.sin(angles), pool, visual, deepstack)
         return RMSNorm(c.language.norm_eps, jnp.dtype(c.training.param_dtype), name="norm")(x), sums

@@ -1,6 +1,6 @@
 """The router decides which experts a token goes to; experts.py moves and computes (house rule: three things).
 
-    G = softmax(W_g h),  G̃ = the K largest, renormalised to sum 1,  y = Σ_e G̃_e f_e(h)
+G = softmax(W_g h),  G̃ = the K largest, renormalised to sum 1,  y = Σ_e G̃_e f_e(h)
 """
 
 from __future__ import annotations

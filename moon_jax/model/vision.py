@@ -7,7 +7,6 @@ data, the number of patches is static: any aspect of image goes through one comp
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from moon_jax import config as config_lib

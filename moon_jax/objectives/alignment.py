@@ -118,7 +118,14 @@ def objectives(
     for item in (p, n):
         own = first + (item - p) * size
         loss, _ = contrastive_loss(
-            embedding[item, :, I], items[:, T], own, items_present[:, T], product, group, intra_temperature, options.chunk
+            embedding[item, :, I],
+            items[:, T],
+            own,
+            items_present[:, T],
+            product,
+            group,
+            intra_temperature,
+            options.chunk,
         )
         exists = present[item, :, I] & present[item, :, T]
         losses.append(_mean(loss, exists.astype(jnp.float32)))

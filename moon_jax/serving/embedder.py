@@ -17,14 +17,14 @@ import numpy as np
 
 from moon_jax import backend
 from moon_jax import config as config_lib
+from moon_jax.config import UserError
 from moon_jax.data import rows as rows_lib
 from moon_jax.data.images import BadImage
 from moon_jax.data.pipeline import Alteration, Reader
 from moon_jax.data.text import Tokenizer
-from moon_jax.model.encoder import Encoder, initialize
+from moon_jax.model.encoder import Encoder
 from moon_jax.training import checkpoints
 from moon_jax.training.step import initial_state
-from moon_jax.config import UserError
 from moon_jax.types import VIEWS, Product, Rows
 
 BATCHES = (1, 8)

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from moon_jax.config import UserError
 from moon_jax import config as config_lib
+from moon_jax.config import UserError
 from moon_jax.types import TrainState
 
 
@@ -21,7 +21,6 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep if config else None,
             create=config is not None,
-            read_only=config is None,
             cleanup_tmp_directories=config is not None,
         )
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)

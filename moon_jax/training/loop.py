@@ -7,9 +7,9 @@ from pathlib import Path
 
 import jax
 
-from moon_jax.config import UserError
-from moon_jax import config as config_lib
 from moon_jax import backend, sharding
+from moon_jax import config as config_lib
+from moon_jax.config import UserError
 from moon_jax.data import pipeline, prepare, text
 from moon_jax.training import watch
 from moon_jax.training.checkpoints import Checkpoints

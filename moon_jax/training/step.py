@@ -96,7 +96,7 @@ def train_step(
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
     (total, (result, modality)), grads = gradient(state.params, batch, config, state.step)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
 
     updates, opt_state = make_optimizer(config.training).update(grads, state.opt_state, state.params)

@@ -33,7 +33,7 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 class Watch:
-    """The terminal, and `run.log` in the workdir. Times go here, never into metrics: those are functions of the config."""
+    """The terminal, and `run.log` in the workdir. Times go here, never into metrics, which are functions of the config."""
 
     def __init__(self, workdir: Path | None = None, console: Console | None = None):
         self.console = console or Console(highlight=False)

@@ -1,0 +1,133 @@
+"""Shared by all tests: eight simulated devices, a persistent compilation cache, tiny configs, a tiny catalogue."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from moon_jax import config as config_lib  # noqa: E402
+from moon_jax.data import prepare, text  # noqa: E402
+
+CACHE = ROOT / ".jax_cache" / f"{sys.version_info.major}.{sys.version_info.minor}"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+COLOURS = {"red": (200, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 200), "yellow": (220, 210, 40)}
+THINGS = ("shirt", "shoe", "bag", "hat", "watch")
+
+TINY = {
+    "vision.depth": 2,
+    "vision.width": 16,
+    "vision.mlp_width": 24,
+    "vision.heads": 2,
+    "vision.positions": 16,
+    "vision.deepstack": (0,),
+    "vision.patch": 8,
+    "language.vocab": 300,
+    "language.width": 24,
+    "language.layers": 2,
+    "language.heads": 4,
+    "language.kv_heads": 2,
+    "language.head_dim": 12,
+    "language.mlp_width": 40,
+    "language.rope_theta": 10_000.0,
+    "language.rope_sections": (2, 2, 2),
+    "experts.count": 4,
+    "experts.width": 20,
+    "data.batch": 8,
+    "data.text_tokens": 12,
+    "data.visual_tokens": 6,
+    "data.min_visual_tokens": 2,
+    "evaluation.batch": 8,
+    "training.steps": 12,
+    "training.learning_rate": 1e-3,
+    "training.min_warmup": 2,
+    "training.log_every": 1,
+    "training.save_every": 3,
+}
+
+
+def tiny(**differences: object) -> config_lib.Config:
+    """A config small enough for tests; names with `__` for dots."""
+    values = TINY | {name.replace("__", "."): value for name, value in differences.items()}
+    return config_lib.replace(config_lib.Config(), values)
+
+
+def overrides(config: config_lib.Config) -> list[str]:
+    """Command-line arguments that turn the defaults into `config`."""
+    defaults = config_lib.leaves(config_lib.Config())
+    return [
+        f"--config.{k}={v!r}" for k, v in config_lib.leaves(config).items() if v != defaults[k] and k != "data.path"
+    ]
+
+
+def jpeg(colour: tuple[int, int, int], size: tuple[int, int], seed: int) -> bytes:
+    """A noisy picture of one colour."""
+    noise = np.random.default_rng(seed).integers(-25, 25, (size[1], size[0], 3))
+    stream = io.BytesIO()
+    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def records(count: int) -> list[dict]:
+    """Products whose titles name their colour; every 7th has no image, every 11th no title."""
+    made = []
+    for number in range(count):
+        colour = list(COLOURS)[number % len(COLOURS)]
+        thing = THINGS[number // len(COLOURS) % len(THINGS)]
+        size = ((20, 30), (30, 20), (24, 24))[number % 3]
+        image = {"bytes": jpeg(COLOURS[colour], size, number), "path": f"{number}.jpg"}
+        made.append(
+            {
+                "product_id": f"p{number}",
+                "title": None if number % 11 == 10 else f"plain {colour} {thing} number {number % 9}",
+                "category": ["goods", thing],
+                "brand": None,
+                "attributes": [("colour", colour)],
+                "images": [] if number % 7 == 6 else [image],
+            }
+        )
+    return made
+
+
+SCHEMA = pa.schema(
+    [
+        ("product_id", pa.string()),
+        ("title", pa.string()),
+        ("category", pa.list_(pa.string())),
+        ("brand", pa.string()),
+        ("attributes", pa.map_(pa.string(), pa.string())),
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+    ]
+)
+
+
+@pytest.fixture(scope="session")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with products.parquet: 60 products, some without image or title."""
+    folder = tmp_path_factory.mktemp("catalogue")
+    pq.write_table(pa.Table.from_pylist(records(60), SCHEMA), folder / "products.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(catalogue: Path) -> prepare.Prepared:
+    return prepare.prepare(tiny(data__path=str(catalogue)))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prepared: prepare.Prepared) -> text.Tokenizer:
+    return text.train((p.text for p in prepared.products if p.text), 300)

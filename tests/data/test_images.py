@@ -1,0 +1,70 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moon_jax.data import images
+from tests.conftest import jpeg, tiny
+
+RULE = images.ResizeRule.of(tiny())
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "LA", "1"])
+def test_all_modes_become_rgb(mode):
+    stream = io.BytesIO()
+    Image.new("RGB", (10, 12), (200, 30, 30)).convert(mode).save(stream, "TIFF" if mode in ("CMYK", "LA") else "PNG")
+    image = images.decode(stream.getvalue(), 1000)
+    assert image.mode == "RGB" and image.size == (10, 12)
+
+
+def test_orientation_tags_are_honoured():
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    Image.new("RGB", (10, 20)).save(stream, "JPEG", exif=exif)
+    assert images.decode(stream.getvalue(), 1000).size == (20, 10)
+
+
+@pytest.mark.parametrize("source", [b"", b"nonsense", jpeg((1, 2, 3), (20, 20), 0)[:300], "/nowhere.jpg", 7])
+def test_what_is_no_image_is_a_bad_image(source):
+    with pytest.raises(images.BadImage):
+        images.decode(source, 10**6)
+
+
+def test_a_file_and_its_bytes_give_the_same(tmp_path):
+    data = jpeg((1, 2, 3), (20, 20), 0)
+    (tmp_path / "a.jpg").write_bytes(data)
+    np.testing.assert_array_equal(images.decode(data, 1000), images.decode(tmp_path / "a.jpg", 1000))
+
+
+def test_every_aspect_keeps_to_the_budget():
+    for budget in (1, 2, 6, 9, 40):
+        rule = images.ResizeRule(8, 2, 256 * max(1, budget // 2), 256 * budget, 10**9)
+        for height in (1, 3, 17, 60, 333, 2000):
+            for width in (1, 5, 16, 61, 400):
+                if max(height, width) <= 200 * min(height, width):
+                    high, wide = rule.size(height, width)
+                    assert 0 < high * wide <= rule.max_pixels and high % 16 == wide % 16 == 0
+    with pytest.raises(images.BadImage, match="more elongated than 200:1"):
+        RULE.size(1, 201)
+
+
+def test_patches_in_merge_block_order():
+    # A 4 x 4 grid of 8-pixel patches whose grey value is row · 4 + column.
+    grey = np.kron(np.arange(16).reshape(4, 4), np.ones((8, 8))).astype(np.uint8)
+    rule = images.ResizeRule(8, 2, 256, 16 * 256, 10**6)
+    patches = images.patchify(Image.fromarray(np.stack([grey] * 3, -1)), rule)
+    assert patches.hw == (4, 4)
+    order = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert patches.pixels[:, 0].tolist() == order
+    assert (patches.yx[:, 0] * 4 + patches.yx[:, 1]).tolist() == order
+
+
+def test_crops_have_the_asked_area_and_aspect():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        left, top, right, bottom = images.crop_box(60, 80, (0.6, 0.9), rng)
+        assert 0 <= left < right <= 60 + 1e-9 and 0 <= top < bottom <= 80 + 1e-9
+        assert 0.6 <= (right - left) * (bottom - top) / 4800 <= 0.9
+        assert (right - left) / (bottom - top) == pytest.approx(0.75)

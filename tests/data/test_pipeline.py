@@ -1,0 +1,74 @@
+"""Batch = f(seed, step), whatever was read before and by however many threads."""
+
+import jax
+import numpy as np
+
+from moon_jax.data import pipeline
+from tests.conftest import tiny
+
+
+def equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def test_a_batch_depends_on_seed_and_step_alone(prepared, tokenizer, catalogue):
+    reader = pipeline.Reader(tiny(data__path=str(catalogue)), tokenizer)
+    dataset = pipeline.batches(prepared, reader)
+    straight = [batch for batch, _ in zip(pipeline.from_step(dataset, 0, 1), range(20), strict=False)]
+    for step in (17, 3, 0):  # addressed at random, over the end of the epoch
+        assert equal(dataset[step], straight[step])
+    resumed = pipeline.from_step(pipeline.batches(prepared, reader), 12, 4)
+    assert all(equal(next(resumed), batch) for batch in straight[12:20])
+    assert not equal(straight[0], straight[1])
+    other = pipeline.batches(prepared, pipeline.Reader(tiny(data__path=str(catalogue), seed=1), tokenizer))
+    assert not equal(other[0], straight[0])
+
+
+def test_an_epoch_sees_every_triplet_once_and_the_next_differs(prepared, tokenizer):
+    count = len(prepared.triplets)
+    dataset = pipeline.batches(prepared, pipeline.Reader(tiny(data__batch=1), tokenizer))
+    epochs = [[int(dataset[step].triplet[0]) for step in range(e * count, (e + 1) * count)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(count))
+    assert epochs[0] != epochs[1]
+
+
+def test_rows_hold_queries_then_positives_then_negatives(prepared, tokenizer):
+    config = tiny()
+    batch = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))[0]
+    size = config.data.batch
+    for b in range(size):
+        triplet = prepared.triplets[batch.triplet[b]]
+        assert [batch.product[role * size + b] for role in range(3)] == list(triplet[:3])
+        for role in range(3):
+            row, product = role * size + b, prepared.products[triplet[role]]
+            has = [bool(product.text), bool(product.images), bool(product.text and product.images)]
+            assert (batch.rows.view[row] > 0).tolist() == has
+            assert batch.group[row] == prepared.group[triplet[role]]
+    assert batch.rows.patches.dtype == np.uint8
+
+
+def test_queries_are_altered_and_items_are_not(prepared, tokenizer):
+    config = tiny()
+    batch = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))[0]
+    size = config.data.batch
+    reader = pipeline.Reader(config, tokenizer)
+    changed = 0
+    for b in range(size):
+        product = prepared.products[batch.product[size + b]]
+        text = tokenizer.encode([product.text], config.data.text_tokens)[0] if product.text else np.zeros(0)
+        start, stop = batch.rows.span[size + b, 0]
+        np.testing.assert_array_equal(batch.rows.tokens[size + b, start:stop], text)
+        if product.images:
+            plain = reader.image(product.images[0], None, None).pixels
+            np.testing.assert_array_equal(batch.rows.patches[size + b, : len(plain)], plain)
+        changed += not np.array_equal(batch.rows.patches[b], batch.rows.patches[size + b])
+    assert changed > size // 2
+
+
+def test_a_missing_negative_is_an_empty_row(prepared, tokenizer):
+    import dataclasses
+
+    lonely = dataclasses.replace(prepared, triplets=[t._replace(negative=None) for t in prepared.triplets])
+    batch = pipeline.batches(lonely, pipeline.Reader(tiny(), tokenizer))[0]
+    assert (batch.rows.view[16:] == 0).all() and (batch.product[16:] == -1).all() and (batch.group[16:] == -1).all()
+    assert (batch.rows.segment[16:] == 0).all()

@@ -1,0 +1,129 @@
+"""Packing, and what it promises: packed rows give what separate ones give, and view i is mm's prefix."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from moon_jax.data import rows as rows_lib
+from moon_jax.data.images import ResizeRule, patchify
+from moon_jax.model.encoder import Encoder, initialize
+from tests.conftest import tiny
+
+
+class Ids:
+    pad, image_pad, vision_start, vision_end = 0, 3, 1, 2
+
+
+def example(config, seed=0):
+    """Segments of four products: whole, text only, image only, whole."""
+    rng = np.random.default_rng(seed)
+    rule = ResizeRule.of(config)
+    images = [
+        patchify(Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)), rule)
+        for h, w in ((20, 30), (40, 20), (24, 24))
+    ]
+    texts = [rng.integers(4, 290, n).astype(np.int32) for n in (5, 12, 3)]
+    return [(texts[0], images[:1]), (texts[1], []), (None, images[1:2]), (texts[2], images[2:])]
+
+
+@pytest.fixture(scope="module", params=[0, 4], ids=["dense", "experts"])
+def model(request):
+    config = tiny(experts__count=request.param)
+    rows = rows_lib.pack([[]], rows_lib.Layout.of(config), 0)
+    params = nn.unbox(jax.jit(lambda: initialize(config, jax.random.key(1), rows))())
+    # Larger weights than at the start, so that tokens differ and routes are decided.
+    params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
+    return config, lambda rows: jax.jit(Encoder(config).apply)({"params": params}, rows)
+
+
+def layout(config, products, lengths=1):
+    base = rows_lib.Layout.of(config)
+    return rows_lib.Layout(
+        length=base.length * lengths,
+        patches=base.patches * products,
+        images=base.images * products,
+        products=products,
+        patch_width=base.patch_width,
+        merge=base.merge,
+    )
+
+
+def test_packed_rows_equal_separate_ones(model):
+    config, encode = model
+    parts = [rows_lib.segments(text, images, Ids, 2) for text, images in example(config)]
+    alone = encode(rows_lib.pack([[p] for p in parts], layout(config, 1), 0))
+    together = encode(rows_lib.pack([parts], layout(config, 4, 4), 0))
+    for product in range(4):
+        slots = slice(3 * product, 3 * product + 3)
+        np.testing.assert_allclose(together.embedding[0, slots], alone.embedding[product], atol=1e-5)
+        np.testing.assert_array_equal(together.tokens[0, slots], alone.tokens[product])
+        np.testing.assert_allclose(together.gate[:, 0, slots], alone.gate[:, product], atol=1e-4)
+    # The router's sums count the same tokens, however they are packed.
+    assert int(together.valid) == int(alone.valid) == sum(len(p.tokens) for part in parts for p in part)
+    np.testing.assert_allclose(together.load, alone.load)
+    np.testing.assert_allclose(together.prob, alone.prob, rtol=1e-5)
+    if config.experts.count:
+        np.testing.assert_allclose(alone.load.sum(1), config.experts.per_token * int(alone.valid))
+
+
+def test_image_prefix_equals_an_image_only_row(model):
+    config, encode = model
+    text, images = example(config)[0]
+    whole = encode(rows_lib.pack([[rows_lib.segments(text, images, Ids, 2)]], layout(config, 1), 0))
+    lone = encode(rows_lib.pack([[rows_lib.segments(None, images, Ids, 2)]], layout(config, 1), 0))
+    np.testing.assert_allclose(whole.embedding[0, 1], lone.embedding[0, 1], atol=1e-5)
+    assert np.abs(whole.embedding[0, 1] - whole.embedding[0, 2]).max() > 1e-2
+    np.testing.assert_array_equal(lone.embedding[0, [0, 2]], np.zeros((2, config.language.width)))
+
+
+def test_a_changed_neighbour_changes_nothing(model):
+    config, encode = model
+    parts = [rows_lib.segments(text, images, Ids, 2) for text, images in example(config)]
+    other = [rows_lib.segments(text, images, Ids, 2) for text, images in example(config, seed=9)]
+    a = encode(rows_lib.pack([[parts[0], parts[3]]], layout(config, 2, 2), 0))
+    b = encode(rows_lib.pack([[parts[0], other[3]]], layout(config, 2, 2), 0))
+    np.testing.assert_allclose(a.embedding[0, :3], b.embedding[0, :3], atol=1e-5)
+    assert np.abs(a.embedding[0, 3:] - b.embedding[0, 3:]).max() > 1e-2
+
+
+def test_layout_of_a_row_by_hand():
+    config = tiny()
+    image = rows_lib.Patches(
+        np.arange(6 * 4 * 192, dtype=np.uint8).reshape(24, 192), np.zeros((24, 2), np.int32), (4, 6)
+    )
+    parts = rows_lib.segments(np.array([7, 8], np.int32), [image], Ids, 2)
+    rows = rows_lib.pack([[parts]], rows_lib.Layout.of(config), 0)
+    # text (2), then start, 2 x 3 visual tokens, end, text (2)
+    assert list(rows.tokens[0, :12]) == [7, 8, 1, 3, 3, 3, 3, 3, 3, 2, 7, 8]
+    assert list(rows.segment[0, :13]) == [1, 1] + [2] * 10 + [0]
+    assert list(rows.visual[0, :12]) == [-1, -1, -1, 0, 1, 2, 3, 4, 5, -1, -1, -1]
+    assert rows.span[0].tolist() == [[0, 2], [2, 10], [2, 12]] and rows.view[0].tolist() == [1, 2, 3]
+    assert rows.owner[0].tolist() == [0, 0, 0]
+    # As Qwen3-VL counts: the grid starts after the start token, and the longer side (3) is what it takes up.
+    assert rows.position[0, 2:12].tolist() == [
+        [0, 0, 0],
+        *[[1, 1, 1], [1, 1, 2], [1, 1, 3], [1, 2, 1], [1, 2, 2], [1, 2, 3]],
+        [4, 4, 4],
+        [5, 5, 5],
+        [6, 6, 6],
+    ]
+
+
+def test_absent_views_are_absent():
+    config = tiny()
+    parts = [rows_lib.segments(text, images, Ids, 2) for text, images in example(config)]
+    rows = rows_lib.pack([[p] for p in parts], rows_lib.Layout.of(config), 0)
+    assert rows.view.tolist() == [[1, 2, 3], [1, 0, 0], [0, 2, 0], [1, 2, 3]]
+    assert rows.owner.tolist() == [[0, 0, 0], [1, -1, -1], [-1, 2, -1], [3, 3, 3]]
+    assert rows_lib.segments(np.zeros(0, np.int32), [], Ids, 2) == []
+
+
+def test_what_does_not_fit_is_refused():
+    config = tiny()
+    parts = rows_lib.segments(np.arange(4, 60, dtype=np.int32), [], Ids, 2)
+    with pytest.raises(ValueError, match="row 0: 56 tokens"):
+        rows_lib.pack([[parts]], rows_lib.Layout.of(config), 0)
+    with pytest.raises(ValueError, match="holds 2 products"):
+        rows_lib.pack([[[], []]], rows_lib.Layout.of(config), 0)

@@ -1,0 +1,143 @@
+"""Every record is read or quarantined with a reason; what cannot be used at all is one line."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moon_jax.config import UserError
+from moon_jax.data import prepare, sources
+from tests.conftest import SCHEMA, jpeg, records, tiny
+
+GOOD = jpeg((200, 30, 30), (24, 24), 0)
+
+
+def write_jsonl(folder, lines):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "products.jsonl").write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8"
+    )
+    return folder
+
+
+def test_parquet_and_jsonl_give_the_same_products(tmp_path):
+    made = records(20)
+    pq.write_table(pa.Table.from_pylist(made, SCHEMA), tmp_path / "products.parquet")
+    lines = []
+    for record in made:
+        paths = []
+        for image in record["images"]:
+            (tmp_path / "jsonl" / "images").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "jsonl" / "images" / image["path"]).write_bytes(image["bytes"])
+            paths.append(f"images/{image['path']}")
+        lines.append(record | {"images": paths, "attributes": dict(record["attributes"])})
+    write_jsonl(tmp_path / "jsonl", lines)
+    parquet, jsonl = sources.read(tmp_path / "products.parquet"), sources.read(tmp_path / "jsonl")
+    assert len(parquet.products) == 20 - 0 and not parquet.quarantine
+    for a, b in zip(parquet.products, jsonl.products, strict=True):
+        assert [path.read_bytes() for path in b.images] == list(a.images)
+        assert (a.id, a.text, a.group, a.category, a.attributes) == (b.id, b.text, b.group, b.category, b.attributes)
+
+
+def test_every_bad_record_is_quarantined_with_its_reason(tmp_path):
+    (tmp_path / "outside.jpg").write_bytes(GOOD)
+    folder = tmp_path / "catalogue"
+    folder.mkdir()
+    (folder / "good.jpg").write_bytes(GOOD)
+    (folder / "short.jpg").write_bytes(GOOD[: len(GOOD) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_bytes(b"no image at all")
+    good = [{"product_id": f"g{n}", "title": f"good {n}", "images": ["good.jpg"]} for n in range(40)]
+    bad = {
+        "not readable": ["{broken", "[1, 2]"],
+        "no id": [{"product_id": None, "title": "x"}],
+        "duplicate id": [{"product_id": "g3", "title": "again"}],
+        "bad text": [{"product_id": "b1", "title": 7}],
+        "text too long": [{"product_id": "b2", "title": "x" * 1_000_000}],
+        "no text and no image": [{"product_id": "b3", "title": None}, {"product_id": "b4", "title": " ", "images": []}],
+        "bad image": [
+            {"product_id": f"i{n}", "title": "x", "images": [path]}
+            for n, path in enumerate(("short.jpg", "empty.jpg", "text.jpg", "missing.jpg", "../outside.jpg", 7))
+        ],
+    }
+    lines = good + [line for group in bad.values() for line in group]
+    write_jsonl(folder, lines)
+    found = prepare.prepare(tiny(data__path=str(folder)))
+    reasons = [entry.reason for entry in found.quarantine]
+    assert {reason: reasons.count(reason) for reason in bad} == {reason: len(group) for reason, group in bad.items()}
+    assert len(found.products) + len(found.quarantine) == len(lines)
+    assert set(reasons) <= set(sources.REASONS)
+    assert all(entry.detail or entry.reason == "no text and no image" for entry in found.quarantine)
+
+
+def test_an_image_with_too_many_pixels_is_not_decoded(tmp_path):
+    write_jsonl(tmp_path, [{"product_id": f"{n}", "title": f"t{n}", "images": [f"{n}.jpg"]} for n in range(30)])
+    for n in range(30):
+        (tmp_path / f"{n}.jpg").write_bytes(jpeg((9, 9, 9), (40, 40) if n == 4 else (8, 8), n))
+    found = prepare.prepare(tiny(data__path=str(tmp_path), data__max_pixels=1000))
+    assert [(entry.record, entry.reason) for entry in found.quarantine] == [("4", "bad image")]
+    assert "40 x 40 pixels, above data.max_pixels" in found.quarantine[0].detail
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "nowhere", "no such file or folder"),
+        (lambda p: p, "no .parquet or .jsonl file there"),
+        (lambda p: write_jsonl(p, [{"sku": "1", "title": "x"}]), "no column product_id; its columns are sku, title"),
+        (lambda p: write_jsonl(p, [{"product_id": "1", "name": "x"}]), "no column title or images"),
+        (lambda p: write_jsonl(p, []), "no usable product; quarantined for: no records"),
+        (lambda p: (p / "a.parquet").write_bytes(b"PAR") and p, "not a readable Parquet file"),
+        (lambda p: write_jsonl(p, [{"product_id": "1", "title": "x"}]), "no product left to"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(tmp_path, make, message):
+    with pytest.raises(UserError) as error:
+        prepare.prepare(tiny(data__path=str(make(tmp_path))))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_queries_and_splits(tmp_path):
+    for name, ids in (("train", range(8)), ("val", range(8, 12))):
+        rows = [{"product_id": str(n), "title": f"thing {n}", "images": []} for n in ids]
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / f"{name}.parquet")
+    photo = {"bytes": GOOD, "path": "q.jpg"}
+    for name, targets in (("train", ("1", "2", "99")), ("val", ("9",))):
+        rows = [{"query_id": f"{name}-{n}", "product_id": t, "image": photo} for n, t in enumerate(targets)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"queries_{name}.parquet")
+    found = prepare.prepare(tiny(data__path=str(tmp_path)))
+    ids = [product.id for product in found.products]
+    assert [ids[index] for index in found.train] == [str(n) for n in range(8)]
+    assert [ids[index] for index in found.val] == [str(n) for n in range(8, 12)]
+    assert [(ids[q], ids[p]) for q, p in found.val_queries] == [("val-0", "9")]
+    asked = [t for t in found.triplets if t.query != t.positive]
+    assert [(ids[t.query], ids[t.positive]) for t in asked] == [("train-0", "1"), ("train-1", "2")]
+    assert [(entry.record, entry.reason) for entry in found.quarantine] == [("train-2", "unknown product")]
+
+
+def test_triplets_and_split_follow_from_the_seed(catalogue, prepared):
+    products = prepared.products
+    assert prepared.triplets == prepare.prepare(tiny(data__path=str(catalogue))).triplets
+    assert prepared.triplets != prepare.prepare(tiny(data__path=str(catalogue), seed=1)).triplets
+    for triplet in prepared.triplets:
+        positive, negative = products[triplet.positive], products[triplet.negative]
+        assert triplet.query == triplet.positive != triplet.negative
+        assert positive.category == negative.category
+        assert positive.group != negative.group or not positive.group
+    groups = prepared.group
+    train_groups = {groups[index] for index in prepared.train} - {-1}
+    assert not train_groups & {groups[index] for index in prepared.val}
+    assert sorted(prepared.train + prepared.val) == list(range(60))
+
+
+def test_the_manifest_counts_and_refuses_other_data(catalogue, prepared, tmp_path):
+    prepared.save(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["products"] == 60 and manifest["without_image"] == 8 and manifest["without_text"] == 5
+    stored = pq.read_table(tmp_path / "triplets.parquet").to_pylist()
+    assert [tuple(row.values()) for row in stored] == [tuple(t) for t in prepared.triplets]
+    prepared.save(tmp_path)  # the same again is fine
+    other = prepare.prepare(tiny(data__path=str(catalogue), seed=1))
+    with pytest.raises(UserError, match="made from other data"):
+        other.save(tmp_path)

@@ -1,0 +1,69 @@
+import dataclasses
+
+import pytest
+from ml_collections import ConfigDict
+
+from moon_jax import config as config_lib
+from moon_jax.config import UserError
+from tests.conftest import ROOT, overrides, tiny
+
+
+def test_under_ninety_leaves_each_with_a_line_of_doc():
+    assert len(config_lib.leaves(config_lib.Config())) < 90
+
+    def check(part):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if dataclasses.is_dataclass(value):
+                check(value)
+            else:
+                assert 5 < len(field.metadata["doc"]) < 100, field.name
+
+    check(config_lib.Config())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "moon_jax" / "configs").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_shipped_configs_hold_differences_only(path):
+    # `load` refuses unknown keys and restated defaults.
+    assert config_lib.load(path.stem) != config_lib.Config()
+
+
+def test_a_restated_default_is_refused():
+    with pytest.raises(UserError, match=r"config.experts.count: 8 is the default already"):
+        config_lib.resolve(ConfigDict({"experts": {"count": 8}}))
+
+
+def test_an_unknown_key_names_the_closest():
+    with pytest.raises(UserError, match=r"config.experts.cuont: no such option; the closest is config.experts.count"):
+        config_lib.override(config_lib.Config(), ["--config.experts.cuont=4"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.experts.count='many'", "config.experts.count: 'many' is not a int"),
+        ("--config.data.crop=3", "config.data.crop: 3 is not a tuple"),
+        ("--verbose", "--verbose: not understood"),
+        ("--config.experts.per_token=9", "experts.per_token must lie between"),
+        ("--config.language.kv_heads=3", "language.heads must be a multiple"),
+        ("--config.vision.deepstack=(5,99,100)", "vision.deepstack must rise"),
+    ],
+)
+def test_a_wrong_value_is_one_line(argument, message):
+    with pytest.raises(UserError) as error:
+        config_lib.override(config_lib.Config(), [argument])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_command_line_and_json_give_the_same_config():
+    config = tiny()
+    assert config_lib.override(config_lib.Config(), overrides(config)) == config
+    assert config_lib.from_json(config_lib.to_json(config), "here") == config
+
+
+def test_warmup():
+    steps = lambda **options: config_lib.warmup_steps(config_lib.Training(**options))  # noqa: E731
+    assert steps(steps=22500) == 675  # 3%
+    assert steps(steps=1000) == 100  # the least
+    assert steps(steps=20) == 10  # never more than half

@@ -1,0 +1,45 @@
+"""The rooms of the house, from left to right: a module imports only from rooms to its left, or from its own."""
+
+import ast
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+ORDER = [
+    "types",
+    "config",
+    "backend",
+    "sharding",
+    "similarity",
+    "data",
+    "model",
+    "objectives",
+    "training",
+    "hub",
+    "serving",
+    "evaluation",
+    "augment",
+    "cli",
+]
+
+
+def test_imports_go_left():
+    package = ROOT / "moon_jax"
+    files = sorted(package.rglob("*.py"))
+    assert len(files) > 20
+    for path in files:
+        room = path.relative_to(package).with_suffix("").parts[0]
+        if room in ("__init__", "configs"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("moon_jax"):
+                continue
+            parts = node.module.split(".")[1:]
+            for other in [parts[0]] if parts else [alias.name for alias in node.names]:
+                assert ORDER.index(other) <= ORDER.index(room), f"{path}: imports {other}"
+
+
+def test_reading_order_stays_short():
+    files = ("types.py", "data/rows.py", "model/encoder.py", "objectives/alignment.py", "training/step.py")
+    lines = sum(len(Path(ROOT / "moon_jax" / file).read_text(encoding="utf-8").splitlines()) for file in files)
+    assert lines < 1500

@@ -1,0 +1,182 @@
+"""Whole runs of the quickstart as users start them: processes, real signals, files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import moon_jax
+from moon_jax.config import UserError
+from moon_jax.types import VIEWS
+from tests.conftest import CACHE, COLOURS, jpeg, overrides, tiny
+
+CONFIG = tiny(training__steps=40, training__save_every=6)
+
+
+def command(catalogue, workdir, *more):
+    return [
+        sys.executable,
+        *("-m", "moon_jax.cli", "quickstart", "--data", str(catalogue), "--workdir", str(workdir)),
+        *overrides(CONFIG),
+        *more,
+    ]
+
+
+def environment():
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    return {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | cache
+
+
+def run(*arguments):
+    return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def finished(catalogue, tmp_path_factory):
+    """The workdir of an undisturbed run, and what it printed."""
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    done = run(catalogue, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+def test_it_leaves_and_names_what_it_made(finished):
+    workdir, printed = finished
+    for name in ("checkpoints", "metrics.jsonl", "metrics.json", "embeddings/val.parquet", "run.log"):
+        assert (workdir / name).exists() and str(workdir / name) in printed
+    assert "training step compiled 1 time(s); bad steps: 0" in (workdir / "run.log").read_text()
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    assert set(metrics["retrieval"]["products"]) == {f"{q}→{c}" for q in VIEWS for c in VIEWS}
+    table = pq.read_table(workdir / "embeddings" / "val.parquet")
+    vectors = np.array(table["vector"].to_pylist())
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, rtol=1e-5)
+    assert table.schema.metadata[b"model"].decode() == metrics["model"]
+
+
+def test_metric_lines_hold_what_they_should(finished):
+    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    for line in lines:
+        assert sum(line["omega"].values()) == pytest.approx(1.0, abs=0.05)
+        assert all(0 < count <= 8 for count in line["count"].values())
+        for layer in line["experts"]:
+            for modality in ("text", "image"):
+                assert sum(expert[modality] for expert in layer) == pytest.approx(1.0, abs=1e-4)
+        assert 0 <= line["phi_below_threshold"] <= 1 and 0 < line["negatives_mean"] < 16
+    assert any(line["count"]["q_mm→p_mm"] < 8 for line in lines)  # products without image or text were met
+    assert lines[-1]["total"] < lines[0]["total"]
+
+
+@pytest.mark.parametrize("kills", [(1, 20), (33,)])
+def test_a_killed_run_ends_with_the_same_digits(catalogue, finished, tmp_path, kills):
+    workdir = tmp_path / "w"
+    rng = np.random.default_rng(sum(kills))
+    for lines in kills:
+        process = subprocess.Popen(
+            command(catalogue, workdir), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        log = workdir / "metrics.jsonl"
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (workdir / "metrics.json").exists()  # it was not done yet
+    done = run(catalogue, workdir)
+    assert done.returncode == 0, done.stderr
+    if max(kills) > 12:
+        assert "resuming" in done.stdout
+    for name in ("metrics.json", "metrics.jsonl"):
+        assert (workdir / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+def test_the_same_command_again_only_evaluates(catalogue, finished):
+    workdir, _ = finished
+    before = {name: (workdir / name).read_bytes() for name in ("metrics.json", "metrics.jsonl")}
+    done = run(catalogue, workdir)
+    assert done.returncode == 0 and "compiled" not in done.stdout
+    assert before == {name: (workdir / name).read_bytes() for name in before}
+
+
+def test_other_config_or_data_in_the_workdir_is_one_line(catalogue, finished, tmp_path):
+    done = run(catalogue, finished[0], "--config.training.steps=50")
+    assert done.returncode == 2
+    assert "holds a run with config.training.steps = 40, not 50" in done.stderr and done.stderr.count("\n") == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    table = pq.read_table(catalogue / "products.parquet")
+    pq.write_table(table.slice(0, 50), other / "products.parquet")
+    done = run(other, finished[0])
+    assert done.returncode == 2 and "made from other data" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_missing_catalogue_leaves_no_workdir(tmp_path):
+    done = run(tmp_path / "nowhere", tmp_path / "w")
+    assert done.returncode == 2 and "no such file or folder" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.fixture(scope="module")
+def embedder(finished):
+    return moon_jax.load(finished[0])
+
+
+ITEMS = [
+    "plain red shirt",
+    {"text": "plain blue shoe", "image": jpeg(COLOURS["blue"], (30, 20), 1)},
+    moon_jax.Product(images=(jpeg(COLOURS["green"], (20, 30), 2),)),
+    {"image": jpeg(COLOURS["red"], (24, 24), 3)},
+    "bag",
+    moon_jax.Product(text="plain yellow hat", images=(jpeg(COLOURS["yellow"], (24, 24), 4),)),
+] * 3
+
+
+def test_a_vector_does_not_depend_on_its_neighbours(embedder):
+    together = embedder.encode(ITEMS)
+    alone = np.concatenate([embedder.encode([item]) for item in ITEMS])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(embedder.encode(ITEMS[::-1], batch_size=5), together[::-1], atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, rtol=1e-5)
+    assert together.shape == (18, 24) and together.dtype == np.float32
+    assert embedder.encode("bag").shape == (1, 24) and embedder.encode([]).shape == (0, 24)
+
+
+def test_encode_and_evaluation_agree(finished, embedder, prepared):
+    table = pq.read_table(finished[0] / "embeddings" / "val.parquet").to_pylist()
+    stored = {(row["id"], row["view"]): row["vector"] for row in table}
+    for index in prepared.val[:6]:
+        product = prepared.products[index]
+        richest = "mm" if product.text and product.images else "i" if product.images else "t"
+        np.testing.assert_allclose(embedder.encode(product)[0], stored[product.id, richest], atol=1e-5)
+
+
+def test_truncated_vectors_are_unit_again(embedder):
+    full, short = embedder.encode(ITEMS[:4]), embedder.encode(ITEMS[:4], truncate_dim=8)
+    np.testing.assert_allclose(short, full[:, :8] / np.linalg.norm(full[:, :8], axis=1, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(embedder.similarity(full, full).diagonal(), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["ok", moon_jax.Product()], "item 1: neither text nor image"),
+        ([{"image": "/nowhere/shoe.jpg"}], "item 0: image: .*No such file"),
+        ([{"txt": "x"}], "item 0: 'txt': not a part of an item"),
+        ([7], "item 0: a int cannot be embedded"),
+        ([""], "item 0: neither text nor image"),
+    ],
+)
+def test_bad_items_are_one_line(embedder, items, message):
+    with pytest.raises(UserError, match=message):
+        embedder.encode(items)
+
+
+def test_no_model_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="not a workdir of a training run"):
+        moon_jax.load(tmp_path)

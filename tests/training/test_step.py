@@ -1,0 +1,117 @@
+"""The step on one and on eight devices, its schedule, its groups, and what it does with numbers that are not finite."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moon_jax import sharding
+from moon_jax.config import UserError
+from moon_jax.data import pipeline
+from moon_jax.training import loop
+from moon_jax.training import step as step_lib
+from tests.conftest import tiny
+
+
+@pytest.fixture(scope="module")
+def batch(prepared, tokenizer):
+    return pipeline.batches(prepared, pipeline.Reader(tiny(), tokenizer))[0]
+
+
+def fresh(config, batch):
+    return jax.jit(lambda: step_lib.unboxed(step_lib.initial_state(config, batch.rows)))()
+
+
+def test_the_loss_falls_and_all_parameters_move(batch):
+    config = tiny(training__steps=60)
+    state = fresh(config, batch)
+    start = jax.device_get(state.params)
+    step = jax.jit(functools.partial(step_lib.train_step, config=config))
+    losses = []
+    for _ in range(25):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["objectives"].total))
+    assert losses[-1] < 0.7 * losses[0]
+    still = [
+        jax.tree_util.keystr(path)
+        for (path, old), new in zip(
+            jax.tree_util.tree_flatten_with_path(start)[0], jax.tree.leaves(state.params), strict=True
+        )
+        if np.array_equal(old, new)
+    ]
+    assert still == ["['alignment']['log_temperature']"]  # its learning rate is 0
+    assert int(state.step) == 25 and int(state.bad_steps) == 0
+
+
+def test_learning_rates_by_group_and_decay_by_name(batch):
+    config = tiny()
+    params = fresh(config, batch).params
+    groups, decayed = {}, set()
+    for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]:
+        groups.setdefault(step_lib.parameter_group(path), []).append(jax.tree_util.keystr(path))
+        if step_lib.is_decayed(path):
+            decayed.add(step_lib._names(path)[-1])
+    assert {name: len(paths) for name, paths in groups.items() if name != "backbone"} == {
+        "dual": 1,
+        "temperature": 1,
+        "router": 1,
+    }
+    assert decayed == {"kernel", "gate_up", "down", "router", "token_embedding", "positions", "patch_kernel"}
+    # Adam's first update has length 1 per entry: the change is each group's learning rate at step 0 of the schedule.
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
+    options = tiny(training__weight_decay=0.0, training__clip=1e9, training__temperature_learning_rate=0.5).training
+    optimizer = step_lib.make_optimizer(options)
+    state = optimizer.init(params)
+    for _ in range(3):  # warm-up of 2 steps: the third update is at the peak
+        updates, state = optimizer.update(grads, state, params)
+    rates = {
+        step_lib.parameter_group(path): -float(np.mean(update))
+        for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]
+    }
+    expected = {"backbone": 1e-3, "router": 1e-4, "dual": 1e-2, "temperature": 0.5}
+    assert rates == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_bad_step_changes_nothing_and_is_counted(batch):
+    config = tiny()
+    state = fresh(config, batch)
+    step = jax.jit(functools.partial(step_lib.train_step, config=config))
+    poisoned = state.replace(params=jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.params))
+    for before, given in ((poisoned, batch), (state, batch.replace(weight=batch.weight * jnp.nan))):
+        after, metrics = step(before, given)
+        assert not bool(metrics["finite"])
+        assert int(after.bad_steps) == 1 and int(after.step) == 1
+        kept, old = (jax.tree.leaves((s.params, s.opt_state)) for s in (after, before))
+        for a, b in zip(kept, old, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [{"mesh__data": 8}, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, {"mesh__data": 2, "mesh__expert": 4}],
+)
+def test_eight_devices_give_the_loss_and_gradients_of_one(batch, mesh):
+    config = tiny(experts__dispatch="dense")
+    state = fresh(config, batch)
+    value = jax.jit(jax.value_and_grad(lambda p, b: step_lib.loss(p, b, config, jnp.int32(3))[0]))
+    expected_loss, expected = value(state.params, batch)
+
+    sharded = tiny(experts__dispatch="dense", **mesh)
+    devices = sharding.make_mesh(sharded.mesh)
+    with jax.set_mesh(devices):
+        abstract = loop.abstract_state(sharded, batch.rows, devices)
+        placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state.params, abstract.params)
+        spread = {leaf.sharding.spec for leaf in jax.tree.leaves(placed)}
+        assert len(spread) > 1 or mesh == {"mesh__data": 8}
+        loss, gradients = value(placed, jax.device_put(batch, sharding.rows(devices)))
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(gradients)[0], jax.tree.leaves(expected), strict=True):
+        scale = max(float(jnp.abs(b).max()), 1e-3)
+        np.testing.assert_allclose(np.asarray(a) / scale, b / scale, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_mesh_that_does_not_fit_is_one_line():
+    with pytest.raises(UserError, match="data=3 x fsdp=1 x expert=1 x tensor=1 does not fit 8 devices"):
+        sharding.make_mesh(tiny(mesh__data=3).mesh)
