@@ -277,7 +277,7 @@ def resolve(differences: Any) -> Config:
 
 
 def load(source: str) -> Config:
-    """A config by the name of a file in moon_jax/configs, or by path: Python with `get_config()`, or a run's config.json.
+    """A config by the name of a file in moon_jax/configs, or by path: Python with `get_config()`, or a config.json.
 
     A Python config is code and is run: load only what you trust.
     """

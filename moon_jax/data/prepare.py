@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -108,11 +108,13 @@ def _split(products: Sequence[Product], fraction: float, seed: int) -> tuple[lis
     return [index for index in range(len(products)) if index not in kept], val
 
 
-def prepare(config: config_lib.Config, advance: Callable[[int, int], None] = lambda done, total: None) -> Prepared:
+def prepare(
+    config: config_lib.Config, track: Callable[[Iterable, int], Iterable] = lambda work, total: work
+) -> Prepared:
     """Reads and verifies `config.data.path`, and makes the training triplets.
 
     Args:
-        advance: called with (records verified, records in all).
+        track: wraps the iterable of verified records, whose number it is told, to show progress.
 
     Raises:
         UserError: nothing is left to train on or to find.
@@ -132,7 +134,7 @@ def prepare(config: config_lib.Config, advance: Callable[[int, int], None] = lam
     place: dict[tuple[str, int], int] = {}
     with ThreadPoolExecutor(config.data.threads) as pool:
         found = pool.map(lambda key: _verify(parts[key[0]][key[1]], rule), everything)
-        for done, (key, (problem, digest)) in enumerate(zip(everything, found, strict=True), 1):
+        for key, (problem, digest) in track(zip(everything, found, strict=True), len(everything)):
             product = parts[key[0]][key[1]]
             digests.update(digest)
             if problem:
@@ -140,7 +142,6 @@ def prepare(config: config_lib.Config, advance: Callable[[int, int], None] = lam
             else:
                 place[key] = len(products)
                 products.append(product)
-            advance(done, len(everything))
 
     def indices(part: str) -> list[int]:
         return [place[part, number] for number in range(len(parts[part])) if (part, number) in place]

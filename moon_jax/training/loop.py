@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 
@@ -159,14 +160,13 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
 
 def prepare_data(config: config_lib.Config, report: watch.Watch) -> prepare.Prepared:
     """`prepare.prepare` with its progress shown and its quarantine summed up."""
-    began = time.monotonic()
-    prepared = prepare.prepare(config)
+    prepared = prepare.prepare(config, functools.partial(report.track, "reading"))
     without_text = sum(product.text is None for product in prepared.products)
     without_image = sum(not product.images for product in prepared.products)
     report.line(
-        f"read {len(prepared.products):,} records in {time.monotonic() - began:.1f} s:"
-        f" {len(prepared.train):,} products to train on, {len(prepared.val):,} to find,"
-        f" {len(prepared.val_queries):,} queries of their own; {without_text:,} without text,"
-        f" {without_image:,} without image; {len(prepared.quarantine):,} quarantined"
+        f"{len(prepared.train):,} products to train on, {len(prepared.val):,} to find,"
+        f" {len(prepared.val_queries):,} queries of their own to find them with;"
+        f" of all {len(prepared.products):,} records {without_text:,} lack text, {without_image:,} lack images;"
+        f" {len(prepared.quarantine):,} quarantined"
     )
     return prepared

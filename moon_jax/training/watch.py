@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moon_jax import config as config_lib
 from moon_jax.objectives import filtering
 from moon_jax.types import OBJECTIVES
+
+QUIET_SECONDS = 3.0
+"""Off a terminal, work that is done sooner is told in one line."""
 
 COMPILED: Counter[str] = Counter()
 """Compilations of this process by function name, counted by JAX's own events."""
@@ -33,7 +36,7 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 class Watch:
-    """The terminal, and `run.log` in the workdir. Times go here, never into metrics, which are functions of the config."""
+    """The terminal, and `run.log` in the workdir. Times go here, never into metrics: those follow from the config."""
 
     def __init__(self, workdir: Path | None = None, console: Console | None = None):
         self.console = console or Console(highlight=False)
@@ -76,7 +79,7 @@ class Watch:
             speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
             if shown:
                 bar.update(task, completed=done, rate=speed, **({"note": note} if note else {}))
-            elif total and done * 10 // total > told and done < total:
+            elif done * 10 // total > told and done < total and time.monotonic() - began > QUIET_SECONDS:
                 told = done * 10 // total
                 left = (total - done) / max(rate, 1e-9)
                 self.line(f"{what} {done}/{total}, {speed}, {left:.0f} s left {note}".rstrip())
@@ -84,6 +87,13 @@ class Watch:
         with bar if shown else contextlib.nullcontext():
             yield advance
         self.line(f"{what}: {done - start} in {time.monotonic() - began:.1f} s")
+
+    def track(self, what: str, work: Iterable[Any], total: int) -> Iterator[Any]:
+        """The items of `work`, with progress."""
+        with self.progress(what, total) as advance:
+            for item in work:
+                yield item
+                advance()
 
 
 class MetricLog:
