@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Query:
 
 @dataclasses.dataclass
 class Catalogue:
-    """What a source holds. `products` has no split of its own; `origin` names file and record of each id."""
+    """What a source holds; `products` has no split of its own."""
 
     products: list[Product] = dataclasses.field(default_factory=list)
     train: list[Product] = dataclasses.field(default_factory=list)
@@ -121,23 +121,28 @@ def to_product(record: dict[str, Any], folder: Path, id_column: str = "product_i
         raise BadRecord("no id", f"{id_column} is empty")
     title = _text(record.get("title"), "title")
     images = record.get("images")
-    images = [record["image"]] if images is None and record.get("image") is not None else images or []
-    if not isinstance(images, list):
-        raise BadRecord("bad image", "images is not a list")
+    if images is None:
+        images = record.get("image")
+    images = images if isinstance(images, list) else [images]
     images = [image for image in (_image(image, folder) for image in images) if image is not None]
     if title is None and not images:
         raise BadRecord("no text and no image")
     category = record.get("category") or []
     attributes = record.get("attributes") or {}
+    try:
+        # Parquet maps arrive as pairs.
+        pairs = dict(attributes)
+        path = [category] if isinstance(category, str) else list(category)
+    except (TypeError, ValueError):
+        raise BadRecord("not readable", "category is not a list, or attributes not a map") from None
     return Product(
         text=title,
         images=tuple(images),
         id=str(identity),
         group=title_group(title) if title else "",
-        category=tuple(str(part) for part in ([category] if isinstance(category, str) else category)),
+        category=tuple(str(part) for part in path if part is not None),
         brand=_text(record.get("brand"), "brand") or "",
-        # Parquet maps arrive as pairs.
-        attributes={str(k): str(v) for k, v in (attributes.items() if isinstance(attributes, dict) else attributes)},
+        attributes={str(name): str(value) for name, value in pairs.items() if value is not None},
     )
 
 
@@ -162,9 +167,9 @@ def _records(path: Path) -> Iterator[dict[str, Any] | BadRecord]:
                 yield record if isinstance(record, dict) else BadRecord("not readable", "not a JSON object")
 
 
-def _check_columns(path: Path, record: dict[str, Any], needed: str) -> None:
+def _check_columns(path: Path, record: dict[str, Any], needed: Sequence[str]) -> None:
     """The first record must show the columns without which nothing can be read."""
-    missing = needed if needed not in record else ""
+    missing = " or ".join(name for name in needed if name not in record)
     if not missing and not {"title", "images", "image"} & set(record):
         missing = "title or images"
     if missing:
@@ -192,7 +197,7 @@ def read(source: str | Path) -> Catalogue:
         train = any(part.startswith("train") for part in name.split("_"))
         for number, record in enumerate(_records(path)):
             if number == 0 and isinstance(record, dict):
-                _check_columns(path, record, "product_id")
+                _check_columns(path, record, ("query_id", "product_id") if queries else ("product_id",))
             identity = ""
             try:
                 if isinstance(record, BadRecord):

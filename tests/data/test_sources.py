@@ -50,7 +50,12 @@ def test_every_bad_record_is_quarantined_with_its_reason(tmp_path):
     (folder / "text.jpg").write_bytes(b"no image at all")
     good = [{"product_id": f"g{n}", "title": f"good {n}", "images": ["good.jpg"]} for n in range(40)]
     bad = {
-        "not readable": ["{broken", "[1, 2]"],
+        "not readable": [
+            "{broken",
+            "[1, 2]",
+            {"product_id": "c1", "title": "x", "category": 3},
+            {"product_id": "c2", "title": "x", "attributes": [7]},
+        ],
         "no id": [{"product_id": None, "title": "x"}],
         "duplicate id": [{"product_id": "g3", "title": "again"}],
         "bad text": [{"product_id": "b1", "title": 7}],
@@ -87,6 +92,11 @@ def test_an_image_with_too_many_pixels_is_not_decoded(tmp_path):
         (lambda p: p, "no .parquet or .jsonl file there"),
         (lambda p: write_jsonl(p, [{"sku": "1", "title": "x"}]), "no column product_id; its columns are sku, title"),
         (lambda p: write_jsonl(p, [{"product_id": "1", "name": "x"}]), "no column title or images"),
+        (
+            lambda p: write_jsonl(p, []).joinpath("queries.jsonl").write_text('{"product_id": "1", "title": "x"}')
+            and p,
+            "queries.jsonl: no column query_id",
+        ),
         (lambda p: write_jsonl(p, []), "no usable product; quarantined for: no records"),
         (lambda p: (p / "a.parquet").write_bytes(b"PAR") and p, "not a readable Parquet file"),
         (lambda p: write_jsonl(p, [{"product_id": "1", "title": "x"}]), "no product left to"),
