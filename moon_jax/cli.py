@@ -88,6 +88,7 @@ def _show(report, results: dict, workdir: Path, seconds: float) -> None:
 
     titles = {
         "products": "the products as queries (altered where query and candidate share a modality)",
+        "products_trained_on": "the products as queries, themselves seen in training",
         "queries": "the catalogue's own queries",
     }
     for name, scores in results.items():

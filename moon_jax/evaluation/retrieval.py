@@ -51,8 +51,9 @@ def directions(
 
     Returns:
         {"products": {"t→i": {"R@1": …, "queries": …, "candidates": …}, …}, "queries": …}, where "products" are the
-        candidates as their own queries and "queries" those that the catalogue brings, if any; and the candidates'
-        views f32[C,3,D] with their presence bool[C,3].
+        candidates as their own queries ("products_trained_on", if the catalogue keeps none of them apart) and
+        "queries" those that the catalogue brings, if any; and the candidates' views f32[C,3,D] with their presence
+        bool[C,3].
     """
     options = embedder.config.evaluation
     alteration = Alteration(options.keep_word, 1, options.crop, mirror=0.0)
@@ -62,7 +63,8 @@ def directions(
     candidate_key = key[prepared.val]
     plain, present = embedder.encode_views(products, advance=advance)
     altered, _ = embedder.encode_views(products, alteration, options.seed, advance)
-    sets = {"products": (altered, plain, present, candidate_key)}
+    name = "products_trained_on" if set(prepared.val) & set(prepared.train) else "products"
+    sets = {name: (altered, plain, present, candidate_key)}
     if prepared.val_queries:
         asked, targets = zip(*prepared.val_queries, strict=True)
         own, own_present = embedder.encode_views([prepared.products[index] for index in asked], advance=advance)
