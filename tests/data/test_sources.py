@@ -151,3 +151,12 @@ def test_the_manifest_counts_and_refuses_other_data(catalogue, prepared, tmp_pat
     other = prepare.prepare(tiny(data__path=str(catalogue), seed=1))
     with pytest.raises(UserError, match="made from other data"):
         other.save(tmp_path)
+
+
+def test_equal_titles_stay_on_one_side_of_the_split(tmp_path):
+    titles = [("Red  shirt %d" if n % 2 else "red shirt %d") % (n // 4) for n in range(160)]
+    write_jsonl(tmp_path, [{"product_id": str(n), "title": title} for n, title in enumerate(titles)])
+    found = prepare.prepare(tiny(data__path=str(tmp_path), data__val_fraction=0.3))
+    sides = [{found.group[index] for index in side} for side in (found.train, found.val)]
+    assert not sides[0] & sides[1] and len(sides[0]) + len(sides[1]) == 40
+    assert 4 <= len(sides[1]) <= 20
