@@ -15,7 +15,6 @@ setup(
     packages=find_packages(include=["moon_jax", "moon_jax.*"]),
     entry_points={"console_scripts": ["moon-jax = moon_jax.cli:console"]},
     install_requires=[
-        "array_record>=0.8.3",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         # jax 0.11 needs Python 3.12; pip picks the newest that the interpreter can run.

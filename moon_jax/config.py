@@ -79,9 +79,9 @@ class Data:
     visual_tokens: int = option(256, "pixel budget of an image, in merged visual tokens")
     min_visual_tokens: int = option(4, "smaller images are enlarged to about this many merged visual tokens")
     max_pixels: int = option(178_956_970, "an image of more pixels is refused before it is decoded")
-    keep_word: float = option(0.7, "a training query made from its positive keeps each word with this probability")
-    crop: tuple[float, float] = option((0.7, 1.0), "area of the crop of such a query's image")
-    mirror: float = option(0.5, "probability that such an image is mirrored")
+    keep_word: float = option(0.7, "a training query keeps each word with this probability, at least two")
+    crop: tuple[float, float] = option((0.7, 1.0), "area of the crop of a training query's image")
+    mirror: float = option(0.5, "probability that a training query's image is mirrored")
     val_fraction: float = option(0.1, "title groups kept for evaluation where the catalogue has no split")
     threads: int = option(2, "reader threads")
 
@@ -176,7 +176,7 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
 def _coerce(name: str, value: Any, default: Any) -> Any:
     """`value` as the type of `default`, or an error that names the option."""
     if isinstance(default, tuple):
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple) and (len(value) == len(default) or name == "vision.deepstack"):
             kind = type(default[0])
             return tuple(_coerce(name, item, kind()) for item in value)
     elif isinstance(default, bool):
@@ -217,6 +217,14 @@ def replace(config: Config, values: dict[str, Any]) -> Config:
 def check(config: Config) -> Config:
     """Refuses what cannot work, in one line each; returns `config`."""
     language, vision, experts = config.language, config.vision, config.experts
+    may_be_zero = ("seed", "evaluation.seed", "experts.count", "training.min_warmup")
+    for name, value in leaves(config).items():
+        if isinstance(value, bool) or name.startswith("mesh.") or name in ("vision.deepstack", "objective.margin"):
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            least = 0 if isinstance(number, float) or name in may_be_zero else 1
+            if isinstance(number, int | float) and not least <= number < float("inf"):
+                raise UserError(f"config.{name}: {number} is below {least}, or not finite")
     rules = [
         (language.heads % language.kv_heads == 0, "language.heads must be a multiple of language.kv_heads"),
         (sum(language.rope_sections) * 2 == language.head_dim, "language.rope_sections must add up to head_dim / 2"),
@@ -245,8 +253,17 @@ def check(config: Config) -> Config:
             0 < config.data.min_visual_tokens <= config.data.visual_tokens,
             "data.min_visual_tokens must lie between 1 and data.visual_tokens",
         ),
-        (config.data.images >= 1, "data.images must be at least 1"),
-        (config.training.steps >= 1, "training.steps must be at least 1"),
+        *(
+            (0 < low <= high <= 1, f"{name} must be two shares of the area, the smaller first")
+            for name, (low, high) in (("data.crop", config.data.crop), ("evaluation.crop", config.evaluation.crop))
+        ),
+        (0 < config.data.val_fraction < 1, "data.val_fraction must lie between 0 and 1"),
+        (min(config.objective.temperature) > 0, "objective.temperature must be positive"),
+        (max(config.training.betas) < 1, "training.betas must lie below 1"),
+        (
+            {config.training.dtype, config.training.param_dtype} <= {"float32", "bfloat16"},
+            "training.dtype and training.param_dtype must be float32 or bfloat16",
+        ),
     ]
     for holds, message in rules:
         if not holds:

@@ -46,6 +46,12 @@ def test_an_unknown_key_names_the_closest():
         ("--verbose", "--verbose: not understood"),
         ("--config.experts.per_token=9", "experts.per_token must lie between"),
         ("--config.language.kv_heads=3", "language.heads must be a multiple"),
+        ("--config.data.crop=(0.7,)", "config.data.crop: (0.7,) is not a tuple"),
+        ("--config.data.crop=(0.7,2.0)", "data.crop must be two shares"),
+        ("--config.training.log_every=0", "config.training.log_every: 0 is below 1"),
+        ("--config.experts.every=0", "config.experts.every: 0 is below 1"),
+        ("--config.objective.temperature=(0.0,0.1)", "objective.temperature must be positive"),
+        ("--config.training.dtype='float17'", "must be float32 or bfloat16"),
         ("--config.vision.deepstack=(5,99,100)", "vision.deepstack must rise"),
     ],
 )

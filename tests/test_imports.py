@@ -32,8 +32,11 @@ def test_imports_go_left():
         if room in ("__init__", "configs"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("moon_jax"):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("moon_jax") for alias in node.names), f"{path}: use from … import"
+            if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("moon_jax")):
                 continue
+            assert not node.level, f"{path}: a relative import"
             parts = node.module.split(".")[1:]
             for other in [parts[0]] if parts else [alias.name for alias in node.names]:
                 assert ORDER.index(other) <= ORDER.index(room), f"{path}: imports {other}"

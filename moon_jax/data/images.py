@@ -18,6 +18,10 @@ LONGEST_TO_SHORTEST = 200
 """Qwen refuses images more elongated than this."""
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is decoded. Pillow knows more, some of which start other programs."""
+
+
 class BadImage(ValueError):
     """An image that cannot be used; the message is the reason, without the file's name."""
 
@@ -43,6 +47,11 @@ class ResizeRule:
             source_pixels=config.data.max_pixels,
         )
 
+    def check(self, height: int, width: int) -> None:
+        """Raises BadImage for an image that Qwen's rule refuses. A crop of a good image is never checked again."""
+        if max(height, width) > LONGEST_TO_SHORTEST * min(height, width):
+            raise BadImage(f"{width} x {height} pixels: more elongated than {LONGEST_TO_SHORTEST}:1")
+
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing: Qwen's rule (`smart_resize`), multiples of patch · merge.
 
@@ -50,8 +59,6 @@ class ResizeRule:
         back, since the number of patches is static.
         """
         factor = self.patch * self.merge
-        if max(height, width) > LONGEST_TO_SHORTEST * min(height, width):
-            raise BadImage(f"{width} x {height} pixels: more elongated than {LONGEST_TO_SHORTEST}:1")
         high, wide = round(height / factor) * factor, round(width / factor) * factor
         if high * wide > self.max_pixels:
             beta = math.sqrt(height * width / self.max_pixels)
@@ -93,9 +100,9 @@ def decode(source: Any, max_pixels: int) -> Image.Image:
         elif isinstance(source, bytes | bytearray | memoryview):
             if not len(source):
                 raise BadImage("no bytes")
-            image = Image.open(io.BytesIO(source))
+            image = Image.open(io.BytesIO(source), formats=FORMATS)
         elif isinstance(source, str | os.PathLike):
-            image = Image.open(io.BytesIO(Path(source).read_bytes()))
+            image = Image.open(io.BytesIO(Path(source).read_bytes()), formats=FORMATS)
         else:
             raise BadImage(f"a {type(source).__name__} is no image; give bytes, a path or a PIL image")
         if image.width * image.height > max_pixels:
@@ -104,9 +111,9 @@ def decode(source: Any, max_pixels: int) -> Image.Image:
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage("not an image of a known format") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # Pillow raises SyntaxError for broken PNG and TIFF files.
+        raise BadImage(f"not an image, or none of {', '.join(FORMATS)}") from None
+    except Exception as error:
+        # Pillow's decoders raise nearly anything on broken files: SyntaxError, RuntimeError, struct.error, …
         raise BadImage(str(error) or type(error).__name__) from None
 
 

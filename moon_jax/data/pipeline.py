@@ -13,11 +13,12 @@ import grain
 import numpy as np
 
 from moon_jax import config as config_lib
+from moon_jax.config import UserError
 from moon_jax.data import rows as rows_lib
-from moon_jax.data.images import Patches, ResizeRule, crop_box, decode, patchify
+from moon_jax.data.images import BadImage, Patches, ResizeRule, crop_box, decode, patchify
 from moon_jax.data.prepare import Prepared
 from moon_jax.data.text import Tokenizer, keep_words
-from moon_jax.types import Batch, Product
+from moon_jax.types import VIEWS, Batch, Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Reader:
 
     def image(self, source: Any, alteration: Alteration | None, rng: np.random.Generator | None) -> Patches:
         picture = decode(source, self.config.data.max_pixels)
+        self.rule.check(picture.height, picture.width)
         if alteration is None:
             return patchify(picture, self.rule)
         box = crop_box(picture.width, picture.height, alteration.crop, rng)
@@ -60,7 +62,7 @@ class Reader:
             rng: needed by `alteration` and `draw`.
             draw: which images fill the row, where the product has more than fit: drawn, not the first ones.
         """
-        text = product.text
+        text = product.text.strip() if product.text else None
         if text and alteration:
             text = keep_words(text, alteration.keep_word, alteration.least_words, rng)
         tokens = (
@@ -91,8 +93,10 @@ def batches(prepared: Prepared, reader: Reader) -> grain.MapDataset[Batch]:
         for role, member in enumerate(triplet[:3]):
             alteration = query_alteration if role == 0 else None
             product = None if member is None else prepared.products[member]
-            views = ("t", "i", "mm")
-            members.append([] if product is None else reader.read(product, views, alteration, rng, draw=True))
+            try:
+                members.append([] if product is None else reader.read(product, VIEWS, alteration, rng, draw=True))
+            except BadImage as error:
+                raise UserError(f"product {product.id}: image: {error}; it could be read when the run began") from None
         return index, members
 
     def collate(elements: Sequence[tuple[int, list[list[rows_lib.Segment]]]]) -> Batch:

@@ -64,7 +64,7 @@ class Prepared:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as file:
             for entry in self.quarantine:
-                file.write(json.dumps(dataclasses.asdict(entry), ensure_ascii=False) + "\n")
+                file.write(json.dumps(dataclasses.asdict(entry)) + "\n")
         columns = zip(*self.triplets, strict=True)
         kinds = (pa.int64(), pa.int64(), pa.int64(), pa.float32())
         arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
@@ -83,9 +83,9 @@ def _verify(product: Product, rule: ResizeRule) -> tuple[str, bytes]:
             content = image if isinstance(image, bytes) else image.read_bytes()
             digest.update(content)
             picture = decode(content, rule.source_pixels)
-            rule.size(picture.height, picture.width)
+            rule.check(picture.height, picture.width)
         except OSError as error:
-            return f"{image}: {error.strerror}", digest.digest()
+            return f"{image}: {error.strerror or error}", digest.digest()
         except BadImage as error:
             return str(error), digest.digest()
     return "", digest.digest()
@@ -99,13 +99,18 @@ def _title_groups(products: Sequence[Product]) -> np.ndarray:
 def _split(products: Sequence[Product], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Train and val indices. A title group (a lone product, if it has no title) goes to one side, by a hash of it."""
 
-    def held_out(product: Product) -> bool:
-        key = hashlib.blake2b(f"{seed} {product.group or product.id}".encode(), digest_size=8).digest()
-        return int.from_bytes(key, "big") < fraction * 2**64
+    def key(product: Product) -> str:
+        return product.group or f"id {product.id}"
 
-    val = [index for index, product in enumerate(products) if held_out(product)]
-    kept = set(val)
-    return [index for index in range(len(products)) if index not in kept], val
+    def order(name: str) -> bytes:
+        return hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+
+    groups = sorted({key(product) for product in products}, key=order)
+    held_out = set(groups[: max(1, round(fraction * len(groups)))])
+    sides: tuple[list[int], list[int]] = [], []
+    for index, product in enumerate(products):
+        sides[key(product) in held_out].append(index)
+    return sides
 
 
 def prepare(
@@ -120,66 +125,58 @@ def prepare(
         UserError: nothing is left to train on or to find.
     """
     catalogue = sources.read(config.data.path)
-    parts = {
-        "products": catalogue.products,
-        "train": catalogue.train,
-        "val": catalogue.val,
-        "train_queries": [query.product for query in catalogue.train_queries],
-        "val_queries": [query.product for query in catalogue.val_queries],
-    }
-    everything = [(part, number) for part, members in parts.items() for number in range(len(members))]
+    parts = ("products", "train", "val", "train_queries", "val_queries")
+    everything = [(part, record) for part in parts for record in getattr(catalogue, part)]
     rule = ResizeRule.of(config)
     quarantine, digests = list(catalogue.quarantine), hashlib.blake2b(digest_size=16)
     products: list[Product] = []
-    place: dict[tuple[str, int], int] = {}
+    kept: dict[str, list[tuple[int, sources.Record]]] = {part: [] for part in parts}
+
+    def leave_out(record: sources.Record, reason: str, detail: str) -> None:
+        quarantine.append(sources.Quarantined(record.file, f"{record.number} {record.product.id}", reason, detail))
+
     with ThreadPoolExecutor(config.data.threads) as pool:
-        found = pool.map(lambda key: _verify(parts[key[0]][key[1]], rule), everything)
-        for key, (problem, digest) in track(zip(everything, found, strict=True), len(everything)):
-            product = parts[key[0]][key[1]]
+        found = pool.map(lambda item: _verify(item[1].product, rule), everything)
+        for (part, record), (problem, digest) in track(zip(everything, found, strict=True), len(everything)):
             digests.update(digest)
             if problem:
-                quarantine.append(sources.Quarantined(key[0], product.id, "bad image", problem))
+                leave_out(record, "bad image", problem)
             else:
-                place[key] = len(products)
-                products.append(product)
+                kept[part].append((len(products), record))
+                products.append(record.product)
 
-    def indices(part: str) -> list[int]:
-        return [place[part, number] for number in range(len(parts[part])) if (part, number) in place]
+    train, val, whole = ([index for index, _ in kept[part]] for part in ("train", "val", "products"))
+    if not val and not kept["val_queries"]:
+        # Nothing is kept apart: a part of the titles is. Else all that has no split of its own is for training.
+        split = whole or train
+        train = train if whole else []
+        for side, chosen in zip(
+            (train, val), _split([products[i] for i in split], config.data.val_fraction, config.seed), strict=True
+        ):
+            side += [split[index] for index in chosen]
+    else:
+        train = train + whole
+    val = val or train
 
-    train, val = indices("train"), indices("val")
-    if whole := indices("products"):
-        if catalogue.val_queries or val:
-            train += whole  # queries, or a split of its own, judge it
-        else:
-            chosen = [products[index] for index in whole]
-            kept, held_out = _split(chosen, config.data.val_fraction, config.seed)
-            train += [whole[index] for index in kept]
-            val += [whole[index] for index in held_out]
-    if not val and catalogue.val_queries:
-        val = train
-    elif not val:
-        kept, held_out = _split([products[index] for index in train], config.data.val_fraction, config.seed)
-        train, val = [train[index] for index in kept], [train[index] for index in held_out]
-
-    by_id = {products[index].id: index for index in [*train, *val]}
-
-    def pairs(part: str, queries: list[sources.Query]) -> list[tuple[int, int]]:
-        made = []
-        for number, query in enumerate(queries):
-            if (part, number) not in place:
-                continue
-            if query.target not in by_id:
-                detail = f"no usable product {query.target}"
-                quarantine.append(sources.Quarantined(part, query.product.id, "unknown product", detail))
-                continue
-            made.append((place[part, number], by_id[query.target]))
+    def pairs(part: str, side: list[int]) -> list[tuple[int, int]]:
+        """Queries with what they seek; those that seek nothing on their side of the split are left out."""
+        place, made = {products[index].id: index for index in side}, []
+        for index, record in kept[part]:
+            if record.target in place:
+                made.append((index, place[record.target]))
+            else:
+                leave_out(record, "unknown product", f"no usable product {record.target} on its side of the split")
         return made
 
-    train_queries = pairs("train_queries", catalogue.train_queries)
-    val_queries = pairs("val_queries", catalogue.val_queries)
+    train_queries, val_queries = pairs("train_queries", train), pairs("val_queries", val)
     if not train or not val:
         side = "train on" if not train else "evaluate on"
-        raise UserError(f"--data {config.data.path}: no product left to {side} ({len(quarantine)} quarantined)")
+        raise UserError(
+            f"--data {config.data.path}: no product left to {side} ({len(quarantine)} quarantined);"
+            " at least two different titles are needed"
+        )
+    if not any(products[index].text and products[index].images for index in train):
+        raise UserError(f"--data {config.data.path}: no product to train on has both a title and an image")
     made = triplets.from_catalogue(products, train, train_queries, config.seed)
     digests.update(repr((train, val, val_queries, made)).encode())
     return Prepared(

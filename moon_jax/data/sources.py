@@ -4,7 +4,8 @@ Columns: `product_id`, `title`, `images` (bytes, `{bytes, path}`, or paths relat
 `category` (list), `brand`, `attributes` (map). Files of queries (`queries*`): `query_id`, `product_id` of the product
 that is sought, and `title` and/or `image`. A product needs a title or an image.
 
-Files named train* and val*, valid*, dev* or test* are splits; any other file of products is a catalogue without split.
+A file whose name has the word train is for training; val, valid, validation, dev or test: for evaluation, all of them
+together. Any other file of products is a catalogue without split. Words end at `-`, `_` and `.`.
 Every record is read or quarantined with a reason: nothing is lost silently.
 """
 
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,29 +59,31 @@ class BadRecord(ValueError):
         self.reason, self.detail = reason, detail
 
 
-@dataclasses.dataclass
-class Query:
-    """A query of a catalogue that brings its own: what is asked with, and the id of the product sought."""
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A product or a query as it was read, and where it stands: file and number. A query names the id it seeks."""
 
     product: Product
-    target: str
+    file: str
+    number: int
+    target: str = ""
 
 
 @dataclasses.dataclass
 class Catalogue:
     """What a source holds; `products` has no split of its own."""
 
-    products: list[Product] = dataclasses.field(default_factory=list)
-    train: list[Product] = dataclasses.field(default_factory=list)
-    val: list[Product] = dataclasses.field(default_factory=list)
-    train_queries: list[Query] = dataclasses.field(default_factory=list)
-    val_queries: list[Query] = dataclasses.field(default_factory=list)
+    products: list[Record] = dataclasses.field(default_factory=list)
+    train: list[Record] = dataclasses.field(default_factory=list)
+    val: list[Record] = dataclasses.field(default_factory=list)
+    train_queries: list[Record] = dataclasses.field(default_factory=list)
+    val_queries: list[Record] = dataclasses.field(default_factory=list)
     quarantine: list[Quarantined] = dataclasses.field(default_factory=list)
 
 
 def title_group(title: str) -> str:
-    """Products whose titles differ in case or spacing only share a group."""
-    return " ".join(title.casefold().split())
+    """Products whose titles differ in case, spacing or Unicode form only share a group."""
+    return " ".join(unicodedata.normalize("NFC", title).casefold().split())
 
 
 def _text(value: Any, name: str) -> str | None:
@@ -104,7 +109,10 @@ def _image(value: Any, folder: Path) -> Any:
         return value
     if not isinstance(value, str):
         raise BadRecord("bad image", f"a {type(value).__name__} where bytes or a path belongs")
-    path = (folder / value).resolve()
+    try:
+        path = (folder / value).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadRecord("bad image", f"{value!r} is no path ({error})") from None
     if not path.is_relative_to(folder.resolve()):
         raise BadRecord("bad image", f"{value} lies outside the catalogue's folder")
     return path
@@ -127,53 +135,85 @@ def to_product(record: dict[str, Any], folder: Path, id_column: str = "product_i
     images = [image for image in (_image(image, folder) for image in images) if image is not None]
     if title is None and not images:
         raise BadRecord("no text and no image")
-    category = record.get("category") or []
-    attributes = record.get("attributes") or {}
-    try:
-        # Parquet maps arrive as pairs.
-        pairs = dict(attributes)
-        path = [category] if isinstance(category, str) else list(category)
-    except (TypeError, ValueError):
-        raise BadRecord("not readable", "category is not a list, or attributes not a map") from None
+    category, attributes = record.get("category") or [], record.get("attributes") or {}
+    if not isinstance(category, list | str):
+        raise BadRecord("bad text", f"category is a {type(category).__name__}, not a list")
+    # Parquet maps arrive as pairs.
+    pairs = list(attributes.items()) if isinstance(attributes, dict) else attributes
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise BadRecord("bad text", "attributes is not a map")
     return Product(
         text=title,
         images=tuple(images),
-        id=str(identity),
+        id=_label(identity, id_column),
         group=title_group(title) if title else "",
-        category=tuple(str(part) for part in path if part is not None),
-        brand=_text(record.get("brand"), "brand") or "",
-        attributes={str(name): str(value) for name, value in pairs.items() if value is not None},
+        category=tuple(
+            _label(part, "category")
+            for part in ([category] if isinstance(category, str) else category)
+            if part is not None
+        ),
+        brand=_label(record.get("brand") or "", "brand"),
+        attributes={
+            _label(name, "attributes"): _label(value, "attributes") for name, value in pairs if value is not None
+        },
     )
 
 
+def _label(value: Any, name: str) -> str:
+    """An id, a brand, a category or an attribute: text, or what can be written as such."""
+    return _text(str(value), name) or ""
+
+
+COLUMNS = ("product_id", "query_id", "title", "images", "image", "category", "brand", "attributes")
+"""What is read; other columns are left alone."""
+
+
 def _records(path: Path) -> Iterator[dict[str, Any] | BadRecord]:
-    """The records of a file, in order; one that cannot be parsed comes as a BadRecord."""
+    """The records of a file, in order; one that cannot be parsed comes as a BadRecord.
+
+    Raises:
+        UserError: a Parquet file without the columns that are needed, or damaged.
+    """
     if path.suffix == ".parquet":
         try:
             file = pq.ParquetFile(path)
+            names = [name for name in COLUMNS if name in file.schema_arrow.names]
+            if not names:
+                _check_columns(path, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024, columns=names):
+                try:
+                    yield from batch.to_pylist()
+                except UnicodeDecodeError:
+                    yield from map(_row, (batch.slice(row, 1) for row in range(batch.num_rows)))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a readable Parquet file ({error})") from None
-        for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
         return
     with path.open("rb") as lines:
         for line in lines:
             if line.strip():
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield BadRecord("not readable", f"not JSON: {error}")
                     continue
                 yield record if isinstance(record, dict) else BadRecord("not readable", "not a JSON object")
 
 
-def _check_columns(path: Path, record: dict[str, Any], needed: Sequence[str]) -> None:
-    """The first record must show the columns without which nothing can be read."""
-    missing = " or ".join(name for name in needed if name not in record)
-    if not missing and not {"title", "images", "image"} & set(record):
+def _row(batch: pa.RecordBatch) -> dict[str, Any] | BadRecord:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return BadRecord("not readable", "text that is not UTF-8")
+
+
+def _check_columns(path: Path, columns: Iterable[str]) -> None:
+    """Refuses a file none of whose records has what every record needs."""
+    needed = ["product_id", "query_id"] if path.stem.lower().startswith("queries") else ["product_id"]
+    missing = " or ".join(name for name in needed if name not in columns)
+    if not missing and not {"title", "images", "image"} & set(columns):
         missing = "title or images"
     if missing:
-        raise UserError(f"{path}: no column {missing}; its columns are {', '.join(record)}")
+        raise UserError(f"{path}: no column {missing}; its columns are {', '.join(sorted(columns))}")
 
 
 def read(source: str | Path) -> Catalogue:
@@ -191,30 +231,33 @@ def read(source: str | Path) -> Catalogue:
         raise UserError(f"--data {source}: no .parquet or .jsonl file there")
     catalogue, seen = Catalogue(), set()
     for path in files:
-        name = path.stem.lower()
-        queries = name.startswith("queries")
-        held_out = any(part.startswith(("val", "dev", "test")) for part in name.split("_"))
-        train = any(part.startswith("train") for part in name.split("_"))
+        words = set(re.split(r"[-_.]", path.stem.lower()))
+        queries = path.stem.lower().startswith("queries")
+        held_out = bool(words & {"val", "valid", "validation", "dev", "test"})
+        train = bool(words & {"train", "training"})
+        if queries:
+            part = catalogue.train_queries if train else catalogue.val_queries
+        else:
+            part = catalogue.val if held_out else catalogue.train if train else catalogue.products
+        columns: set[str] = set()
         for number, record in enumerate(_records(path)):
-            if number == 0 and isinstance(record, dict):
-                _check_columns(path, record, ("query_id", "product_id") if queries else ("product_id",))
             identity = ""
             try:
                 if isinstance(record, BadRecord):
                     raise record
+                columns |= set(record)
                 identity = str(record.get("query_id" if queries else "product_id") or "")
                 product = to_product(record, path.parent, "query_id" if queries else "product_id")
                 if (queries, product.id) in seen:
                     raise BadRecord("duplicate id", "an earlier record has it")
                 seen.add((queries, product.id))
-                if queries:
-                    query = Query(product, str(record.get("product_id")))
-                    (catalogue.train_queries if train else catalogue.val_queries).append(query)
-                else:
-                    (catalogue.val if held_out else catalogue.train if train else catalogue.products).append(product)
+                target = str(record.get("product_id")) if queries else ""
+                part.append(Record(product, path.name, number, target))
             except BadRecord as bad:
                 where = f"{number} {identity}".strip()
                 catalogue.quarantine.append(Quarantined(path.name, where, bad.reason, bad.detail))
+        if columns:
+            _check_columns(path, columns)
     if not (catalogue.products or catalogue.train or catalogue.val):
         reasons = sorted({entry.reason for entry in catalogue.quarantine})
         raise UserError(f"--data {source}: no usable product; quarantined for: {', '.join(reasons) or 'no records'}")

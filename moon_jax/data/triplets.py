@@ -1,7 +1,7 @@
 """Triplets from a catalogue without purchase logs. They are made, and every number that rests on them says so.
 
-A query is the product itself, altered when it is read (pipeline.py), or a query that the catalogue brings (another
-photo of the product). The negative is another product of the same category.
+A query is the product itself, or a query that the catalogue brings (another photo of the product); both are altered
+when they are read (pipeline.py). The negative is another product of the same category.
 """
 
 from __future__ import annotations
@@ -35,15 +35,22 @@ def from_catalogue(
         for depth in range(len(category) + 1):
             members[category[:depth]].append(index)
 
+    def differs(candidate: int, positive: int) -> bool:
+        group = products[positive].group
+        return candidate != positive and not (group and products[candidate].group == group)
+
     def negative(positive: int) -> int | None:
         product = products[positive]
         for depth in range(len(product.category), -1, -1):
             pool = members[product.category[:depth]]
-            for _ in range(8):
-                candidate = pool[rng.integers(len(pool))] if pool else positive
-                same_title = product.group and products[candidate].group == product.group
-                if candidate != positive and not same_title:
+            for _ in range(8 if pool else 0):
+                candidate = pool[rng.integers(len(pool))]
+                if differs(candidate, positive):
                     return candidate
+            # Unlucky, or nearly all share the title: look at all of them.
+            pool = [candidate for candidate in pool if differs(candidate, positive)]
+            if pool:
+                return pool[rng.integers(len(pool))]
         return None
 
     pairs = [(index, index) for index in train] + list(queries)

@@ -1,6 +1,7 @@
 """Zero-shot retrieval: R@k for the nine directions q→c of {t, i, mm}.
 
 Protocol: all products of the split are candidates, and a hit is a candidate with the query's title (titles repeat).
+A query takes part where it has the view asked with and some hit has the view sought; the table counts them.
 Where query and candidate share a modality the query is altered (a cropped image, a partial title), else a product
 would only have to find itself byte for byte; candidates never are. Queries that a catalogue brings are not altered.
 """
@@ -75,8 +76,10 @@ def directions(
         results[name] = {}
         for query, candidate in DIRECTIONS:
             q, c = VIEWS.index(query), VIEWS.index(candidate)
-            chosen, offered = query_present[:, q], present[:, c]
-            if not chosen.any() or not offered.any():
+            offered = present[:, c]
+            # A query that no candidate with this view could answer says nothing about the model.
+            chosen = query_present[:, q] & np.isin(query_key, candidate_key[offered])
+            if not chosen.any():
                 continue
             vectors = (sharing if shares_modality(query, candidate) else apart)[chosen, q]
             scores = recall(vectors, plain[offered, c], query_key[chosen], candidate_key[offered], RANKS)

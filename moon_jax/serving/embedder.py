@@ -39,10 +39,11 @@ def as_product(item: Any) -> Product:
         unknown = set(item) - {"text", "image", "images"}
         if unknown:
             raise UserError(f'{sorted(unknown)[0]!r}: not a part of an item; use "text", "image" or "images"')
-        images = [item["image"]] if item.get("image") is not None else item.get("images") or ()
-        return Product(text=item.get("text"), images=tuple(images))
+        images = item.get("image") if item.get("image") is not None else item.get("images")
+        item = Product(text=item.get("text"), images=() if images is None else images)
     if isinstance(item, Product):
-        return item
+        images = item.images if isinstance(item.images, list | tuple) else (item.images,)
+        return dataclasses.replace(item, images=tuple(images))
     raise UserError(f"a {type(item).__name__} cannot be embedded; give a Product, a string or a dict")
 
 
@@ -56,7 +57,7 @@ class Embedder:
         """
         Args:
             params: of the encoder.
-            fingerprint: vectors with equal ones lie in the same space.
+            fingerprint: of weights and tokenizer; vectors with equal ones lie in the same space.
         """
         # No layer is differentiated here, and recomputing would cost for nothing.
         training = dataclasses.replace(config.training, remat=False)
@@ -201,10 +202,11 @@ def load(model: str | Path) -> Embedder:
     config = config_lib.from_json(text, str(workdir / "config.json"))
     tokenizer = Tokenizer.load(workdir / "tokenizer.json")
     like = abstract_params(config, tokenizer)
-    step, params = checkpoints.latest_params(workdir, like)
-    manifest = (workdir / "data" / "manifest.json").read_bytes()
-    fingerprint = hashlib.blake2b(text.encode() + manifest + str(step).encode(), digest_size=8).hexdigest()
-    return Embedder(config, jax.tree.map(jnp.asarray, params["encoder"]), tokenizer, fingerprint)
+    _, params = checkpoints.latest_params(workdir, like)
+    digest = hashlib.blake2b((workdir / "tokenizer.json").read_bytes(), digest_size=8)
+    for leaf in jax.tree.leaves(params["encoder"]):
+        digest.update(np.asarray(leaf).tobytes())
+    return Embedder(config, jax.tree.map(jnp.asarray, params["encoder"]), tokenizer, digest.hexdigest())
 
 
 def abstract_params(config: config_lib.Config, tokenizer: Tokenizer) -> Any:

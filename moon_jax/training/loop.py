@@ -106,6 +106,11 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
     dataset = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))
 
     mesh = sharding.make_mesh(config.mesh)
+    shards = sharding.rows(mesh).num_devices // mesh.shape["tensor"]
+    if config.data.batch % shards:
+        raise UserError(
+            f"config.data.batch: {config.data.batch} triplets do not divide over {shards} shards of the mesh"
+        )
     steps = config.training.steps
     with jax.set_mesh(mesh):
         sample: Batch = dataset[0]

@@ -108,7 +108,9 @@ class MetricLog:
                         kept.append(line + "\n")
                 except ValueError:  # the line that a kill cut short
                     break
-        path.write_text("".join(kept), encoding="utf-8")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: dict[str, Any]) -> None:
@@ -134,7 +136,8 @@ def describe(step: int, metrics: dict[str, Any], config: config_lib.Config) -> d
     shares = modality / np.maximum(modality.sum(axis=-1, keepdims=True), 1e-9)
     has_phi = np.isfinite(result.phi)
     phi = result.phi[has_phi]
-    margin = filtering.margin_at(config.objective.margin, step / config.training.steps)
+    negatives = result.negatives[result.negatives > 0]  # 0 stands for a triplet that serves no inter objective
+    margin = filtering.margin_at(config.objective.margin, (step - 1) / config.training.steps)  # `step` are done
     named = {
         name: dict(zip(OBJECTIVES, map(kind, values), strict=True))
         for name, kind, values in (
@@ -152,8 +155,8 @@ def describe(step: int, metrics: dict[str, Any], config: config_lib.Config) -> d
         "margin": _round(margin),
         "phi_mean": _round(phi.mean()) if phi.size else None,
         "phi_below_threshold": _round((phi < config.objective.phi_threshold).mean()) if phi.size else None,
-        "negatives_mean": _round(result.negatives.mean()),
-        "negatives_min": int(result.negatives.min()),
+        "negatives_mean": _round(negatives.mean()) if negatives.size else None,
+        "negatives_min": int(negatives.min()) if negatives.size else None,
         "experts": [
             [{"text": _round(text), "image": _round(image)} for text, image in zip(*layer, strict=True)]
             for layer in shares

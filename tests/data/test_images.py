@@ -43,11 +43,23 @@ def test_every_aspect_keeps_to_the_budget():
         rule = images.ResizeRule(8, 2, 256 * max(1, budget // 2), 256 * budget, 10**9)
         for height in (1, 3, 17, 60, 333, 2000):
             for width in (1, 5, 16, 61, 400):
-                if max(height, width) <= 200 * min(height, width):
-                    high, wide = rule.size(height, width)
-                    assert 0 < high * wide <= rule.max_pixels and high % 16 == wide % 16 == 0
+                high, wide = rule.size(height, width)
+                assert 0 < high * wide <= rule.max_pixels and high % 16 == wide % 16 == 0
+
+
+def test_an_image_that_may_be_read_may_be_cropped():
+    RULE.check(10, 2000)
     with pytest.raises(images.BadImage, match="more elongated than 200:1"):
-        RULE.size(1, 201)
+        RULE.check(1, 201)
+    image, rng = Image.new("RGB", (2000, 10)), np.random.default_rng(0)
+    for _ in range(100):
+        assert len(images.patchify(image, RULE, images.crop_box(2000, 10, (0.6, 0.9), rng)).pixels) > 0
+
+
+def test_formats_that_run_other_programs_are_not_opened():
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"
+    with pytest.raises(images.BadImage, match="none of JPEG"):
+        images.decode(script, 1000)
 
 
 def test_patches_in_merge_block_order():

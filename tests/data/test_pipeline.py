@@ -1,9 +1,13 @@
 """Batch = f(seed, step), whatever was read before and by however many threads."""
 
+import dataclasses
+
 import jax
 import numpy as np
+from PIL import Image
 
 from moon_jax.data import pipeline
+from moon_jax.types import Product, Triplet
 from tests.conftest import tiny
 
 
@@ -63,11 +67,34 @@ def test_queries_are_altered_and_items_are_not(prepared, tokenizer):
             np.testing.assert_array_equal(batch.rows.patches[size + b, : len(plain)], plain)
         changed += not np.array_equal(batch.rows.patches[b], batch.rows.patches[size + b])
     assert changed > size // 2
+    shorter = (batch.rows.tokens[:size] != tokenizer.pad).sum() < (
+        batch.rows.tokens[size : 2 * size] != tokenizer.pad
+    ).sum()
+    assert shorter  # words were dropped
+
+
+def test_mirroring_drawing_and_weights(prepared, tokenizer):
+    """Of a product with three images each is drawn; half of the query's images are mirrored; weights arrive."""
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[:, :8] = 255  # bright on the left
+    images = tuple(Image.fromarray(np.roll(picture, shift, 0) // dim) for shift, dim in ((0, 1), (0, 2), (0, 4)))
+    lone = dataclasses.replace(
+        prepared,
+        products=[Product(text="a b c", images=images, id="x")],
+        group=np.array([0]),
+        triplets=[Triplet(0, 0, None, 0.25)],
+    )
+    config = tiny(data__batch=64)
+    batch = pipeline.batches(lone, pipeline.Reader(config, tokenizer))[0]
+    np.testing.assert_array_equal(batch.weight, np.full(64, 0.25))
+    brightest = batch.rows.patches[64:128].reshape(64, -1).max(1)
+    assert set(brightest.tolist()) == {255, 127, 63}
+    # The first patch is the left upper one: dark where the image was mirrored.
+    mirrored = (batch.rows.patches[:64, 0].mean(1) < 20).sum()
+    assert 16 < mirrored < 48 and (batch.rows.patches[64:128, 0].mean(1) > 20).all()
 
 
 def test_a_missing_negative_is_an_empty_row(prepared, tokenizer):
-    import dataclasses
-
     lonely = dataclasses.replace(prepared, triplets=[t._replace(negative=None) for t in prepared.triplets])
     batch = pipeline.batches(lonely, pipeline.Reader(tiny(), tokenizer))[0]
     assert (batch.rows.view[16:] == 0).all() and (batch.product[16:] == -1).all() and (batch.group[16:] == -1).all()

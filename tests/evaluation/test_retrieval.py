@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 
+from moon_jax.data.prepare import Prepared
 from moon_jax.evaluation import retrieval
+from moon_jax.types import Product
+from tests.conftest import tiny
 
 
 def oracle(queries, candidates, query_key, candidate_key, k):
@@ -22,6 +25,46 @@ def test_recall_equals_a_loop_with_ties_and_groups():
     for k in (1, 5, 10, 50):
         assert found[f"R@{k}"] == pytest.approx(oracle(queries, candidates, query_key, candidate_key, k), abs=1e-3)
     assert 0 < found["R@1"] < found["R@10"] < 100
+
+
+class Fake:
+    """An embedder with known vectors: a product's views are its own axis, an altered one's the next product's."""
+
+    config = tiny()
+
+    def __init__(self, products):
+        self.axis = {product.id: number for number, product in enumerate(products)}
+
+    def encode_views(self, products, alteration=None, seed=0, advance=None):
+        present = np.array([[bool(p.text), bool(p.images), bool(p.text and p.images)] for p in products])
+        vectors = np.zeros((len(products), 3, len(self.axis)), np.float32)
+        for row, product in enumerate(products):
+            vectors[row, :, (self.axis[product.id] + (alteration is not None)) % len(self.axis)] = 1.0
+        return vectors * present[..., None], present
+
+
+def test_all_directions_with_absent_views_and_own_queries():
+    names = [("a", 1), ("b", 1), (None, 1), ("c", 0), ("d", 1), ("d", 0)]
+    products = [Product(text=t, images=(b"x",) * n, id=str(k)) for k, (t, n) in enumerate(names)]
+    products.append(Product(images=(b"x",), id="0"))  # a photo of product 0
+    found = retrieval.directions(Fake(products[:6]), prepared_of(products))[0]
+    assert set(found) == {"products", "queries"}
+    by_itself = found["products"]
+    # Unaltered views find their product always; altered ones point at the next product, which R@1 is never right about,
+    # but for the first of two products titled d: the next one has the same title.
+    assert by_itself["t→i"] == {"R@1": 75.0, "R@5": 100.0, "R@10": 100.0, "queries": 4, "candidates": 4}
+    assert by_itself["i→t"]["R@1"] == 100.0 and by_itself["i→t"]["queries"] == 3
+    assert by_itself["t→t"]["R@1"] == 20.0 and by_itself["t→t"]["queries"] == 5
+    assert by_itself["i→i"]["R@1"] == 0.0 and by_itself["i→i"]["queries"] == 4
+    for direction in ("t→mm", "i→mm", "mm→t", "mm→i", "mm→mm"):
+        assert by_itself[direction]["R@1"] < 50.0, direction
+    assert set(found["queries"]) == {"i→t", "i→i", "i→mm"}
+    assert all(entry["R@1"] == 100.0 and entry["queries"] == 1 for entry in found["queries"].values())
+
+
+def prepared_of(products):
+    group = np.array([0, 1, -1, 2, 3, 3, -1])
+    return Prepared(products, group, [], [], list(range(6)), [(6, 0)], [], "")
 
 
 def test_only_t_and_i_share_nothing():

@@ -74,6 +74,24 @@ def test_learning_rates_by_group_and_decay_by_name(batch):
     assert rates == pytest.approx(expected, rel=1e-2)
 
 
+def test_clipping_and_decay(batch):
+    """The second moment holds the clipped gradient's square; a zero gradient leaves the decay alone."""
+    options = tiny(training__clip=0.5, training__weight_decay=0.1, training__learning_rate=1e-2).training
+    params = {"encoder": {"kernel": jnp.full((2, 2), 3.0), "scale": jnp.full(2, 3.0)}}
+    optimizer = step_lib.make_optimizer(options)
+    state = optimizer.init(params)
+    grads = {"encoder": {"kernel": jnp.full((2, 2), 10.0), "scale": jnp.zeros(2)}}  # norm 20, so a 40th is left
+    _, state = optimizer.update(grads, state, params)
+    moment = next(leaf for leaf in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "nu")) if hasattr(leaf, "nu"))
+    np.testing.assert_allclose(moment.nu["encoder"]["kernel"], (1 - options.betas[1]) * 0.25**2, rtol=1e-5)
+
+    zero, state = jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
+    for _ in range(3):  # the third update is at the peak
+        updates, state = optimizer.update(zero, state, params)
+    np.testing.assert_allclose(updates["encoder"]["kernel"], -1e-2 * 0.1 * 3.0, rtol=1e-5)
+    np.testing.assert_array_equal(updates["encoder"]["scale"], np.zeros(2))
+
+
 def test_a_bad_step_changes_nothing_and_is_counted(batch):
     config = tiny()
     state = fresh(config, batch)
