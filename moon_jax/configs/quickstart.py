@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
             experts=dict(count=4, width=128),
             data=dict(batch=128, text_tokens=16, visual_tokens=9, min_visual_tokens=5),
             training=dict(
-                steps=200,
+                steps=160,
                 learning_rate=2e-3,
                 router_learning_rate=1e-3,
                 min_warmup=30,
