@@ -47,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"moon-jax: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("moon-jax: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -143,14 +143,14 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
 
         log = watch.MetricLog(workdir / "metrics.jsonl", resumed_at=start)
         batches = pipeline.from_step(dataset, start, config.data.threads)
-        metrics = None
+        metrics, note = None, ""
         with report.progress("training", steps, start) as advance:
             for step in range(start, steps):
                 batch = jax.device_put(next(batches), sharding.rows(mesh))
                 # The device works on one step while the next one's data is read; never further ahead.
                 jax.block_until_ready(metrics)
                 state, metrics = compiled(state, batch)
-                done, note = step + 1, ""
+                done = step + 1
                 if done % config.training.log_every == 0 or done == steps:
                     line = watch.describe(done, jax.device_get(metrics), config)
                     log.write(line)
