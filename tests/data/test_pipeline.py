@@ -75,9 +75,9 @@ def test_queries_are_altered_and_items_are_not(prepared, tokenizer):
 
 def test_mirroring_drawing_and_weights(prepared, tokenizer):
     """Of a product with three images each is drawn; half of the query's images are mirrored; weights arrive."""
-    picture = np.zeros((16, 16, 3), np.uint8)
-    picture[:, :8] = 255  # bright on the left
-    images = tuple(Image.fromarray(np.roll(picture, shift, 0) // dim) for shift, dim in ((0, 1), (0, 2), (0, 4)))
+    picture = np.zeros((32, 32, 3), np.uint8)  # a size that is not resized
+    picture[:, :16] = 255  # bright on the left
+    images = tuple(Image.fromarray(picture // dim) for dim in (1, 2, 4))
     lone = dataclasses.replace(
         prepared,
         products=[Product(text="a b c", images=images, id="x")],
