@@ -39,8 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     quickstart.add_argument(
         "--workdir", default="moon-jax-quickstart", help="where the run lives (default: %(default)s)"
     )
-    quickstart.add_argument("--steps", type=int, help="training steps, in place of the config's")
-    quickstart.add_argument("--config", default="quickstart", help="a shipped config by name, or a file")
+    quickstart.add_argument(
+        "--steps", type=int, help="training steps, in place of the config's; any option of it: --config.a.b=value"
+    )
+    quickstart.add_argument("--config", default="quickstart", help="a shipped config (quickstart), or a file")
     parsed, overrides = parser.parse_known_args(arguments)
     try:
         run_quickstart(parsed, overrides)
@@ -48,7 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"moon-jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("moon-jax: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print(
+            "moon-jax: interrupted; the same command goes on from the newest checkpoint, or anew if there is none yet",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -57,6 +62,8 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Trains, evaluates, embeds; every part is skipped or resumed where its result stands already."""
     config = config_lib.replace(config_lib.load(parsed.config), {"data.path": parsed.data})
     if parsed.steps is not None:
+        if parsed.steps < 1:
+            raise UserError(f"--steps {parsed.steps}: give 1 or more")
         config = config_lib.replace(config, {"training.steps": parsed.steps})
     config = config_lib.override(config, overrides)
     workdir = Path(parsed.workdir)
@@ -101,12 +108,12 @@ def _show(report, results: dict, workdir: Path, seconds: float) -> None:
         table = Table(title=f"R@1 / R@5 / R@10 in percent: {titles[name]}; {max(sizes):,} candidates")
         table.add_column("query")
         for view in VIEWS:
-            table.add_column(f"→ {view}", justify="right")
+            table.add_column(f"→ {view}", justify="right", no_wrap=True)
         for query in VIEWS:
             cells = []
             for candidate in VIEWS:
                 entry = scores.get(f"{query}→{candidate}")
-                cells.append(" / ".join(f"{entry[f'R@{k}']:.1f}" for k in (1, 5, 10)) if entry else "none")
+                cells.append(" / ".join(f"{entry[f'R@{k}']:.4g}" for k in (1, 5, 10)) if entry else "none")
             table.add_row(query, *cells)
         report.console.print(table)
     report.line(f"done in {seconds:.0f} s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from pathlib import Path
 
@@ -19,12 +20,15 @@ from moon_jax.types import Batch, TrainState
 
 
 def check_workdir(config: config_lib.Config, workdir: Path) -> None:
-    """Refuses a workdir that belongs to another config.
+    """Refuses a workdir that belongs to another config, or that cannot be made.
 
     Where the data lies and how many threads read it may change; the data itself is held to by its fingerprint.
     """
     path = workdir / "config.json"
     if not path.exists():
+        place = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise UserError(f"--workdir {workdir}: {place} cannot be written; give a folder that can")
         return
     held = config_lib.leaves(config_lib.from_json(path.read_text(encoding="utf-8"), str(path)))
     for name, value in config_lib.leaves(config).items():
@@ -132,6 +136,7 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
         placed = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding.rows(mesh)), sample
         )
+        report.line("compiling the training step …")
         began = time.monotonic()
         jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state")
         compiled = jitted.lower(abstract, placed, config=config).compile(compiler_options=backend.compiler_options())
@@ -154,7 +159,9 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
                 if done % config.training.log_every == 0 or done == steps:
                     line = watch.describe(done, jax.device_get(metrics), config)
                     log.write(line)
-                    note = f"loss {line['total']:.3f}" if line["finite"] else "loss not finite, step skipped"
+                    note = (
+                        f"loss {line['total']:.3f} at {done}" if line["finite"] else f"step {done} not finite, skipped"
+                    )
                 checkpoints.save(state, done, last=done == steps)
                 advance(note=note)
         log.close()
@@ -166,12 +173,14 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
 def prepare_data(config: config_lib.Config, report: watch.Watch) -> prepare.Prepared:
     """`prepare.prepare` with its progress shown and its quarantine summed up."""
     prepared = prepare.prepare(config, functools.partial(report.track, "reading"))
-    without_text = sum(product.text is None for product in prepared.products)
-    without_image = sum(not product.images for product in prepared.products)
+    products = [prepared.products[index] for index in {*prepared.train, *prepared.val}]
+    without_text = sum(product.text is None for product in products)
+    without_image = sum(not product.images for product in products)
+    asked = len({triplet.query for triplet in prepared.triplets} - {*prepared.train}) + len(prepared.val_queries)
     report.line(
-        f"{len(prepared.train):,} products to train on, {len(prepared.val):,} to find,"
-        f" {len(prepared.val_queries):,} queries of their own to find them with;"
-        f" of all {len(prepared.products):,} records {without_text:,} lack text, {without_image:,} lack images;"
-        f" {len(prepared.quarantine):,} quarantined"
+        f"{len(prepared.train):,} products to train on, {len(prepared.val):,} to find"
+        f" ({without_text:,} without text, {without_image:,} without image), {asked:,} queries of the catalogue's own;"
+        f" {len(prepared.quarantine):,} records left out"
+        + (", see data/quarantine.jsonl" if prepared.quarantine else "")
     )
     return prepared

@@ -122,6 +122,12 @@ def test_a_missing_catalogue_leaves_no_workdir(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+def test_a_workdir_that_cannot_be_made_is_told_before_anything_is_read(catalogue):
+    done = run(catalogue, catalogue / "products.parquet" / "w")
+    assert done.returncode == 2 and "cannot be written; give a folder that can" in done.stderr
+    assert done.stderr.count("\n") == 1 and "reading" not in done.stdout
+
+
 @pytest.fixture(scope="module")
 def embedder(finished):
     return moon_jax.load(finished[0])
