@@ -113,7 +113,11 @@ def _show(report, results: dict, workdir: Path, seconds: float) -> None:
             cells = []
             for candidate in VIEWS:
                 entry = scores.get(f"{query}→{candidate}")
-                cells.append(" / ".join(f"{entry[f'R@{k}']:.4g}" for k in (1, 5, 10)) if entry else "none")
+                cells.append(
+                    " / ".join(f"{entry[f'R@{k}']:.1f}".replace("100.0", "100") for k in (1, 5, 10))
+                    if entry
+                    else "none"
+                )
             table.add_row(query, *cells)
         report.console.print(table)
     report.line(f"done in {seconds:.0f} s")
