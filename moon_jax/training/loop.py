@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 
 from moon_jax import backend, sharding
@@ -15,7 +16,7 @@ from moon_jax.config import UserError
 from moon_jax.data import pipeline, prepare, text
 from moon_jax.training import watch
 from moon_jax.training.checkpoints import Checkpoints
-from moon_jax.training.step import initial_state, train_step, unboxed
+from moon_jax.training.step import initial_state, train_step
 from moon_jax.types import Batch, TrainState
 
 
@@ -83,7 +84,7 @@ def abstract_state(config: config_lib.Config, rows: object, mesh: jax.sharding.M
     boxed = jax.eval_shape(lambda: initial_state(config, rows))
     shardings = sharding.of_variables(mesh, boxed)
     return jax.tree.map(
-        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), unboxed(boxed), shardings
+        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), nn.unbox(boxed), shardings
     )
 
 
@@ -123,7 +124,7 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
         start = checkpoints.latest()
         if start is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            create = jax.jit(lambda: unboxed(initial_state(config, sample.rows)), out_shardings=shardings)
+            create = jax.jit(lambda: nn.unbox(initial_state(config, sample.rows)), out_shardings=shardings)
             state = create()
         else:
             state = checkpoints.restore(start, abstract)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -107,7 +106,3 @@ def train_step(
     bad_steps = state.bad_steps + (~finite).astype(jnp.int32)
     metrics = {"objectives": result, "modality": modality, "grad_norm": norm, "finite": finite}
     return TrainState(state.step + 1, params, opt_state, bad_steps), metrics
-
-
-def unboxed(state: TrainState) -> TrainState:
-    return nn.unbox(state)

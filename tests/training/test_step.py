@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ def batch(prepared, tokenizer):
 
 
 def fresh(config, batch):
-    return jax.jit(lambda: step_lib.unboxed(step_lib.initial_state(config, batch.rows)))()
+    return jax.jit(lambda: nn.unbox(step_lib.initial_state(config, batch.rows)))()
 
 
 def test_the_loss_falls_and_all_parameters_move(batch):
