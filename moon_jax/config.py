@@ -71,7 +71,8 @@ class Experts:
 class Data:
     """What is read, and how a product becomes a row."""
 
-    path: str = option("", "catalogue: a Parquet or JSONL file, or a folder of them")
+    path: str = option("", "catalogue: a Parquet or JSONL file, or a folder of them; empty renders a synthetic one")
+    synthetic: int = option(4000, "products of the synthetic catalogue, where path is empty")
     tokenizer: str = option("", "tokenizer.json; empty trains a byte-level BPE of language.vocab on the catalogue")
     batch: int = option(256, "triplets of a global batch, B")
     images: int = option(1, "images of a product in one row, N; training draws them, evaluation takes the first")
@@ -100,6 +101,7 @@ class Objective:
     phi_threshold: float = option(0.6, "φ from which a triplet counts fully")
     phi_slope: float = option(10.0, "κ, slope of φ")
     margin: tuple[float, float] = option((0.1, -0.2), "m̄ at the first and the last step, a cosine between")
+    matryoshka: tuple[int, ...] = option((), "widths below D at which the losses are also taken, and the model judged")
     chunk: int = option(4096, "candidates whose similarities are held at once")
 
 
@@ -173,11 +175,17 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple of numbers"}
+
+ANY_LENGTH = ("vision.deepstack", "objective.matryoshka")
+"""Options that hold as many integers as one likes."""
+
+
 def _coerce(name: str, value: Any, default: Any) -> Any:
     """`value` as the type of `default`, or an error that names the option."""
     if isinstance(default, tuple):
-        if isinstance(value, list | tuple) and (len(value) == len(default) or name == "vision.deepstack"):
-            kind = type(default[0])
+        if isinstance(value, list | tuple) and (len(value) == len(default) or name in ANY_LENGTH):
+            kind = type(default[0]) if default else int
             return tuple(_coerce(name, item, kind()) for item in value)
     elif isinstance(default, bool):
         if isinstance(value, bool):
@@ -187,7 +195,7 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
             return float(value)
     elif isinstance(value, type(default)) and not isinstance(value, bool):
         return value
-    raise UserError(f"config.{name}: {value!r} is not a {type(default).__name__}; an example is {default!r}")
+    raise UserError(f"config.{name}: {value!r} is not {KINDS[type(default)]}; an example is {default!r}")
 
 
 def replace(config: Config, values: dict[str, Any]) -> Config:
@@ -258,6 +266,11 @@ def check(config: Config) -> Config:
             for name, (low, high) in (("data.crop", config.data.crop), ("evaluation.crop", config.evaluation.crop))
         ),
         (0 < config.data.val_fraction < 1, "data.val_fraction must lie between 0 and 1"),
+        (
+            tuple(sorted({*config.objective.matryoshka})) == config.objective.matryoshka
+            and max(config.objective.matryoshka, default=0) < language.width,
+            "objective.matryoshka must rise and stay below language.width",
+        ),
         (min(config.objective.temperature) > 0, "objective.temperature must be positive"),
         (max(config.training.betas) < 1, "training.betas must lie below 1"),
         (

@@ -1,6 +1,6 @@
-"""Chunked top-k and logsumexp over similarities: memory stays flat in the number of candidates.
+"""Similarities of unit vectors: top-k and logsumexp in chunks, memory flat in the number of candidates; shorter vectors.
 
-The losses, retrieval and search share these two functions.
+The losses, retrieval and search share these functions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,21 @@ import jax.numpy as jnp
 from moon_jax.types import Array
 
 PRECISION = jax.lax.Precision.HIGHEST  # the default on TPU multiplies in bfloat16, which reorders near ties
+
+
+def truncate(vectors: Array, width: int) -> Array:
+    """The first `width` dimensions, brought back to unit length (Matryoshka, arXiv 2205.13147); zero stays zero.
+
+    Args:
+        vectors: f32[…,D], unit or zero.
+
+    Returns:
+        f32[…,width]; `vectors` themselves where that is D.
+    """
+    if width == vectors.shape[-1]:
+        return vectors
+    short = jnp.asarray(vectors)[..., :width]
+    return short * jax.lax.rsqrt(jnp.maximum((short**2).sum(axis=-1, keepdims=True), 1e-24))
 
 
 def _chunks(candidates: Array, chunk: int) -> tuple[Array, Array]:

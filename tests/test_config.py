@@ -41,8 +41,8 @@ def test_an_unknown_key_names_the_closest():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--config.experts.count='many'", "config.experts.count: 'many' is not a int"),
-        ("--config.data.crop=3", "config.data.crop: 3 is not a tuple"),
+        ("--config.experts.count='many'", "config.experts.count: 'many' is not a whole number"),
+        ("--config.data.crop=3", "config.data.crop: 3 is not a tuple of numbers"),
         ("--verbose", "--verbose: not understood"),
         ("--config.experts.per_token=9", "experts.per_token must lie between"),
         ("--config.language.kv_heads=3", "language.heads must be a multiple"),

@@ -34,7 +34,8 @@ class Prepared:
     train: list[int]  # training products
     val: list[int]  # candidates of the evaluation
     val_queries: list[tuple[int, int]]  # query, the product it seeks
-    quarantine: list[sources.Quarantined]
+    quarantine: list[sources.Quarantined]  # by file and number
+    synthetic: bool  # rendered, not sold
     fingerprint: str  # of all of the above
 
     def save(self, folder: Path) -> None:
@@ -45,6 +46,7 @@ class Prepared:
         """
         manifest = {
             "fingerprint": self.fingerprint,
+            "synthetic": self.synthetic,
             "products": len(self.products),
             "train": len(self.train),
             "val": len(self.val),
@@ -59,7 +61,10 @@ class Prepared:
         if path.exists():
             held = json.loads(path.read_text(encoding="utf-8"))
             if held["fingerprint"] != self.fingerprint:
-                raise UserError(f"{folder}: made from other data than is given now; take another workdir")
+                raise UserError(
+                    f"--workdir {folder.parent}: holds a run on other data than is given now;"
+                    " take another workdir, or remove this one"
+                )
             return
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as file:
@@ -133,7 +138,7 @@ def prepare(
     kept: dict[str, list[tuple[int, sources.Record]]] = {part: [] for part in parts}
 
     def leave_out(record: sources.Record, reason: str, detail: str) -> None:
-        quarantine.append(sources.Quarantined(record.file, f"{record.number} {record.product.id}", reason, detail))
+        quarantine.append(sources.Quarantined(record.file, record.number, record.product.id, reason, detail))
 
     with ThreadPoolExecutor(config.data.threads) as pool:
         found = pool.map(lambda item: _verify(item[1].product, rule), everything)
@@ -172,8 +177,8 @@ def prepare(
     if not train or not val:
         side = "train on" if not train else "evaluate on"
         raise UserError(
-            f"--data {config.data.path}: no product left to {side} ({len(quarantine)} quarantined);"
-            " at least two different titles are needed"
+            f"--data {config.data.path}: no product left to {side}; at least two different titles are needed;"
+            f" {sources.summary(quarantine) or 'nothing was left out'}"
         )
     if not any(products[index].text and products[index].images for index in train):
         raise UserError(f"--data {config.data.path}: no product to train on has both a title and an image")
@@ -186,6 +191,7 @@ def prepare(
         train=train,
         val=val,
         val_queries=val_queries,
-        quarantine=quarantine,
+        quarantine=sorted(quarantine, key=lambda entry: (entry.file, entry.number)),
+        synthetic=catalogue.synthetic,
         fingerprint=digests.hexdigest(),
     )

@@ -12,10 +12,13 @@ Every record is read or quarantined with a reason: nothing is lost silently.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +46,28 @@ REASONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Quarantined:
-    """A record that was left out: file, record (its number, and its id if it has one), reason and detail."""
+    """A record that was left out, and why: one of `REASONS`, and a detail.
+
+    `number` is its line in a JSONL file, its row in a Parquet file, counted from 1; `id` is empty where it has none.
+    """
 
     file: str
-    record: str
+    number: int
+    id: str
     reason: str
     detail: str = ""
+
+
+def summary(quarantine: Sequence[Quarantined]) -> str:
+    """How many were left out for each reason, and one example; empty if none was."""
+    if not quarantine:
+        return ""
+    counts = Counter(entry.reason for entry in quarantine).most_common()
+    first = quarantine[0]
+    return (
+        f"{len(quarantine):,} left out ({', '.join(f'{count:,} {reason}' for reason, count in counts)}),"
+        f" such as {first.file} {first.number}: {first.detail or first.reason}"
+    )
 
 
 class BadRecord(ValueError):
@@ -61,7 +80,7 @@ class BadRecord(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A product or a query as it was read, and where it stands: file and number. A query names the id it seeks."""
+    """A product or a query as it was read, and where it stands (see `Quarantined`). A query names the id it seeks."""
 
     product: Product
     file: str
@@ -71,7 +90,7 @@ class Record:
 
 @dataclasses.dataclass
 class Catalogue:
-    """What a source holds; `products` has no split of its own."""
+    """What a source holds; `products` has no split of its own. `synthetic`: a file says that it was rendered."""
 
     products: list[Record] = dataclasses.field(default_factory=list)
     train: list[Record] = dataclasses.field(default_factory=list)
@@ -79,6 +98,7 @@ class Catalogue:
     train_queries: list[Record] = dataclasses.field(default_factory=list)
     val_queries: list[Record] = dataclasses.field(default_factory=list)
     quarantine: list[Quarantined] = dataclasses.field(default_factory=list)
+    synthetic: bool = False
 
 
 def title_group(title: str) -> str:
@@ -91,7 +111,7 @@ def _text(value: Any, name: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise BadRecord("bad text", f"{name} is a {type(value).__name__}")
+        raise BadRecord("bad text", f"{name} is of type {type(value).__name__}, not text")
     if len(value) > LONGEST_TEXT:
         raise BadRecord("text too long", f"{name} has {len(value)} characters, at most {LONGEST_TEXT} are read")
     try:
@@ -137,7 +157,7 @@ def to_product(record: dict[str, Any], folder: Path, id_column: str = "product_i
         raise BadRecord("no text and no image")
     category, attributes = record.get("category") or [], record.get("attributes") or {}
     if not isinstance(category, list | str):
-        raise BadRecord("bad text", f"category is a {type(category).__name__}, not a list")
+        raise BadRecord("bad text", f"category is of type {type(category).__name__}, not a list")
     # Parquet maps arrive as pairs.
     pairs = list(attributes.items()) if isinstance(attributes, dict) else attributes
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
@@ -168,8 +188,8 @@ COLUMNS = ("product_id", "query_id", "title", "images", "image", "category", "br
 """What is read; other columns are left alone."""
 
 
-def _records(path: Path) -> Iterator[dict[str, Any] | BadRecord]:
-    """The records of a file, in order; one that cannot be parsed comes as a BadRecord.
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
+    """The records of a file, in order and numbered from 1; one that cannot be parsed comes as a BadRecord.
 
     Raises:
         UserError: a Parquet file without the columns that are needed, or damaged.
@@ -180,40 +200,52 @@ def _records(path: Path) -> Iterator[dict[str, Any] | BadRecord]:
             names = [name for name in COLUMNS if name in file.schema_arrow.names]
             if not names:
                 _check_columns(path, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=1024, columns=names):
-                try:
-                    yield from batch.to_pylist()
-                except UnicodeDecodeError:
-                    yield from map(_row, (batch.slice(row, 1) for row in range(batch.num_rows)))
+            batches = file.iter_batches(batch_size=1024, columns=names)
+            yield from enumerate(itertools.chain.from_iterable(map(_rows, batches)), start=1)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a readable Parquet file ({error})") from None
+            raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
         return
     with path.open("rb") as lines:
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             if line.strip():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield BadRecord("not readable", f"not JSON: {error}")
-                    continue
-                yield record if isinstance(record, dict) else BadRecord("not readable", "not a JSON object")
+                yield number, _parsed(line)
 
 
-def _row(batch: pa.RecordBatch) -> dict[str, Any] | BadRecord:
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any] | BadRecord]:
     try:
-        return batch.to_pylist()[0]
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [BadRecord("not readable", "text that is not UTF-8")]
+        return [record for row in range(batch.num_rows) for record in _rows(batch.slice(row, 1))]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | BadRecord:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        return BadRecord("not readable", f"not JSON: {error.msg} at character {error.colno}")
     except UnicodeDecodeError:
         return BadRecord("not readable", "text that is not UTF-8")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        return BadRecord("not readable", f"not JSON: {error}")
+    return record if isinstance(record, dict) else BadRecord("not readable", "not a JSON object")
+
+
+def _says_synthetic(path: Path) -> bool:
+    return path.suffix == ".parquet" and b"synthetic" in (pq.read_schema(path).metadata or {})
 
 
 def _check_columns(path: Path, columns: Iterable[str]) -> None:
     """Refuses a file none of whose records has what every record needs."""
-    needed = ["product_id", "query_id"] if path.stem.lower().startswith("queries") else ["product_id"]
-    missing = " or ".join(name for name in needed if name not in columns)
-    if not missing and not {"title", "images", "image"} & set(columns):
-        missing = "title or images"
-    if missing:
-        raise UserError(f"{path}: no column {missing}; its columns are {', '.join(sorted(columns))}")
+    needed = [("product_id",), ("query_id",)] if path.stem.lower().startswith("queries") else [("product_id",)]
+    for names in (*needed, ("title", "images", "image")):
+        if not set(names) & set(columns):
+            close = [found for name in names for found in difflib.get_close_matches(name, columns, n=1)]
+            raise UserError(
+                f"{path}: no column {' or '.join(names)}; its columns are {', '.join(sorted(columns))};"
+                f" rename {close[0] if close else 'the one that holds it'}"
+            )
 
 
 def read(source: str | Path) -> Catalogue:
@@ -223,12 +255,16 @@ def read(source: str | Path) -> Catalogue:
         UserError: nothing to read, or a column without which nothing can be read.
     """
     source = Path(source)
-    if not source.exists():
-        raise UserError(f"--data {source}: no such file or folder")
-    files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.is_file())
+    try:
+        if not source.exists():
+            raise UserError(f"--data {source}: no such file or folder")
+        files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.is_file())
+    except PermissionError as error:
+        raise UserError(f"--data {source}: {error.filename} may not be read; ask its owner for permission") from None
     files = [file for file in files if file.suffix in (".parquet", ".jsonl")]
     if not files:
-        raise UserError(f"--data {source}: no .parquet or .jsonl file there")
+        what = "neither a .parquet nor a .jsonl file" if source.is_file() else "no .parquet or .jsonl file there"
+        raise UserError(f"--data {source}: {what}; README's section The catalogue says what a file holds")
     catalogue, seen = Catalogue(), set()
     for path in files:
         words = set(re.split(r"[-_.]", path.stem.lower()))
@@ -240,7 +276,7 @@ def read(source: str | Path) -> Catalogue:
         else:
             part = catalogue.val if held_out else catalogue.train if train else catalogue.products
         columns: set[str] = set()
-        for number, record in enumerate(_records(path)):
+        for number, record in _records(path):
             identity = ""
             try:
                 if isinstance(record, BadRecord):
@@ -254,11 +290,10 @@ def read(source: str | Path) -> Catalogue:
                 target = str(record.get("product_id")) if queries else ""
                 part.append(Record(product, path.name, number, target))
             except BadRecord as bad:
-                where = f"{number} {identity}".strip()
-                catalogue.quarantine.append(Quarantined(path.name, where, bad.reason, bad.detail))
+                catalogue.quarantine.append(Quarantined(path.name, number, identity, bad.reason, bad.detail))
         if columns:
             _check_columns(path, columns)
+        catalogue.synthetic |= _says_synthetic(path)
     if not (catalogue.products or catalogue.train or catalogue.val):
-        reasons = sorted({entry.reason for entry in catalogue.quarantine})
-        raise UserError(f"--data {source}: no usable product; quarantined for: {', '.join(reasons) or 'no records'}")
+        raise UserError(f"--data {source}: no usable product; {summary(catalogue.quarantine) or 'no records there'}")
     return catalogue

@@ -6,7 +6,8 @@
 
 Both are one contrastive loss: an anchor, its own candidate, all other candidates of the global batch. Ours, since
 the paper leaves it open: the negatives are all other p and n of the batch, those of the same product or of an equal
-title masked; φ weighs the inter objectives only; ω multiplies the intra objectives as well (M = 5).
+title masked; φ weighs the inter objectives only; ω multiplies the intra objectives as well (M = 5); Matryoshka widths
+are none by default, and φ is of the whole vector.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ def contrastive_loss(
     group: Array,
     temperature: Array,
     chunk: int,
+    widths: tuple[int, ...] = (),
 ) -> tuple[Array, Array]:
-    """−log of the softmax probability of each anchor's own candidate.
+    """−log of the softmax probability of each anchor's own candidate, mean over D and the Matryoshka `widths`.
 
     Args:
         anchors: f32[B,D], unit.
@@ -43,6 +45,7 @@ def contrastive_loss(
             with nothing.
         temperature: f32[].
         chunk: candidates whose similarities are held at once.
+        widths: below D, at which the vectors are compared as well (arXiv 2205.13147).
 
     Returns:
         f32[B], and i32[B], the negatives of each anchor. Both are meaningless where the own candidate is absent.
@@ -56,9 +59,13 @@ def contrastive_loss(
         exists = jnp.take(present, columns, mode="fill", fill_value=False)
         return (columns == own[:, None]) | (exists & differs(product) & differs(group))
 
-    own_logit = (anchors * candidates[own]).sum(-1) / temperature
-    normaliser, kept = similarity.masked_logsumexp(anchors, candidates, keep, 1.0 / temperature, chunk)
-    return normaliser - own_logit, kept - 1
+    losses = []
+    for width in (*widths, anchors.shape[-1]):
+        query, candidate = similarity.truncate(anchors, width), similarity.truncate(candidates, width)
+        own_logit = (query * candidate[own]).sum(-1) / temperature
+        normaliser, kept = similarity.masked_logsumexp(query, candidate, keep, 1.0 / temperature, chunk)
+        losses.append(normaliser - own_logit)
+    return sum(losses) / len(losses), kept - 1
 
 
 def _mean(values: Array, weight: Array) -> Array:
@@ -108,7 +115,15 @@ def objectives(
     losses, counts, served, negatives = [], [], [], jnp.zeros(size, jnp.int32)
     for view in (T, I, MM):
         loss, others = contrastive_loss(
-            embedding[q, :, view], items[:, MM], first, items_present[:, MM], product, group, temperature, options.chunk
+            embedding[q, :, view],
+            items[:, MM],
+            first,
+            items_present[:, MM],
+            product,
+            group,
+            temperature,
+            options.chunk,
+            options.matryoshka,
         )
         exists = present[q, :, view] & present[p, :, MM]
         losses.append(_mean(loss, weight * exists))
@@ -126,6 +141,7 @@ def objectives(
             group,
             intra_temperature,
             options.chunk,
+            options.matryoshka,
         )
         exists = present[item, :, I] & present[item, :, T]
         losses.append(_mean(loss, exists.astype(jnp.float32)))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moon_jax import backend
+from moon_jax import backend, similarity
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.data import rows as rows_lib
@@ -127,10 +127,7 @@ class Embedder:
             embeddings = self._run(chosen, read, layout, batch_size, advance)
             # A row holds one view, and the absent ones are zero.
             vectors[chosen] = embeddings.sum(axis=1)
-        if truncate_dim is not None:
-            vectors = vectors[:, :truncate_dim]
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors
+        return np.asarray(similarity.truncate(vectors, truncate_dim or self.dimension))
 
     # One tower embeds both sides; the two names are what retrieval code calls.
     encode_query = encode

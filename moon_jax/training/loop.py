@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import jax
 from moon_jax import backend, sharding
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
-from moon_jax.data import pipeline, prepare, text
+from moon_jax.data import pipeline, prepare, sources, synthetic, text
 from moon_jax.training import watch
 from moon_jax.training.checkpoints import Checkpoints
 from moon_jax.training.step import initial_state, train_step
@@ -21,15 +21,18 @@ from moon_jax.types import Batch, TrainState
 
 
 def check_workdir(config: config_lib.Config, workdir: Path) -> None:
-    """Refuses a workdir that belongs to another config, or that cannot be made.
+    """Refuses a workdir that belongs to another config, or that cannot be written.
 
     Where the data lies and how many threads read it may change; the data itself is held to by its fingerprint.
     """
     path = workdir / "config.json"
+    place = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: {place}: {error.strerror}; give a folder that can be written") from None
     if not path.exists():
-        place = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
-        if not place.is_dir() or not os.access(place, os.W_OK):
-            raise UserError(f"--workdir {workdir}: {place} cannot be written; give a folder that can")
         return
     held = config_lib.leaves(config_lib.from_json(path.read_text(encoding="utf-8"), str(path)))
     for name, value in config_lib.leaves(config).items():
@@ -93,7 +96,8 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
 
     Args:
         config: the run is a function of it. A workdir belongs to one config.
-        workdir: receives config.json, tokenizer.json, data/, checkpoints/, metrics.jsonl and run.log.
+        workdir: receives config.json, tokenizer.json, data/, checkpoints/, metrics.jsonl, tensorboard/ and run.log;
+            without `config.data.path` also catalogue/, the synthetic one.
 
     Returns:
         The prepared data, for evaluation.
@@ -104,7 +108,7 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
     workdir = Path(workdir)
     check_workdir(config, workdir)
     report = watch.Watch(workdir)
-    prepared = prepare_data(config, report)
+    prepared = prepare_data(config, workdir, report)
     open_workdir(config, workdir)
     prepared.save(workdir / "data")
     tokenizer = open_tokenizer(config, workdir, prepared)
@@ -121,33 +125,35 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
         sample: Batch = dataset[0]
         abstract = abstract_state(config, sample.rows, mesh)
         checkpoints = Checkpoints(workdir, config.training)
-        start = checkpoints.latest()
-        if start is None:
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            create = jax.jit(lambda: nn.unbox(initial_state(config, sample.rows)), out_shardings=shardings)
-            state = create()
-        else:
-            state = checkpoints.restore(start, abstract)
-            report.line(f"resuming {workdir} at step {start} of {steps}")
-        start = start or 0
+        newest = checkpoints.latest()
+        start = newest or 0
         if start >= steps:
             checkpoints.close()
+            report.line(f"{workdir} is trained already: its newest checkpoint is of step {start}")
             return prepared
+        if newest is not None:
+            state = checkpoints.restore(newest, abstract)
+            report.line(f"resuming {workdir} at step {start} of {steps}")
 
         placed = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding.rows(mesh)), sample
         )
-        report.line("compiling the training step …")
         began = time.monotonic()
-        jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state")
-        compiled = jitted.lower(abstract, placed, config=config).compile(compiler_options=backend.compiler_options())
+        with report.busy("compiling the training step"):
+            jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state")
+            lowered = jitted.lower(abstract, placed, config=config)
+            compiled = lowered.compile(compiler_options=backend.compiler_options())
+            if newest is None:
+                shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+                create = jax.jit(lambda: nn.unbox(initial_state(config, sample.rows)), out_shardings=shardings)
+                state = create()
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         report.line(
             f"{parameters:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s);"
-            f" step compiled in {time.monotonic() - began:.1f} s"
+            f" compiled in {time.monotonic() - began:.1f} s"
         )
 
-        log = watch.MetricLog(workdir / "metrics.jsonl", resumed_at=start)
+        log = watch.MetricLog(workdir / "metrics.jsonl", start, workdir / "tensorboard")
         batches = pipeline.from_step(dataset, start, config.data.threads)
         metrics, note = None, ""
         with report.progress("training", steps, start) as advance:
@@ -159,7 +165,7 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
                 done = step + 1
                 if done % config.training.log_every == 0 or done == steps:
                     line = watch.describe(done, jax.device_get(metrics), config)
-                    log.write(line)
+                    log.write(line | {"synthetic": prepared.synthetic})
                     note = (
                         f"loss {line['total']:.3f} at {done}" if line["finite"] else f"step {done} not finite, skipped"
                     )
@@ -171,17 +177,27 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
     return prepared
 
 
-def prepare_data(config: config_lib.Config, report: watch.Watch) -> prepare.Prepared:
-    """`prepare.prepare` with its progress shown and its quarantine summed up."""
+def prepare_data(config: config_lib.Config, workdir: Path, report: watch.Watch) -> prepare.Prepared:
+    """`prepare.prepare` with its progress shown and its quarantine summed up; renders the catalogue if none is given."""
+    if not config.data.path:
+        path = workdir / "catalogue" / "synthetic.parquet"
+        if not path.exists():
+            track = functools.partial(report.track, "rendering")
+            synthetic.write(path, config.data.synthetic, config.seed, config.data.threads, track)
+        report.line(f"no --data given: a synthetic catalogue of rendered products, {path}")
+        config = config_lib.replace(config, {"data.path": str(path)})
     prepared = prepare.prepare(config, functools.partial(report.track, "reading"))
     products = [prepared.products[index] for index in {*prepared.train, *prepared.val}]
     without_text = sum(product.text is None for product in products)
     without_image = sum(not product.images for product in products)
     asked = len({triplet.query for triplet in prepared.triplets} - {*prepared.train}) + len(prepared.val_queries)
     report.line(
-        f"{len(prepared.train):,} products to train on, {len(prepared.val):,} to find"
+        f"{len(prepared.train):,} {'synthetic ' if prepared.synthetic else ''}products to train on, {len(prepared.val):,} to find"
         f" ({without_text:,} without text, {without_image:,} without image), {asked:,} queries of the catalogue's own;"
-        f" {len(prepared.quarantine):,} records left out"
-        + (", see data/quarantine.jsonl" if prepared.quarantine else "")
+        f" {sources.summary(prepared.quarantine) or '0 left out'}"
     )
+    if prepared.quarantine:
+        report.line(f"what was left out is listed in {workdir / 'data' / 'quarantine.jsonl'}")
+    if len(prepared.val) <= 10:
+        report.line(f"only {len(prepared.val)} products to find: R@10 says nothing; give a larger catalogue")
     return prepared

@@ -1,9 +1,11 @@
-"""What a run tells while it works: progress on the terminal, a run log, metric lines, and a count of compilations."""
+"""What a run tells while it works: progress on the terminal, a run log, metric lines with their TensorBoard events, and
+a count of compilations."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from tensorboardX import summary as events
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 
 from moon_jax import config as config_lib
 from moon_jax.objectives import filtering
@@ -21,6 +34,13 @@ from moon_jax.types import OBJECTIVES
 
 QUIET_SECONDS = 3.0
 """Off a terminal, work that is done sooner is told in one line."""
+
+INTERRUPTED = threading.Event()
+"""Set when the user presses Ctrl-C. The KeyboardInterrupt itself can be lost where a library swallows every exception
+(an optional import, a callback from C); whoever reports progress meets it here."""
+
+PHI_BINS = 20
+"""Equal bins of [0, 1] in the histogram of φ."""
 
 COMPILED: Counter[str] = Counter()
 """Compilations of this process by function name, counted by JAX's own events."""
@@ -54,7 +74,7 @@ class Watch:
         """A bar with rate and time left; off a terminal, one line every tenth of the way.
 
         Yields:
-            advance(count=1, note=""): reports work done.
+            advance(count=1, note=""): reports work done. Raises KeyboardInterrupt after Ctrl-C.
         """
         began, done, told = time.monotonic(), start, 0
         bar = Progress(
@@ -75,6 +95,8 @@ class Watch:
 
         def advance(count: int = 1, note: str = "") -> None:
             nonlocal done, told
+            if INTERRUPTED.is_set():
+                raise KeyboardInterrupt
             done += count
             rate = (done - start) / max(time.monotonic() - began, 1e-9)
             speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
@@ -89,6 +111,18 @@ class Watch:
             yield advance
         self.line(f"{what}: {done - start} in {time.monotonic() - began:.1f} s")
 
+    @contextlib.contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Work whose length nobody knows: a spinner with the time gone by; off a terminal, one line."""
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), SpinnerColumn("dots"), TimeElapsedColumn())
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                bar.add_task(what, total=None)
+                yield
+        else:
+            self.line(f"{what} …")
+            yield
+
     def track(self, what: str, work: Iterable[Any], total: int) -> Iterator[Any]:
         """The items of `work`, with progress."""
         with self.progress(what, total) as advance:
@@ -98,9 +132,12 @@ class Watch:
 
 
 class MetricLog:
-    """metrics.jsonl: one line per logged step, in order, each step once however often the run was resumed."""
+    """metrics.jsonl, and the same as TensorBoard events: each logged step once, in order, however often it was resumed.
 
-    def __init__(self, path: Path, resumed_at: int):
+    The JSON lines are the record. The events are made from them anew when a run is resumed.
+    """
+
+    def __init__(self, path: Path, resumed_at: int, tensorboard: Path):
         kept = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -113,13 +150,48 @@ class MetricLog:
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
+        tensorboard.mkdir(exist_ok=True)
+        for old in tensorboard.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._events = EventsWriter(str(tensorboard / "events"))
+        for line in kept:
+            self._write_events(json.loads(line))
 
     def write(self, metrics: dict[str, Any]) -> None:
         self._file.write(json.dumps(metrics, ensure_ascii=False) + "\n")
         self._file.flush()
+        self._write_events(metrics)
+
+    def _write_events(self, metrics: dict[str, Any]) -> None:
+        found = [events.scalar(tag, value) for tag, value in _scalars(metrics) if tag != "step"]
+        if metrics["phi_histogram"] is not None:
+            found.append(_phi_event(metrics["phi_histogram"]))
+        for summary in found:
+            self._events.write_event(Event(wall_time=time.time(), step=metrics["step"], summary=summary))
+        self._events.flush()
 
     def close(self) -> None:
         self._file.close()
+        self._events.close()
+
+
+def _scalars(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a metric line with its path as a tag; the histogram of φ is none."""
+    for key, value in metrics.items():
+        if isinstance(value, list) and key != "phi_histogram":
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            yield prefix + key, float(value)
+
+
+def _phi_event(counts: list[int]) -> Any:
+    """The histogram of φ as TensorBoard holds it: moments of the bins' middles, then upper edges and counts."""
+    edges, counts = np.linspace(0, 1, PHI_BINS + 1), np.array(counts)
+    middles = (edges[1:] + edges[:-1]) / 2
+    moments = dict(min=0.0, max=1.0, num=counts.sum(), sum=counts @ middles, sum_squares=counts @ middles**2)
+    return events.histogram_raw("phi", **moments, bucket_limits=edges[1:], bucket_counts=counts)
 
 
 def _round(value: Any) -> Any:
@@ -131,7 +203,8 @@ def describe(step: int, metrics: dict[str, Any], config: config_lib.Config) -> d
     """The metrics of a step (training/step.py) as one JSON line.
 
     `experts` holds per layer and expert the share of text tokens and of image tokens that its gate took: each
-    modality's shares add up to 1 over a layer's experts.
+    modality's shares add up to 1 over a layer's experts. `phi_histogram` counts triplets in PHI_BINS equal bins of
+    [0, 1].
     """
     result, modality = metrics["objectives"], metrics["modality"]
     shares = modality / np.maximum(modality.sum(axis=-1, keepdims=True), 1e-9)
@@ -156,6 +229,7 @@ def describe(step: int, metrics: dict[str, Any], config: config_lib.Config) -> d
         "margin": _round(margin),
         "phi_mean": _round(phi.mean()) if phi.size else None,
         "phi_below_threshold": _round((phi < config.objective.phi_threshold).mean()) if phi.size else None,
+        "phi_histogram": np.histogram(phi, PHI_BINS, (0, 1))[0].tolist() if phi.size else None,
         "negatives_mean": _round(negatives.mean()) if negatives.size else None,
         "negatives_min": int(negatives.min()) if negatives.size else None,
         "experts": [

@@ -81,9 +81,11 @@ def test_every_bad_record_is_quarantined_with_its_reason(tmp_path):
     assert {reason: reasons.count(reason) for reason in bad} == {reason: len(group) for reason, group in bad.items()}
     assert len(found.products) + len(found.quarantine) == len(lines)
     assert set(reasons) <= set(sources.REASONS)
-    by_record = {entry.record.split()[0]: entry for entry in found.quarantine}
-    assert len(by_record) == len(reasons) and all(entry.file == "products.jsonl" for entry in found.quarantine)
-    assert by_record["40"].reason == "not readable"  # numbered from 0: the first after the good ones
+    # By line of the file, counted from 1: the bad ones follow the 40 good ones.
+    assert [entry.number for entry in found.quarantine] == list(range(41, 41 + len(reasons)))
+    assert reasons == [reason for reason, group in bad.items() for _ in group]
+    assert all(entry.file == "products.jsonl" for entry in found.quarantine)
+    assert found.quarantine[4].id == "g3"
     found.save(tmp_path / "data")
     assert len((tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()) == len(reasons)
     assert all(entry.detail or entry.reason == "no text and no image" for entry in found.quarantine)
@@ -94,7 +96,7 @@ def test_an_image_with_too_many_pixels_is_not_decoded(tmp_path):
     for n in range(30):
         (tmp_path / f"{n}.jpg").write_bytes(jpeg((9, 9, 9), (40, 40) if n == 4 else (8, 8), n))
     found = prepare.prepare(tiny(data__path=str(tmp_path), data__max_pixels=1000))
-    assert [(entry.record, entry.reason) for entry in found.quarantine] == [("4 4", "bad image")]
+    assert [(entry.number, entry.id, entry.reason) for entry in found.quarantine] == [(5, "4", "bad image")]
     assert "40 x 40 pixels, above data.max_pixels" in found.quarantine[0].detail
 
 
@@ -104,13 +106,18 @@ def test_an_image_with_too_many_pixels_is_not_decoded(tmp_path):
         (lambda p: p / "nowhere", "no such file or folder"),
         (lambda p: p, "no .parquet or .jsonl file there"),
         (lambda p: write_jsonl(p, [{"sku": "1", "title": "x"}]), "no column product_id; its columns are sku, title"),
-        (lambda p: write_jsonl(p, [{"product_id": "1", "name": "x"}]), "no column title or images"),
+        (lambda p: write_jsonl(p, [{"product_id": "1", "name": "x"}]), "no column title or images or image"),
         (
             lambda p: write_jsonl(p, []).joinpath("queries.jsonl").write_text('{"product_id": "1", "title": "x"}')
             and p,
             "queries.jsonl: no column query_id",
         ),
-        (lambda p: write_jsonl(p, []), "no usable product; quarantined for: no records"),
+        (lambda p: write_jsonl(p, []), "no usable product; no records there"),
+        (lambda p: write_jsonl(p, [{"product_id": "1", "titel": "x"}]), "rename titel"),
+        (
+            lambda p: write_jsonl(p, [{"product_id": "1", "title": 7}]),
+            "no usable product; 1 left out (1 bad text), such as products.jsonl 1: title is of type int",
+        ),
         (lambda p: (p / "a.parquet").write_bytes(b"PAR") and p, "not a readable Parquet file"),
         (lambda p: write_jsonl(p, [{"product_id": "1", "title": "x"}]), "no product left to"),
     ],
@@ -137,10 +144,10 @@ def test_queries_and_splits(tmp_path):
     asked = [t for t in found.triplets if t.query != t.positive]
     assert [(ids[t.query], ids[t.positive]) for t in asked] == [("train-0", "1"), ("train-1", "2")]
     # Unknown, or on the other side of the split: a held-out product is no training positive, nor the reverse.
-    assert [(entry.record, entry.reason) for entry in found.quarantine] == [
-        ("2 train-2", "unknown product"),
-        ("3 train-3", "unknown product"),
-        ("1 val-1", "unknown product"),
+    assert [(entry.file, entry.number, entry.id, entry.reason) for entry in found.quarantine] == [
+        ("queries_train.parquet", 3, "train-2", "unknown product"),
+        ("queries_train.parquet", 4, "train-3", "unknown product"),
+        ("queries_val.parquet", 2, "val-1", "unknown product"),
     ]
 
 
@@ -167,7 +174,7 @@ def test_the_manifest_counts_and_refuses_other_data(catalogue, prepared, tmp_pat
     assert [tuple(row.values()) for row in stored] == [tuple(t) for t in prepared.triplets]
     prepared.save(tmp_path)  # the same again is fine
     other = prepare.prepare(tiny(data__path=str(catalogue), seed=1))
-    with pytest.raises(UserError, match="made from other data"):
+    with pytest.raises(UserError, match="holds a run on other data than is given now"):
         other.save(tmp_path)
 
 
@@ -209,7 +216,7 @@ def test_text_that_is_not_utf8_costs_its_record_only(tmp_path):
     pq.write_table(pa.table({"product_id": pa.array(["1", "2", "3"]), "title": titles}), tmp_path / "p.parquet")
     found = sources.read(tmp_path)
     assert [record.product.text for record in found.products] == ["good", "fine"]
-    assert [(entry.record, entry.reason) for entry in found.quarantine] == [("1", "not readable")]
+    assert [(entry.number, entry.reason) for entry in found.quarantine] == [(2, "not readable")]
 
 
 def test_negatives_have_another_title_even_where_nearly_all_are_equal():

@@ -71,15 +71,22 @@ def oracle(x, config, step):
 
     def contrast(anchor, role, b, view, temperature):
         """Loss and number of negatives of an anchor whose own candidate is view `view` of item (role, b)."""
+        widths = (D, *o.matryoshka)
+        parts = [contrast_at(width, anchor, role, b, view, temperature) for width in widths]
+        return np.mean([loss for loss, _ in parts]), parts[0][1]
+
+    def contrast_at(width, anchor, role, b, view, temperature):
         own = (x["product"][role, b], x["group"][role, b])
-        positive = np.exp(anchor @ e[role, b, view] / temperature)
+        cut = lambda vector: unit(vector[:width]) if width < D else vector  # noqa: E731
+        anchor = cut(anchor)
+        positive = np.exp(anchor @ cut(e[role, b, view]) / temperature)
         others = []
         for other_role in (P, N):
             for other in range(B):
                 ids = (x["product"][other_role, other], x["group"][other_role, other])
                 same = any(mine == theirs and mine >= 0 for mine, theirs in zip(own, ids, strict=True))
                 if (other_role, other) != (role, b) and present[other_role, other, view] and not same:
-                    others.append(np.exp(anchor @ e[other_role, other, view] / temperature))
+                    others.append(np.exp(anchor @ cut(e[other_role, other, view]) / temperature))
         return -np.log(positive / (positive + sum(others))), len(others)
 
     loss, count, routing, negatives = np.zeros(M), np.zeros(M, int), np.zeros((L, M, E)), np.zeros(B, int)
@@ -151,10 +158,15 @@ def settings(**more):
 
 @pytest.mark.parametrize("step", [0, 40, 100])
 @pytest.mark.parametrize("chunk", [5, 4096])
-@pytest.mark.parametrize("filtering_on", [True, False])
-def test_values_equal_the_oracle(step, chunk, filtering_on):
+@pytest.mark.parametrize(("filtering_on", "matryoshka"), [(True, ()), (False, ()), (True, (2, 3))])
+def test_values_equal_the_oracle(step, chunk, filtering_on, matryoshka):
     x = example()
-    config = settings(objective__chunk=chunk, objective__filtering=filtering_on, objective__router_z=0.1)
+    config = settings(
+        objective__chunk=chunk,
+        objective__filtering=filtering_on,
+        objective__router_z=0.1,
+        objective__matryoshka=matryoshka,
+    )
     expected = oracle(x, config, step)
     output, batch = inputs(x)
     found = alignment.objectives(output, parameters(x, config), batch, config, jnp.int32(step))
@@ -163,10 +175,13 @@ def test_values_equal_the_oracle(step, chunk, filtering_on):
         np.testing.assert_allclose(getattr(found, name), value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("mode", ["balanced", "product", "stopped"])
-def test_gradients_equal_finite_differences_of_the_oracle(mode):
+@pytest.mark.parametrize(
+    ("mode", "matryoshka"), [("balanced", ()), ("product", ()), ("stopped", ()), ("balanced", (2, 3))]
+)
+def test_gradients_equal_finite_differences_of_the_oracle(mode, matryoshka):
     """In float64; what each mode holds fixed is held fixed in the oracle as well."""
-    config = settings(objective__weighting=mode, objective__balance=0.0, objective__sparsity=0.0)
+    fixed = dict(objective__weighting=mode, objective__balance=0.0, objective__sparsity=0.0)
+    config = settings(**fixed, objective__matryoshka=matryoshka)
     x = example(seed=3)
     step, size = 40, 1e-6
     base = oracle(x, config, step)
@@ -182,9 +197,7 @@ def test_gradients_equal_finite_differences_of_the_oracle(mode):
     )
 
     # The embeddings see ω as a constant. Without the filter, whose weights are tested apart.
-    off = settings(
-        objective__weighting=mode, objective__balance=0.0, objective__sparsity=0.0, objective__filtering=False
-    )
+    off = settings(**fixed, objective__matryoshka=matryoshka, objective__filtering=False)
 
     def total_off(embedding):
         changed = output.replace(embedding=embedding)

@@ -68,6 +68,7 @@ def test_metric_lines_hold_what_they_should(finished):
         for layer in line["experts"]:
             for modality in ("text", "image"):
                 assert sum(expert[modality] for expert in layer) == pytest.approx(1.0, abs=1e-4)
+        assert sum(line["phi_histogram"]) <= 8 and line["synthetic"] is False
         assert 0 <= line["phi_below_threshold"] <= 1 and 0 < line["negatives_mean"] < 16
     assert any(line["count"]["q_mm→p_mm"] < 8 for line in lines)  # products without image or text were met
     assert lines[-1]["total"] < lines[0]["total"]
@@ -113,7 +114,7 @@ def test_other_config_or_data_in_the_workdir_is_one_line(catalogue, finished, tm
     table = pq.read_table(catalogue / "products.parquet")
     pq.write_table(table.slice(0, 50), other / "products.parquet")
     done = run(other, finished[0])
-    assert done.returncode == 2 and "made from other data" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "holds a run on other data" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_missing_catalogue_leaves_no_workdir(tmp_path):
@@ -124,7 +125,7 @@ def test_a_missing_catalogue_leaves_no_workdir(tmp_path):
 
 def test_a_workdir_that_cannot_be_made_is_told_before_anything_is_read(catalogue):
     done = run(catalogue, catalogue / "products.parquet" / "w")
-    assert done.returncode == 2 and "cannot be written; give a folder that can" in done.stderr
+    assert done.returncode == 2 and "Not a directory; give a folder that can be written" in done.stderr
     assert done.stderr.count("\n") == 1 and "reading" not in done.stdout
 
 
