@@ -19,6 +19,7 @@ setup(
         "grain>=0.2.18,<0.3",
         # jax 0.11 needs Python 3.12; pip picks the newest that the interpreter can run.
         "jax>=0.10.2,<0.12",
+        "matplotlib>=3.9",
         "ml_collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.8,<0.3",
@@ -26,13 +27,14 @@ setup(
         "pillow>=11",
         "pyarrow>=18",
         "rich>=13",
+        "tensorboardX>=2.6.2",
         "tokenizers>=0.22",
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "hf": ["torch>=2.6", "transformers>=5.23,<6"],
-        "notebooks": ["jupyterlab", "matplotlib"],
-        "test": ["pytest>=8", "ruff==0.14.5"],
+        "notebooks": ["jupyterlab"],
+        "test": ["ipykernel>=6", "nbclient>=0.10", "pytest>=8", "ruff==0.14.5"],
     },
 )

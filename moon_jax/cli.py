@@ -3,64 +3,132 @@
 from __future__ import annotations
 
 import argparse
-import json
+import difflib
+import errno
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 
-QUICKSTART = """\
-The main job, small: trains MOON2.0 from scratch on a catalogue, evaluates it zero-shot in all nine directions of
-text, image and both, and leaves model, metrics and embeddings in the workdir. The same command again resumes.
+DESCRIPTION = """\
+MOON2.0 in JAX: one model embeds a product from its text, its image or both into one space.
 
 examples:
+  moon-jax quickstart                                              the whole method on a rendered catalogue
+  moon-jax quickstart --data catalogue/ --workdir runs/first       on your own
+  moon-jax quickstart --help
+"""
+
+QUICKSTART = """\
+The main job, small: trains MOON2.0 from scratch on a catalogue, judges it zero-shot (retrieval in all nine directions
+of text, image and both; categories and attributes by label texts), and leaves model, scores, pictures and embeddings
+in the workdir. Without --data it renders a synthetic catalogue first. The same command again resumes.
+
+examples:
+  moon-jax quickstart
   moon-jax quickstart --data catalogue/ --workdir runs/first
   moon-jax quickstart --data products.parquet --workdir runs/short --steps 50
   moon-jax quickstart --data catalogue/ --workdir runs/dense --config.experts.count=0
+  moon-jax quickstart --workdir runs/nested --config.objective.matryoshka=(32,64)
+
+--config.a.b=VALUE changes any option of the config; moon_jax/config.py has them all with their meaning.
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "moon-jax", description="MOON2.0: multimodal product embeddings.", allow_abbrev=False
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help has examples")
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command with its flags, and the overrides `--config.a.b=value`.
+
+    Raises:
+        UserError: anything else that was given; names the closest flag.
+    """
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = Parser("moon-jax", description=DESCRIPTION, **layout)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     quickstart = commands.add_parser(
-        "quickstart",
-        help="train, evaluate and embed a catalogue in minutes",
-        description=QUICKSTART,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "quickstart", help="train, judge and embed a catalogue in minutes", description=QUICKSTART, **layout
     )
-    quickstart.add_argument("--data", required=True, help="a .parquet or .jsonl file of products, or a folder of them")
+    quickstart.add_argument(
+        "--data", default="", help="a .parquet or .jsonl file of products, or a folder of them; default: rendered ones"
+    )
     quickstart.add_argument(
         "--workdir", default="moon-jax-quickstart", help="where the run lives (default: %(default)s)"
     )
-    quickstart.add_argument(
-        "--steps", type=int, help="training steps, in place of the config's; any option of it: --config.a.b=value"
-    )
+    quickstart.add_argument("--steps", type=int, help="training steps, in place of the config's")
     quickstart.add_argument("--config", default="quickstart", help="a shipped config (quickstart), or a file")
-    parsed, overrides = parser.parse_known_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    flags = [f"--{name}" for name in vars(parsed)]
+    for argument in rest:
+        if not argument.startswith("--config.") or "=" not in argument:
+            close = difflib.get_close_matches(argument.partition("=")[0], flags, n=1)
+            hint = (
+                f"the closest flag is {close[0]}" if close else "options of the config are written --config.a.b=value"
+            )
+            raise UserError(f"{argument}: not understood; {hint}")
+    return parsed, rest
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0; 2 after a mistake of the user's or a refusal of the system's (disk, permissions), 130 after Ctrl-C.
+    """
+    signal.signal(signal.SIGINT, _interrupted)
     try:
+        parsed, overrides = parse(arguments)
         run_quickstart(parsed, overrides)
     except UserError as error:
-        print(f"moon-jax: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(_system_error(error))
     except KeyboardInterrupt:
-        print(
-            "moon-jax: interrupted; the same command goes on from the newest checkpoint, or anew if there is none yet",
-            file=sys.stderr,
-        )
+        _fail("interrupted; the same command goes on from the newest checkpoint, or anew if there is none yet")
         return 130
     return 0
 
 
+def _interrupted(*_: object) -> None:
+    from moon_jax.training import watch
+
+    watch.INTERRUPTED.set()
+    raise KeyboardInterrupt
+
+
+def _fail(message: str) -> int:
+    print(f"moon-jax: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _system_error(error: OSError) -> str:
+    """What the system refused, where, and what to do."""
+    remedy = {
+        errno.ENOSPC: "make room, then give the same command again: it goes on from the newest checkpoint",
+        errno.EACCES: "ask for permission, or give another place",
+        errno.EROFS: "give a place that can be written",
+    }
+    remedy[errno.EDQUOT] = remedy[errno.EFBIG] = remedy[errno.ENOSPC]
+    remedy[errno.EPERM] = remedy[errno.EACCES]
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}; {remedy.get(error.errno, 'mend that and give the same command again')}"
+
+
 def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    """Trains, evaluates, embeds; every part is skipped or resumed where its result stands already."""
-    config = config_lib.replace(config_lib.load(parsed.config), {"data.path": parsed.data})
+    """Trains, judges, embeds; training is skipped or resumed where its result stands already."""
+    config = config_lib.load(parsed.config)
+    if parsed.data:
+        config = config_lib.replace(config, {"data.path": parsed.data})
     if parsed.steps is not None:
         if parsed.steps < 1:
             raise UserError(f"--steps {parsed.steps}: give 1 or more")
@@ -69,66 +137,22 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
     workdir = Path(parsed.workdir)
 
     # Importing JAX takes seconds; mistakes on the command line are told before.
-    from moon_jax.evaluation import retrieval
+    from moon_jax.evaluation import report as report_lib
     from moon_jax.serving import embedder as serving
-    from moon_jax.serving.catalogue import write_vectors
     from moon_jax.training import loop, watch
 
     began = time.monotonic()
     prepared = loop.train(config, workdir)
     report = watch.Watch(workdir)
-    embedder = serving.load(workdir)
-    count = 2 * len(prepared.val) + len(prepared.val_queries)
-    with report.progress("embedding", count) as advance:
-        results, (vectors, present) = retrieval.directions(embedder, prepared, advance)
-    metrics = {"step": config.training.steps, "model": embedder.fingerprint, "retrieval": results}
-    path = workdir / "metrics.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    ids = [prepared.products[index].id for index in prepared.val]
-    write_vectors(workdir / "embeddings" / "val.parquet", ids, vectors, present, embedder.fingerprint)
-    _show(report, results, workdir, time.monotonic() - began)
-
-
-def _show(report, results: dict, workdir: Path, seconds: float) -> None:
-    from rich.table import Table
-
-    from moon_jax.types import VIEWS
-
-    titles = {
-        "products": "the products as queries (altered where query and candidate share a modality)",
-        "products_trained_on": "the products as queries, themselves seen in training",
-        "queries": "the catalogue's own queries",
-    }
-    for name, scores in results.items():
-        if not scores:
-            continue
-        sizes = {entry["candidates"] for entry in scores.values()}
-        table = Table(title=f"R@1 / R@5 / R@10 in percent: {titles[name]}; {max(sizes):,} candidates")
-        table.add_column("query")
-        for view in VIEWS:
-            table.add_column(f"→ {view}", justify="right", no_wrap=True)
-        for query in VIEWS:
-            cells = []
-            for candidate in VIEWS:
-                entry = scores.get(f"{query}→{candidate}")
-                cells.append(
-                    " / ".join(f"{entry[f'R@{k}']:.1f}".replace("100.0", "100") for k in (1, 5, 10))
-                    if entry
-                    else "none"
-                )
-            table.add_row(query, *cells)
+    metrics = report_lib.evaluate(serving.load(workdir), prepared, workdir, report)
+    for table in report_lib.tables(metrics):
         report.console.print(table)
-    report.line(f"done in {seconds:.0f} s")
-    for what, place in (
-        ("model", workdir / "checkpoints"),
-        ("training metrics", workdir / "metrics.jsonl"),
-        ("retrieval metrics", workdir / "metrics.json"),
-        ("embeddings", workdir / "embeddings" / "val.parquet"),
-        ("log", workdir / "run.log"),
-    ):
-        report.line(f"{what + ':':19}{place}")
+    again = ["moon-jax", "quickstart", *(["--data", parsed.data] if parsed.data else [])]
+    for heading, lines in report_lib.last_screen(metrics, workdir, prepared, again):
+        report.heading(heading)
+        for line in lines:
+            report.line(line)
+    report.line(f"done in {time.monotonic() - began:.0f} s")
 
 
 def console() -> None:

@@ -1,4 +1,4 @@
-"""Similarities of unit vectors: top-k and logsumexp in chunks, memory flat in the number of candidates; shorter vectors.
+"""Similarities of unit vectors: top-k and logsumexp in chunks, memory flat in the number of candidates; truncation.
 
 The losses, retrieval and search share these functions.
 """

@@ -8,7 +8,9 @@ would only have to find itself byte for byte; candidates never are. Queries that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -25,6 +27,98 @@ DIRECTIONS = tuple((query, candidate) for query in VIEWS for candidate in VIEWS)
 def shares_modality(query: str, candidate: str) -> bool:
     """Whether two views have text or image in common: all pairs but t→i and i→t."""
     return {query, candidate} != {"t", "i"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """What is asked with. `altered` and `plain` are f32[Q,3,D], `present` bool[Q,3]."""
+
+    product: np.ndarray  # i32[Q], indices of products
+    altered: np.ndarray
+    plain: np.ndarray
+    present: np.ndarray
+    key: np.ndarray  # i64[Q]; a candidate of an equal key is a hit
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """The vectors of an evaluation, from which every number follows.
+
+    `queries` holds "products", the candidates as their own queries ("products_trained_on", if the catalogue keeps none
+    of them apart), and "queries", those that the catalogue brings, if any.
+    """
+
+    product: np.ndarray  # i32[C], indices of products
+    candidates: np.ndarray  # f32[C,3,D]
+    present: np.ndarray  # bool[C,3]
+    key: np.ndarray  # i64[C]
+    queries: dict[str, Queries]
+
+    def truncated(self, width: int) -> Encoded:
+        """The same at `width` dimensions."""
+
+        def cut(vectors: np.ndarray) -> np.ndarray:
+            return np.asarray(similarity.truncate(vectors, width))
+
+        queries = {
+            name: dataclasses.replace(asked, altered=cut(asked.altered), plain=cut(asked.plain))
+            for name, asked in self.queries.items()
+        }
+        return dataclasses.replace(self, candidates=cut(self.candidates), queries=queries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """One direction of one set of queries, ready to be searched."""
+
+    queries: np.ndarray  # f32[Q,D]
+    candidates: np.ndarray  # f32[C,D]
+    query_product: np.ndarray  # i32[Q]
+    candidate_product: np.ndarray  # i32[C]
+    query_key: np.ndarray  # i64[Q]
+    candidate_key: np.ndarray  # i64[C]
+
+
+def encode(embedder: Embedder, prepared: Prepared, advance: Callable[[int], None] = lambda count: None) -> Encoded:
+    """Embeds candidates and queries; `advance` is told of `count(prepared)` in all."""
+    options = embedder.config.evaluation
+    alteration = Alteration(options.keep_word, 1, options.crop, mirror=0.0)
+    products = [prepared.products[index] for index in prepared.val]
+    # A product without title is sought by itself alone: below -1, apart from every group.
+    key = np.where(prepared.group >= 0, prepared.group, -2 - np.arange(len(prepared.group)))
+    place = np.array(prepared.val, np.int32)
+    plain, present = embedder.encode_views(products, advance=advance)
+    altered, _ = embedder.encode_views(products, alteration, options.seed, advance)
+    name = "products_trained_on" if set(prepared.val) & set(prepared.train) else "products"
+    queries = {name: Queries(place, altered, plain, present, key[place])}
+    if prepared.val_queries:
+        asked, targets = (np.array(column, np.int32) for column in zip(*prepared.val_queries, strict=True))
+        own, own_present = embedder.encode_views([prepared.products[index] for index in asked], advance=advance)
+        queries["queries"] = Queries(asked, own, own, own_present, key[targets])
+    return Encoded(place, plain, present, key[place], queries)
+
+
+def count(prepared: Prepared) -> int:
+    """Products and queries that `encode` embeds."""
+    return 2 * len(prepared.val) + len(prepared.val_queries)
+
+
+def search(encoded: Encoded, name: str, query: str, candidate: str) -> Search:
+    """The direction query → candidate of the set of queries `name`, without queries that no candidate could answer."""
+    asked = encoded.queries[name]
+    q, c = VIEWS.index(query), VIEWS.index(candidate)
+    offered = encoded.present[:, c]
+    # A query that no candidate with this view could answer says nothing about the model.
+    chosen = asked.present[:, q] & np.isin(asked.key, encoded.key[offered])
+    vectors = asked.altered if shares_modality(query, candidate) else asked.plain
+    return Search(
+        queries=vectors[chosen, q],
+        candidates=encoded.candidates[offered, c],
+        query_product=asked.product[chosen],
+        candidate_product=encoded.product[offered],
+        query_key=asked.key[chosen],
+        candidate_key=encoded.key[offered],
+    )
 
 
 def recall(
@@ -45,44 +139,27 @@ def recall(
     return {f"R@{k}": round(100.0 * float(hits[:, :k].any(axis=1).mean()), 4) for k in ranks}
 
 
-def directions(
-    embedder: Embedder, prepared: Prepared, advance: Callable[[int], None] = lambda count: None
-) -> tuple[dict[str, dict[str, dict[str, float]]], tuple[np.ndarray, np.ndarray]]:
-    """R@1, 5, 10 of all directions that the split has views for.
+def chance(query_key: np.ndarray, candidate_key: np.ndarray, k: int) -> float:
+    """R@k in percent of candidates in random order: 1 − C(C−h, k) / C(C, k), the mean over queries with h hits."""
+    total, k = len(candidate_key), min(k, len(candidate_key))
+    hits = (np.sort(candidate_key).searchsorted(query_key, side) for side in ("right", "left"))
+    numbers, queries = np.unique(np.subtract(*hits), return_counts=True)
+    missed = [math.comb(total - number, k) / math.comb(total, k) for number in numbers.tolist()]
+    return round(100.0 * (1 - float(np.dot(missed, queries)) / len(query_key)), 4)
 
-    Returns:
-        {"products": {"t→i": {"R@1": …, "queries": …, "candidates": …}, …}, "queries": …}, where "products" are the
-        candidates as their own queries ("products_trained_on", if the catalogue keeps none of them apart) and
-        "queries" those that the catalogue brings, if any; and the candidates' views f32[C,3,D] with their presence
-        bool[C,3].
+
+def directions(encoded: Encoded) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """R@1, 5, 10, one direction of one set of queries after the other; those that have no query are left out.
+
+    Yields:
+        The set's name, the direction as "t→i", and {"R@1": …, "chance@10": …, "queries": …, "candidates": …}.
     """
-    options = embedder.config.evaluation
-    alteration = Alteration(options.keep_word, 1, options.crop, mirror=0.0)
-    products = [prepared.products[index] for index in prepared.val]
-    # A product without title is sought by itself alone: below -1, apart from every group.
-    key = np.where(prepared.group >= 0, prepared.group, -2 - np.arange(len(prepared.group)))
-    candidate_key = key[prepared.val]
-    plain, present = embedder.encode_views(products, advance=advance)
-    altered, _ = embedder.encode_views(products, alteration, options.seed, advance)
-    name = "products_trained_on" if set(prepared.val) & set(prepared.train) else "products"
-    sets = {name: (altered, plain, present, candidate_key)}
-    if prepared.val_queries:
-        asked, targets = zip(*prepared.val_queries, strict=True)
-        own, own_present = embedder.encode_views([prepared.products[index] for index in asked], advance=advance)
-        sets["queries"] = (own, own, own_present, key[list(targets)])
-
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    for name, (sharing, apart, query_present, query_key) in sets.items():
-        results[name] = {}
+    for name in encoded.queries:
         for query, candidate in DIRECTIONS:
-            q, c = VIEWS.index(query), VIEWS.index(candidate)
-            offered = present[:, c]
-            # A query that no candidate with this view could answer says nothing about the model.
-            chosen = query_present[:, q] & np.isin(query_key, candidate_key[offered])
-            if not chosen.any():
+            task = search(encoded, name, query, candidate)
+            if not len(task.queries):
                 continue
-            vectors = (sharing if shares_modality(query, candidate) else apart)[chosen, q]
-            scores = recall(vectors, plain[offered, c], query_key[chosen], candidate_key[offered], RANKS)
-            counts = {"queries": int(chosen.sum()), "candidates": int(offered.sum())}
-            results[name][f"{query}→{candidate}"] = scores | counts
-    return results, (plain, present)
+            scores = recall(task.queries, task.candidates, task.query_key, task.candidate_key, RANKS)
+            scores["chance@10"] = chance(task.query_key, task.candidate_key, 10)
+            sizes = {"queries": len(task.queries), "candidates": len(task.candidates)}
+            yield name, f"{query}→{candidate}", scores | sizes

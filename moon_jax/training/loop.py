@@ -178,7 +178,7 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
 
 
 def prepare_data(config: config_lib.Config, workdir: Path, report: watch.Watch) -> prepare.Prepared:
-    """`prepare.prepare` with its progress shown and its quarantine summed up; renders the catalogue if none is given."""
+    """`prepare.prepare` with progress shown and the quarantine summed up; without a path, of a rendered catalogue."""
     if not config.data.path:
         path = workdir / "catalogue" / "synthetic.parquet"
         if not path.exists():
@@ -191,8 +191,9 @@ def prepare_data(config: config_lib.Config, workdir: Path, report: watch.Watch) 
     without_text = sum(product.text is None for product in products)
     without_image = sum(not product.images for product in products)
     asked = len({triplet.query for triplet in prepared.triplets} - {*prepared.train}) + len(prepared.val_queries)
+    kind = "synthetic products" if prepared.synthetic else "products"
     report.line(
-        f"{len(prepared.train):,} {'synthetic ' if prepared.synthetic else ''}products to train on, {len(prepared.val):,} to find"
+        f"{len(prepared.train):,} {kind} to train on, {len(prepared.val):,} to find"
         f" ({without_text:,} without text, {without_image:,} without image), {asked:,} queries of the catalogue's own;"
         f" {sources.summary(prepared.quarantine) or '0 left out'}"
     )

@@ -69,6 +69,11 @@ class Watch:
             with (self.workdir / "run.log").open("a", encoding="utf-8") as file:
                 file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + text + "\n")
 
+    def heading(self, text: str) -> None:
+        """A line that parts what follows from what was before."""
+        self.console.print()
+        self.line(f"── {text} " + "─" * max(0, min(self.console.width, 100) - len(text) - 4))
+
     @contextlib.contextmanager
     def progress(self, what: str, total: int, start: int = 0) -> Iterator[Callable[..., None]]:
         """A bar with rate and time left; off a terminal, one line every tenth of the way.

@@ -47,12 +47,16 @@ def test_all_directions_with_absent_views_and_own_queries():
     names = [("a", 1), ("b", 1), (None, 1), ("c", 0), ("d", 1), ("d", 0)]
     products = [Product(text=t, images=(b"x",) * n, id=str(k)) for k, (t, n) in enumerate(names)]
     products.append(Product(images=(b"x",), id="0"))  # a photo of product 0
-    found = retrieval.directions(Fake(products[:6]), prepared_of(products))[0]
+    encoded = retrieval.encode(Fake(products[:6]), prepared_of(products))
+    found = {name: {} for name in encoded.queries}
+    for name, direction, scores in retrieval.directions(encoded):
+        found[name][direction] = scores
     assert set(found) == {"products", "queries"}
     by_itself = found["products"]
     # Unaltered views find their product always; altered ones point at the next product, which R@1 is never right about,
     # but for the first of two products titled d: the next one has the same title.
-    assert by_itself["t→i"] == {"R@1": 75.0, "R@5": 100.0, "R@10": 100.0, "queries": 4, "candidates": 4}
+    scores = {"R@1": 75.0, "R@5": 100.0, "R@10": 100.0, "chance@10": 100.0, "queries": 4, "candidates": 4}
+    assert by_itself["t→i"] == scores
     assert by_itself["i→t"]["R@1"] == 100.0 and by_itself["i→t"]["queries"] == 3
     assert by_itself["t→t"]["R@1"] == 20.0 and by_itself["t→t"]["queries"] == 5
     assert by_itself["i→i"]["R@1"] == 0.0 and by_itself["i→i"]["queries"] == 4
@@ -64,7 +68,29 @@ def test_all_directions_with_absent_views_and_own_queries():
 
 def prepared_of(products):
     group = np.array([0, 1, -1, 2, 3, 3, -1])
-    return Prepared(products, group, [], [], list(range(6)), [(6, 0)], [], "")
+    return Prepared(products, group, [], [], list(range(6)), [(6, 0)], [], synthetic=False, fingerprint="")
+
+
+def test_chance_is_what_random_orders_give():
+    rng = np.random.default_rng(0)
+    query_key, candidate_key = rng.integers(0, 6, 30), rng.permutation(np.r_[np.arange(6), rng.integers(0, 6, 14)])
+    drawn = []
+    for _ in range(4000):
+        top = candidate_key[rng.permutation(20)[:4]]
+        drawn.append(np.isin(query_key, top).mean())
+    assert retrieval.chance(query_key, candidate_key, 4) == pytest.approx(100 * np.mean(drawn), abs=0.7)
+    assert retrieval.chance(query_key, candidate_key, 50) == 100.0
+
+
+def test_truncated_vectors_are_cut_everywhere():
+    products = [Product(text=f"x{k}", images=(b"x",), id=str(k)) for k in range(6)]
+    products.append(Product(images=(b"x",), id="0"))
+    encoded = retrieval.encode(Fake(products[:6]), prepared_of(products)).truncated(2)
+    asked = encoded.queries["products"]
+    for vectors in (encoded.candidates, asked.plain, asked.altered):
+        assert vectors.shape == (6, 3, 2)
+        lengths = np.linalg.norm(vectors, axis=-1)
+        assert set(np.round(lengths, 6).ravel().tolist()) == {0.0, 1.0}  # the other axes were cut away
 
 
 def test_only_t_and_i_share_nothing():

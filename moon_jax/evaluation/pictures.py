@@ -1,0 +1,270 @@
+"""Pictures of a run, for the workdir, a README or a notebook: one style, readable without colour.
+
+Colours are Okabe and Ito's, which people of any colour vision tell apart, and `cividis`, made for the same; whatever
+colour says is said by text, line style or frame as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import font_manager, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moon_jax import similarity
+from moon_jax.data.images import decode
+from moon_jax.data.prepare import Prepared
+from moon_jax.evaluation.retrieval import Encoded, Search, search
+from moon_jax.types import OBJECTIVES, VIEWS, Product
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+"""One per objective."""
+
+DASHES = ("-", "-", "-", "--", "--")
+"""Inter-product objectives are solid, intra-product ones dashed."""
+
+INK, FAINT, HIT = "#222222", "#9A9A9A", "#009E73"
+
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei",
+         "Malgun Gothic", "Noto Sans Arabic", "Noto Sans Devanagari", "Arial Unicode MS")  # fmt: skip
+"""Titles come in any script: a character is drawn in the first of these that is installed and has it."""
+
+
+@contextlib.contextmanager
+def _picture(path: Path, title: str, footer: str, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure in our style, written to `path` as PNG when it is done."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    style = {
+        "font.family": [name for name in FONTS if name in installed],
+        "font.size": 10,
+        "text.color": INK,
+        "text.parse_math": False,  # a title's dollar signs are dollars
+        "axes.edgecolor": FAINT,
+        "axes.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.grid": False,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "lines.linewidth": 1.8,
+    }
+    with rc_context(style):
+        figure = Figure(figsize=size, dpi=120, layout="constrained", facecolor="white")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+        yield figure
+        figure.supxlabel(footer, x=0.01, ha="left", fontsize=8, color="#666666")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+
+
+def _objective_lines(axes: Axes, lines: Sequence[dict[str, Any]], key: str) -> None:
+    """One curve per objective, named at its end; names are moved apart where curves meet."""
+    steps = [line["step"] for line in lines]
+    ends = []
+    for name, colour, dash in zip(OBJECTIVES, COLOURS, DASHES, strict=True):
+        values = [np.nan if line[key][name] is None else line[key][name] for line in lines]
+        axes.plot(steps, values, dash, color=colour)
+        ends.append((values[-1], name, colour))
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0.0, low), high)
+    gap, place = 0.062 * (high - min(0.0, low)), -np.inf
+    for value, name, colour in sorted(end for end in ends if np.isfinite(end[0])):
+        place = max(value, place + gap)
+        axes.annotate(
+            name, (steps[-1], value), (8, place), xycoords="data", textcoords=("offset points", "data"),
+            color=colour, va="center", fontsize=9, annotation_clip=False,
+        )  # fmt: skip
+    axes.set_xlabel("step")
+
+
+def training(path: Path, lines: Sequence[dict[str, Any]], footer: str) -> None:
+    """The loss of each objective, and its weight ω, over the steps."""
+    with _picture(path, "What was learned, objective by objective", footer, (11, 4.2)) as figure:
+        left, right = figure.subplots(1, 2)
+        _objective_lines(left, lines, "loss")
+        left.set_title("loss of each objective")
+        _objective_lines(right, lines, "omega")
+        right.axhline(1 / len(OBJECTIVES), color=FAINT, linestyle=":", linewidth=1)
+        right.set_title(f"its weight ω (dotted: uniform, 1/{len(OBJECTIVES)})")
+
+
+def phi(path: Path, lines: Sequence[dict[str, Any]], threshold: float, footer: str) -> None:
+    """How φ is distributed over the triplets, step by step and at the end."""
+    known = [line for line in lines if line["phi_histogram"]]
+    if not known:
+        return
+    counts = np.array([line["phi_histogram"] for line in known], np.float64)
+    shares = 100 * counts / counts.sum(axis=1, keepdims=True)
+    bins = counts.shape[1]
+    with _picture(path, "Which triplets count: the confidence φ", footer, (11, 4.2)) as figure:
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+        steps = np.array([line["step"] for line in known], np.float64)
+        edges = np.concatenate([[0.0], (steps[1:] + steps[:-1]) / 2, [steps[-1]]])
+        drawn = left.pcolormesh(edges, np.linspace(0, 1, bins + 1), shares.T, cmap="cividis", vmin=0)
+        figure.colorbar(drawn, ax=left, label="share of triplets, %", pad=0.02)
+        left.set_title("over the steps")
+        left.set_xlabel("step")
+        left.set_ylabel("φ")
+        right.barh((np.arange(bins) + 0.5) / bins, shares[-1], height=0.9 / bins, color=COLOURS[0])
+        right.set_title(f"at step {known[-1]['step']}")
+        right.set_xlabel("share of triplets, %")
+        for axes in (left, right):
+            axes.axhline(threshold, color="#D55E00", linestyle="--", linewidth=1.5)
+        right.text(right.get_xlim()[1], threshold - 0.01, f"below {threshold:g}: weighed down ", ha="right", va="top",
+                   color="#B04A00", fontsize=9)  # fmt: skip
+
+
+def _matrix(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], top: float) -> Any:
+    """A heatmap with its ticks named."""
+    drawn = axes.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return drawn
+
+
+def _contrast(value: float, top: float) -> str:
+    """The colour of text on a cell of `cividis`."""
+    return "white" if value < 0.55 * top else INK
+
+
+def experts(path: Path, line: dict[str, Any], footer: str) -> None:
+    """Which experts text tokens and image tokens use, layer by layer, at the step of `line`."""
+    if not line["experts"]:
+        return
+    shares = 100 * np.array([[[e["text"] or 0, e["image"] or 0] for e in layer] for layer in line["experts"]])
+    layers, count, _ = shares.shape
+    top = shares.max()
+    with _picture(path, "Who computes what: experts by modality", footer, (11, 2.4 + 0.42 * layers)) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        for panel, modality, values in zip(panels, ("text", "image"), np.moveaxis(shares, -1, 0), strict=True):
+            drawn = _matrix(panel, values, [f"layer {n}" for n in range(layers)], [str(n) for n in range(count)], top)
+            panel.set_title(f"{modality} tokens, step {line['step']} (even: {100 / count:.0f}%)")
+            panel.set_xlabel("expert")
+            if layers * count <= 128:
+                for (layer, expert), value in np.ndenumerate(values):
+                    panel.text(expert, layer, f"{value:.0f}", ha="center", va="center", color=_contrast(value, top))
+        figure.colorbar(drawn, ax=panels, label="share of its gate, %", pad=0.02)
+
+
+QUERY_SETS = {
+    "products": "products as queries",
+    "products_trained_on": "products as queries, seen in training",
+    "queries": "the catalogue's own queries",
+}
+
+
+def directions(path: Path, results: dict[str, dict[str, dict[str, float]]], footer: str) -> None:
+    """R@10 of every direction, a matrix for each set of queries."""
+    with _picture(path, "Who finds whom: R@10 by direction", footer, (4.9 * len(results) + 0.6, 4.6)) as figure:
+        panels = figure.subplots(1, len(results), squeeze=False)[0]
+        for panel, (name, scores) in zip(panels, results.items(), strict=True):
+            values = np.array([[scores.get(f"{q}→{c}", {}).get("R@10", np.nan) for c in VIEWS] for q in VIEWS])
+            drawn = _matrix(panel, values, VIEWS, [f"→ {view}" for view in VIEWS], 100)
+            sizes = max(entry["candidates"] for entry in scores.values())
+            panel.set_title(f"{QUERY_SETS[name]}; {sizes:,} to find")
+            panel.set_ylabel("query")
+            for (row, column), value in np.ndenumerate(values):
+                entry = scores.get(f"{VIEWS[row]}→{VIEWS[column]}")
+                ink = _contrast(value, 100) if entry else INK
+                panel.text(column, row - 0.08, f"{value:.0f}" if entry else "none", ha="center", va="center",
+                           fontsize=17 if entry else 10, color=ink)  # fmt: skip
+                if entry:
+                    small = f"R@1 {entry['R@1']:.0f} · chance {entry['chance@10']:.1f}"
+                    panel.text(column, row + 0.27, small, ha="center", va="center", fontsize=8, color=ink)
+        figure.colorbar(drawn, ax=panels, label="R@10, %", pad=0.02)
+
+
+FOUND, SHOWN = 5, 5
+"""Results of a query, and queries of one direction."""
+
+
+def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, seed: int, footer: str) -> bool:
+    """Ten queries with their first five results, hits framed; drawn by `seed`, not chosen.
+
+    Returns:
+        Whether there was any query to show.
+    """
+    own = next(name for name in encoded.queries if name != "queries")
+    wanted = [(own, "t", "i"), ("queries", "i", "mm"), ("queries", "mm", "mm"), ("queries", "t", "mm"), (own, "i", "t")]
+    wanted += [(own, view, view) for view in VIEWS[::-1]]
+    tasks = [(q, c, search(encoded, name, q, c)) for name, q, c in wanted if name in encoded.queries]
+    tasks = [task for task in tasks if len(task[2].queries)][:2]
+    if not tasks:
+        return False
+    height = 1.75 * SHOWN + 1.0
+    with _picture(path, "What is found: ten queries, drawn at random", footer, (7.6 * len(tasks), height)) as figure:
+        for part, (query, candidate, task) in zip(
+            figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0], tasks, strict=True
+        ):
+            part.suptitle(
+                f"{query} → {candidate}: {_SAYS[query]} finds {_SAYS[candidate]}"
+                f" (framed ✓: the right title, among {len(task.candidates):,})",
+                x=0.01, ha="left", fontsize=11,
+            )  # fmt: skip
+            chosen = np.random.default_rng(seed).permutation(len(task.queries))[:SHOWN]
+            cells = part.subplots(SHOWN, 1 + FOUND, squeeze=False, width_ratios=(1.15, *[1] * FOUND))
+            _rows(cells, task, np.sort(chosen), prepared, query, candidate, max_pixels)
+    return True
+
+
+_SAYS = {"t": "text", "i": "image", "mm": "text + image"}
+
+
+def _rows(
+    cells: np.ndarray, task: Search, chosen: np.ndarray, prepared: Prepared, query: str, candidate: str, pixels: int
+) -> None:
+    found = min(FOUND, len(task.candidates))
+    _, best = similarity.top_k(task.queries[chosen], task.candidates, found)
+    for axes in cells.ravel():
+        axes.axis("off")
+    for row, (number, ranked) in enumerate(zip(chosen, np.asarray(best), strict=True)):
+        asked = prepared.products[task.query_product[number]]
+        _cell(cells[row, 0], asked, query, pixels, "query")
+        for column, place in enumerate(ranked):
+            product = prepared.products[task.candidate_product[place]]
+            hit = task.candidate_key[place] == task.query_key[number]
+            _cell(
+                cells[row, column + 1], product, candidate, pixels, f"{column + 1} ✓" if hit else f"{column + 1}", hit
+            )
+
+
+def _cell(axes: Axes, product: Product, view: str, max_pixels: int, label: str, hit: bool = False) -> None:
+    """A product: its picture, or its title large, and what stands beside it small and faint."""
+    axes.axis("on")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    picture = (
+        decode(product.images[0], max_pixels) if product.images and not (label == "query" and view == "t") else None
+    )
+    text = "" if label == "query" and view == "i" else product.text or ""
+    if picture is None:
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_box_aspect(1)
+        axes.text(0.5, 0.5, _fold(text, 13, 6), ha="center", va="center", fontsize=9)
+    else:
+        picture.thumbnail((224, 224))
+        axes.imshow(np.asarray(picture))
+        axes.set_xlabel(_fold(text, 20, 2), fontsize=7, labelpad=3, color=INK if "t" in view or view == "mm" else FAINT)
+    axes.set_title(label, fontsize=9, color=HIT if hit else INK, fontweight="bold" if hit else "normal", pad=3)
+    axes.spines[:].set_visible(True)
+    axes.spines[:].set_color(HIT if hit else INK if label == "query" else "#DDDDDD")
+    axes.spines[:].set_linewidth(3.5 if hit else 1.0)
+
+
+def _fold(text: str, width: int, most: int) -> str:
+    """At most `most` lines of `width` characters."""
+    lines = textwrap.wrap(" ".join(text.split())[:400], width, max_lines=most, placeholder=" …")
+    return "\n".join(lines)

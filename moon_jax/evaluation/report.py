@@ -1,0 +1,238 @@
+"""A trained model judged on prepared data: numbers, embeddings and pictures into the workdir, and the last screen."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from moon_jax.data.prepare import Prepared
+from moon_jax.evaluation import labels, pictures, retrieval
+from moon_jax.serving.catalogue import write_vectors
+from moon_jax.serving.embedder import Embedder
+from moon_jax.training.watch import Watch
+from moon_jax.types import OBJECTIVES, VIEWS
+
+
+def evaluate(
+    embedder: Embedder, prepared: Prepared, workdir: str | Path, report: Watch | None = None
+) -> dict[str, Any]:
+    """Judges `embedder` on the products to be found, zero-shot.
+
+    Writes into `workdir`: metrics.json, embeddings/val.parquet, and pictures/ (those of the training need its
+    metrics.jsonl there).
+
+    Returns:
+        What metrics.json holds: {"step", "model", "synthetic", "retrieval": {set of queries: {direction: scores}},
+        "labels": {task: scores}, "widths": {width: {"retrieval", "labels"}}}; see retrieval.directions and
+        labels.measure.
+    """
+    workdir = Path(workdir)
+    report = report or Watch(workdir)
+    asked = labels.tasks(prepared)
+    with report.progress("embedding", retrieval.count(prepared) + labels.count(asked)) as advance:
+        encoded = retrieval.encode(embedder, prepared, advance)
+        answers = labels.encode(embedder, prepared, encoded, asked, advance)
+    widths = (embedder.dimension, *reversed(embedder.config.objective.matryoshka))
+    size = len(retrieval.DIRECTIONS) * len(encoded.queries) + len(answers)
+    with report.progress("evaluating", len(widths) * size) as advance:
+        judged = {}
+        for width in widths:
+            scores: dict[str, Any] = {name: {} for name in encoded.queries}
+            for name, direction, found in retrieval.directions(encoded.truncated(width)):
+                scores[name][direction] = found
+                advance()
+            told = {}
+            for part in answers:
+                told[part.task.name] = labels.measure(part.truncated(width))
+                advance()
+            judged[width] = {"retrieval": {name: found for name, found in scores.items() if found}, "labels": told}
+    whole = judged.pop(embedder.dimension)
+    metrics = {
+        "step": embedder.config.training.steps,
+        "model": embedder.fingerprint,
+        "synthetic": prepared.synthetic,
+        **whole,
+        "widths": {str(width): found for width, found in judged.items()},
+    }
+    ids = [prepared.products[index].id for index in prepared.val]
+    path = workdir / "embeddings" / "val.parquet"
+    write_vectors(path, ids, encoded.candidates, encoded.present, embedder.fingerprint, prepared.synthetic)
+    with report.progress("drawing", 5) as advance:
+        for _ in draw(workdir, embedder, prepared, encoded, metrics):
+            advance()
+    # Last: where metrics.json stands, the rest is whole.
+    path = workdir / "metrics.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return metrics
+
+
+def read_lines(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; none if it is not there."""
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def draw(
+    workdir: Path, embedder: Embedder, prepared: Prepared, encoded: retrieval.Encoded, metrics: dict[str, Any]
+) -> Iterator[None]:
+    """Writes pictures/*.png, one at each step of the iteration."""
+    folder, config = workdir / "pictures", embedder.config
+    source = "synthetic catalogue, rendered by moon_jax" if prepared.synthetic else "the catalogue"
+    footer = f"{source} · {metrics['step']} steps · model {embedder.fingerprint}"
+    lines = read_lines(workdir)
+    if lines:
+        pictures.training(folder / "training.png", lines, footer)
+        yield
+        pictures.phi(folder / "phi.png", lines, config.objective.phi_threshold, footer)
+        yield
+        pictures.experts(folder / "experts.png", lines[-1], footer)
+        yield
+    if metrics["retrieval"]:
+        pictures.directions(folder / "directions.png", metrics["retrieval"], footer)
+        yield
+        seed = config.evaluation.seed
+        pictures.gallery(folder / "gallery.png", encoded, prepared, config.data.max_pixels, seed, footer)
+        yield
+
+
+TITLES = {
+    "products": "the products as queries (altered where query and candidate share a modality)",
+    "products_trained_on": "the products as queries, themselves seen in training",
+    "queries": "the catalogue's own queries",
+}
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f}".replace("100.0", "100")
+
+
+def tables(metrics: dict[str, Any]) -> Iterator[Table]:
+    """The scores as tables for the terminal."""
+    mark = "synthetic catalogue; " if metrics["synthetic"] else ""
+    for name, scores in metrics["retrieval"].items():
+        size = max(entry["candidates"] for entry in scores.values())
+        table = Table(title=f"{mark}R@1 / R@5 / R@10 in percent: {TITLES[name]}; {size:,} candidates")
+        table.add_column("query")
+        for view in VIEWS:
+            table.add_column(f"→ {view}", justify="right", no_wrap=True)
+        for query in VIEWS:
+            entries = [scores.get(f"{query}→{candidate}") for candidate in VIEWS]
+            cells = [
+                " / ".join(_percent(entry[f"R@{k}"]) for k in (1, 5, 10)) if entry else "none" for entry in entries
+            ]
+            table.add_row(query, *cells)
+        yield table
+    if metrics["labels"]:
+        title = "category and attributes by the nearest label text: accuracy / macro F1 in percent; leak: texts that name it"
+        table = Table(title=mark + title)
+        table.add_column("")
+        table.add_column("labels", justify="right")
+        for view in ("i", "t, struck", "mm, struck"):
+            table.add_column(view, justify="right", no_wrap=True)
+        table.add_column("majority", justify="right")
+        table.add_column("leak", justify="right")
+        for name, scores in metrics["labels"].items():
+            entries = [scores.get(view) for view in ("i", "t", "mm")]
+            cells = [
+                f"{_percent(entry['accuracy'])} / {_percent(entry['F1'])}" if entry else "none" for entry in entries
+            ]
+            commonest = next((entry["majority"] for entry in entries if entry), 0.0)
+            table.add_row(
+                Text(name.removeprefix("attribute ")),
+                str(scores["labels"]),
+                *cells,
+                _percent(commonest),
+                _percent(scores["leak"]),
+            )
+        yield table
+    for width, found in metrics["widths"].items():
+        for name, scores in found["retrieval"].items():
+            cells = ", ".join(f"{direction} {_percent(entry['R@10'])}" for direction, entry in scores.items())
+            table = Table(title=f"{mark}R@10 in percent at width {width}: {TITLES[name]}", show_header=False)
+            table.add_row(cells)
+            yield table
+
+
+def learned(metrics: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
+    """What the run says about the model, in sentences."""
+    said = []
+    for name, scores in metrics["retrieval"].items():
+        cross = [direction for direction in ("t→i", "i→t", "i→mm") if direction in scores]
+        cross = cross[:2] if name != "queries" else cross[-1:]
+        for direction in cross:
+            entry = scores[direction]
+            query, candidate = ({"t": "text", "i": "an image", "mm": "both"}[view] for view in direction.split("→"))
+            said.append(
+                f"{query} finds {candidate} ({direction}) among the first ten of {entry['candidates']:,} in"
+                f" {entry['R@10']:.1f}% of {entry['queries']:,} {'own ' if name == 'queries' else ''}queries"
+                f" (by chance {entry['chance@10']:.1f}%)"
+            )
+    shown = {name: scores["i"] for name, scores in metrics["labels"].items() if "i" in scores}
+    if shown:
+        name, best = max(shown.items(), key=lambda item: item[1]["accuracy"] - item[1]["majority"])
+        what = name.removeprefix("attribute ")
+        said.append(
+            f"seen in the image alone, {what} is right for {best['accuracy']:.1f}% of products"
+            f" (always telling the commonest: {best['majority']:.1f}%)"
+        )
+    if lines:
+        first, last = lines[0], lines[-1]
+        weights = {name: last["omega"][name] for name in OBJECTIVES}
+        heavy, light = max(weights, key=weights.get), min(weights, key=weights.get)
+        if first["total"] is not None and last["total"] is not None:
+            said.append(f"the loss went from {first['total']:.2f} at step {first['step']} to {last['total']:.2f}")
+        said.append(
+            f"the objective that weighs most is {heavy} (ω {weights[heavy]:.2f}), least {light} ({weights[light]:.2f})"
+        )
+        if last["phi_below_threshold"] is not None:
+            said.append(f"the filter weighs {100 * last['phi_below_threshold']:.0f}% of the last batch's triplets down")
+        if last["experts"]:
+            text, image = (
+                np.array([[e[m] or 0 for e in layer] for layer in last["experts"]]) for m in ("text", "image")
+            )
+            overlap = np.minimum(text, image).sum(axis=1).mean()
+            said.append(f"text and image tokens share {100 * overlap:.0f}% of their expert use")
+    return said
+
+
+def last_screen(
+    metrics: dict[str, Any], workdir: Path, prepared: Prepared, again: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Headings with their lines: what was learned, where things are, what to try next.
+
+    Args:
+        again: the command that was given, as words, without its workdir.
+    """
+    mark = " (on a synthetic catalogue)" if prepared.synthetic else ""
+    yield "what was learned" + mark, learned(metrics, read_lines(workdir))
+    places = {
+        "catalogue": "catalogue/synthetic.parquet" if prepared.synthetic else "",
+        "left out": "data/quarantine.jsonl" if prepared.quarantine else "",
+        "model": "checkpoints",
+        "pictures": "pictures",
+        "scores": "metrics.json",
+        "training": "metrics.jsonl",
+        "TensorBoard": "tensorboard",
+        "embeddings": "embeddings/val.parquet",
+        "log": "run.log",
+    }
+    yield "where things are", [f"{what + ':':13}{workdir / place}" for what, place in places.items() if place]
+    quote = shlex.quote
+    tries = {
+        "your catalogue": f"moon-jax quickstart --data YOUR_FOLDER --workdir {quote(str(workdir.parent / 'own'))}"
+        if prepared.synthetic
+        else "",
+        "no experts": shlex.join([*again, "--workdir", f"{workdir}-dense", "--config.experts.count=0"]),
+        "in Python": f"import moon_jax; moon_jax.load({str(workdir)!r}).encode('red mug')",
+        "the curves": f"pip install tensorboard; tensorboard --logdir {quote(str(workdir / 'tensorboard'))}",
+    }
+    yield "what to try next", [f"{what + ':':16}{line}" for what, line in tries.items() if line]

@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+
+from moon_jax.data.prepare import Prepared
+from moon_jax.evaluation import labels, retrieval
+from moon_jax.types import VIEWS, Product
+
+
+def oracle(truth, predicted):
+    """Accuracy and macro precision, recall, F1 by loops over a confusion matrix, in float64."""
+    seen = sorted({*truth, *predicted})
+    precision, recall, f1 = [], [], []
+    for label in seen:
+        tp = sum(t == p == label for t, p in zip(truth, predicted, strict=True))
+        fp = sum(p == label != t for t, p in zip(truth, predicted, strict=True))
+        fn = sum(t == label != p for t, p in zip(truth, predicted, strict=True))
+        precision.append(tp / (tp + fp) if tp + fp else 0.0)
+        recall.append(tp / (tp + fn) if tp + fn else 0.0)
+        both = precision[-1] + recall[-1]
+        f1.append(2 * precision[-1] * recall[-1] / both if both else 0.0)
+    accuracy = sum(t == p for t, p in zip(truth, predicted, strict=True)) / len(truth)
+    mean = lambda values: 100 * sum(values) / len(values)  # noqa: E731
+    return {"accuracy": 100 * accuracy, "precision": mean(precision), "recall": mean(recall), "F1": mean(f1)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scores_equal_a_loop(seed):
+    rng = np.random.default_rng(seed)
+    truth, predicted = rng.integers(0, 7, 60), rng.integers(2, 9, 60)
+    predicted = np.where(rng.random(60) < 0.4, truth, predicted)  # labels 0, 1 never, 7, 8 always wrongly predicted
+    found = labels.scores(truth, predicted)
+    assert found == {name: pytest.approx(value, abs=1e-3) for name, value in oracle(truth, predicted).items()}
+    assert len({round(value) for value in found.values()}) > 2
+
+
+def test_words_of_labels_are_struck_with_their_plurals_and_hyphens():
+    forbidden = set().union(*map(labels.words, ("Tshirts", "Navy Blue", "Watches", "Dress")))
+    strike = lambda text: labels.strike(text, forbidden)  # noqa: E731
+    assert strike("Nike Men navy-blue T-Shirt size 4") == "Nike Men size 4"
+    assert strike("A watch, two watches; dresses & DRESS!") == "A two &"
+    assert strike("Bluetooth dressing table") == "Bluetooth dressing table"  # words, not parts of words
+    assert strike("blue") == ""
+
+
+PRODUCTS = [
+    Product(text="red shirt", images=(b"x",), category=("goods", "Shirts"), attributes={"colour": "Red", "sku": "1"}),
+    Product(text="blue shirt", images=(b"x",), category=("goods", "Shirts"), attributes={"colour": "Blue", "sku": "2"}),
+    Product(text="red", images=(b"x",), category=("goods", "Hats"), attributes={"colour": "red", "sku": "3"}),
+    Product(text="fine hat", category=("goods", "Hats"), attributes={"colour": " BLUE", "sku": "4"}),
+    Product(images=(b"x",), category=(), attributes={"colour": "Green", "sku": "5", "rare": "a"}),
+    Product(text="more", category=("goods", "Hats"), attributes={"sku": "6", "rare": "b"}),
+]
+
+
+def prepared_of(products, train=()):
+    nothing = np.full(len(products), -1)
+    val = [index for index in range(len(products)) if index not in train]
+    return Prepared(list(products), nothing, [], list(train), val, [], [], synthetic=False, fingerprint="")
+
+
+def test_tasks_are_labels_that_products_share():
+    category, colour = labels.tasks(prepared_of(PRODUCTS, train=(5,)))
+    assert (category.name, category.labels) == ("category", ("Hats", "Shirts"))
+    assert category.truth.tolist() == [1, 1, 0, 0, -1]
+    assert category.struck == {0: "red", 1: "blue", 3: "fine"}
+    assert category.leak == 75.0  # "red" alone does not say what it is
+    # Case and spaces do not make another label; "sku" is a name, and "rare" is on too few products.
+    assert (colour.name, colour.labels) == ("attribute colour", ("Red", "Blue", "Green"))
+    assert colour.truth.tolist() == [0, 1, 0, 1, 2] and colour.struck == {0: "shirt", 1: "shirt", 2: ""}
+    assert colour.leak == 75.0
+
+
+class Fake:
+    """Text's vector follows from the words: an axis each. An image's is the first axis."""
+
+    axes = ("red", "blue", "green", "shirt", "hat")
+
+    def text(self, text):
+        found = np.array([axis in labels.words(text or "") for axis in self.axes], np.float32)
+        return found / max(np.linalg.norm(found), 1.0)
+
+    def encode(self, items):
+        return np.stack([self.text(item) for item in items])
+
+    def encode_views(self, products, alteration=None, seed=0, advance=lambda count: None):
+        image = np.eye(5, dtype=np.float32)[0]
+        present = np.array([[bool(p.text), bool(p.images), bool(p.text and p.images)] for p in products])
+        vectors = np.stack([[self.text(p.text), image, image] for p in products])
+        advance(len(products))
+        return vectors * present[..., None], present
+
+
+def test_prediction_reads_no_label():
+    prepared = prepared_of(PRODUCTS)
+    encoded = retrieval.Encoded(np.arange(6), *Fake().encode_views(PRODUCTS), np.arange(6), {})
+    asked, done = labels.tasks(prepared), []
+    answers = labels.encode(Fake(), prepared, encoded, asked, done.append)
+    assert sum(done) == labels.count(asked) == 6
+    colour = labels.measure(next(a for a in answers if a.task.name == "attribute colour"))
+    assert colour["labels"] == 3 and colour["leak"] == 75.0
+    # By image: always red, right for two of the four with an image and a colour.
+    assert colour["i"]["accuracy"] == 50.0 and colour["i"]["majority"] == 50.0 and colour["i"]["products"] == 4
+    # By text: all colour words are gone (and with them product 2's whole text); ties go to the first label, red.
+    assert colour["t"]["products"] == 3 and colour["t"]["accuracy"] == pytest.approx(100 / 3, abs=1e-3)
+    assert colour["mm"]["products"] == 2
+    unmasked = labels.Answers(answers[1].task, answers[1].labels, encoded.candidates, encoded.present)
+    assert labels.measure(unmasked)["t"]["accuracy"] == 75.0  # it would have read them
+    assert answers[0].truncated(2).vectors.shape == (6, len(VIEWS), 2)
