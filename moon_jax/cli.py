@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import NoReturn
 
 from moon_jax import config as config_lib
+from moon_jax import interrupt
 from moon_jax.config import UserError
 
 DESCRIPTION = """\
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0; 2 after a mistake of the user's or a refusal of the system's (disk, permissions), 130 after Ctrl-C.
     """
-    signal.signal(signal.SIGINT, _interrupted)
+    interrupt.listen()
     try:
         parsed, overrides = parse(arguments)
         run_quickstart(parsed, overrides)
@@ -97,13 +98,6 @@ def main(arguments: list[str] | None = None) -> int:
         _fail("interrupted; the same command goes on from the newest checkpoint, or anew if there is none yet")
         return 130
     return 0
-
-
-def _interrupted(*_: object) -> None:
-    from moon_jax.training import watch
-
-    watch.INTERRUPTED.set()
-    raise KeyboardInterrupt
 
 
 def _fail(message: str) -> int:
@@ -141,6 +135,9 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.serving import embedder as serving
     from moon_jax.training import loop, watch
 
+    interrupt.check()
+    # What Orbax logs as an error comes to us as an exception, and is told in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     began = time.monotonic()
     prepared = loop.train(config, workdir)
     report = watch.Watch(workdir)
@@ -158,7 +155,12 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
 def console() -> None:
     """What the shell calls."""
     _ask_for_huge_pages()
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # Threads of libraries may still work on what failed: they are not waited for, nor what they say at the end.
+        os._exit(code)
 
 
 def _ask_for_huge_pages() -> None:

@@ -8,6 +8,7 @@ from tests.conftest import ROOT
 ORDER = [
     "types",
     "config",
+    "interrupt",
     "backend",
     "sharding",
     "similarity",

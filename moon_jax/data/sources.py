@@ -197,9 +197,8 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
     if path.suffix == ".parquet":
         try:
             file = pq.ParquetFile(path)
+            _check_columns(path, file.schema_arrow.names)
             names = [name for name in COLUMNS if name in file.schema_arrow.names]
-            if not names:
-                _check_columns(path, file.schema_arrow.names)
             batches = file.iter_batches(batch_size=1024, columns=names)
             yield from enumerate(itertools.chain.from_iterable(map(_rows, batches)), start=1)
         except (pa.ArrowException, OSError) as error:

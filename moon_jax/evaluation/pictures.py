@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from moon_jax import similarity
 from moon_jax.data.images import decode
 from moon_jax.data.prepare import Prepared
-from moon_jax.evaluation.retrieval import Encoded, Search, search
+from moon_jax.evaluation.retrieval import Encoded, search
 from moon_jax.types import OBJECTIVES, VIEWS, Product
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
@@ -77,13 +78,23 @@ def _objective_lines(axes: Axes, lines: Sequence[dict[str, Any]], key: str) -> N
         ends.append((values[-1], name, colour))
     low, high = axes.get_ylim()
     axes.set_ylim(min(0.0, low), high)
-    gap, place = 0.062 * (high - min(0.0, low)), -np.inf
-    for value, name, colour in sorted(end for end in ends if np.isfinite(end[0])):
-        place = max(value, place + gap)
+    ends = sorted(end for end in ends if np.isfinite(end[0]))
+    gap, places = 0.062 * (high - min(0.0, low)), []
+    for value, _, _ in ends:
+        places.append(max(value, places[-1] + gap) if places else value)
+    shift = np.mean([place - value for place, (value, _, _) in zip(places, ends, strict=True)]) if ends else 0.0
+    for place, (value, name, colour) in zip(places, ends, strict=True):
         axes.annotate(
-            name, (steps[-1], value), (8, place), xycoords="data", textcoords=("offset points", "data"),
-            color=colour, va="center", fontsize=9, annotation_clip=False,
-        )  # fmt: skip
+            name,
+            (steps[-1], value),
+            (8, place - shift),
+            xycoords="data",
+            textcoords=("offset points", "data"),
+            color=colour,
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+        )
     axes.set_xlabel("step")
 
 
@@ -110,8 +121,9 @@ def phi(path: Path, lines: Sequence[dict[str, Any]], threshold: float, footer: s
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
         steps = np.array([line["step"] for line in known], np.float64)
         edges = np.concatenate([[0.0], (steps[1:] + steps[:-1]) / 2, [steps[-1]]])
-        drawn = left.pcolormesh(edges, np.linspace(0, 1, bins + 1), shares.T, cmap="cividis", vmin=0)
-        figure.colorbar(drawn, ax=left, label="share of triplets, %", pad=0.02)
+        root = PowerNorm(0.5, vmin=0, vmax=100)  # most of φ lies at 1: the few triplets below shall be seen
+        drawn = left.pcolormesh(edges, np.linspace(0, 1, bins + 1), shares.T, cmap="cividis", norm=root)
+        figure.colorbar(drawn, ax=left, label="share of triplets, % (root scale)", pad=0.02)
         left.set_title("over the steps")
         left.set_xlabel("step")
         left.set_ylabel("φ")
@@ -186,78 +198,69 @@ def directions(path: Path, results: dict[str, dict[str, dict[str, float]]], foot
         figure.colorbar(drawn, ax=panels, label="R@10, %", pad=0.02)
 
 
-FOUND, SHOWN = 5, 5
-"""Results of a query, and queries of one direction."""
+FOUND, SHOWN = 5, 10
+"""Results of a query, and queries in all."""
+
+SAYS = {"t": "text", "i": "image", "mm": "text + image"}
 
 
-def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, seed: int, footer: str) -> bool:
-    """Ten queries with their first five results, hits framed; drawn by `seed`, not chosen.
+def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, seed: int, footer: str) -> None:
+    """Ten queries of two directions with their first five results, hits framed; drawn by `seed`, not chosen.
 
-    Returns:
-        Whether there was any query to show.
+    The directions are those without altered queries: t→i, and photos of the catalogue's own, else i→t.
     """
     own = next(name for name in encoded.queries if name != "queries")
     wanted = [(own, "t", "i"), ("queries", "i", "mm"), ("queries", "mm", "mm"), ("queries", "t", "mm"), (own, "i", "t")]
-    wanted += [(own, view, view) for view in VIEWS[::-1]]
+    wanted += [(own, view, view) for view in reversed(VIEWS)]
     tasks = [(q, c, search(encoded, name, q, c)) for name, q, c in wanted if name in encoded.queries]
     tasks = [task for task in tasks if len(task[2].queries)][:2]
-    if not tasks:
-        return False
-    height = 1.75 * SHOWN + 1.0
-    with _picture(path, "What is found: ten queries, drawn at random", footer, (7.6 * len(tasks), height)) as figure:
-        for part, (query, candidate, task) in zip(
-            figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0], tasks, strict=True
-        ):
-            part.suptitle(
-                f"{query} → {candidate}: {_SAYS[query]} finds {_SAYS[candidate]}"
-                f" (framed ✓: the right title, among {len(task.candidates):,})",
-                x=0.01, ha="left", fontsize=11,
-            )  # fmt: skip
-            chosen = np.random.default_rng(seed).permutation(len(task.queries))[:SHOWN]
-            cells = part.subplots(SHOWN, 1 + FOUND, squeeze=False, width_ratios=(1.15, *[1] * FOUND))
-            _rows(cells, task, np.sort(chosen), prepared, query, candidate, max_pixels)
-    return True
+    shown = SHOWN // len(tasks)
+    rng = np.random.default_rng(seed)
+    size = (7.6 * len(tasks), 1.75 * shown + 1.0)
+    with _picture(path, "What is found: ten queries, drawn at random", footer, size) as figure:
+        halves = figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0]
+        for half, (query, candidate, task) in zip(halves, tasks, strict=True):
+            title = f"{query} → {candidate}: {SAYS[query]} finds {SAYS[candidate]}"
+            title += f" (framed ✓: the right title, among {len(task.candidates):,})"
+            half.suptitle(title, x=0.01, ha="left", fontsize=11)
+            chosen = np.sort(rng.permutation(len(task.queries))[:shown])
+            cells = half.subplots(shown, 1 + FOUND, squeeze=False, width_ratios=(1.15, *[1] * FOUND))
+            for axes in cells.ravel():
+                axes.axis("off")
+            _, best = similarity.top_k(task.queries[chosen], task.candidates, min(FOUND, len(task.candidates)))
+            for row, number, ranked in zip(cells, chosen, np.asarray(best), strict=False):
+                asked = prepared.products[task.query_product[number]]
+                _cell(row[0], asked, query, max_pixels, "query", shows_picture=query != "t")
+                for place, index in enumerate(ranked, start=1):
+                    product = prepared.products[task.candidate_product[index]]
+                    hit = bool(task.candidate_key[index] == task.query_key[number])
+                    _cell(row[place], product, candidate, max_pixels, f"{place} ✓" if hit else str(place), hit)
 
 
-_SAYS = {"t": "text", "i": "image", "mm": "text + image"}
-
-
-def _rows(
-    cells: np.ndarray, task: Search, chosen: np.ndarray, prepared: Prepared, query: str, candidate: str, pixels: int
+def _cell(
+    axes: Axes,
+    product: Product,
+    view: str,
+    max_pixels: int,
+    label: str,
+    hit: bool = False,
+    shows_picture: bool = True,
 ) -> None:
-    found = min(FOUND, len(task.candidates))
-    _, best = similarity.top_k(task.queries[chosen], task.candidates, found)
-    for axes in cells.ravel():
-        axes.axis("off")
-    for row, (number, ranked) in enumerate(zip(chosen, np.asarray(best), strict=True)):
-        asked = prepared.products[task.query_product[number]]
-        _cell(cells[row, 0], asked, query, pixels, "query")
-        for column, place in enumerate(ranked):
-            product = prepared.products[task.candidate_product[place]]
-            hit = task.candidate_key[place] == task.query_key[number]
-            _cell(
-                cells[row, column + 1], product, candidate, pixels, f"{column + 1} ✓" if hit else f"{column + 1}", hit
-            )
-
-
-def _cell(axes: Axes, product: Product, view: str, max_pixels: int, label: str, hit: bool = False) -> None:
-    """A product: its picture, or its title large, and what stands beside it small and faint."""
+    """A product as its picture with its title below (faint where `view` leaves it out), or as its title alone."""
     axes.axis("on")
     axes.set_xticks([])
     axes.set_yticks([])
-    picture = (
-        decode(product.images[0], max_pixels) if product.images and not (label == "query" and view == "t") else None
-    )
-    text = "" if label == "query" and view == "i" else product.text or ""
-    if picture is None:
+    text = product.text or ""
+    if product.images and shows_picture:
+        picture = decode(product.images[0], max_pixels)
+        picture.thumbnail((224, 224))
+        axes.imshow(np.asarray(picture))
+        axes.set_xlabel(_fold(text, 20, 2), fontsize=7, labelpad=3, color=FAINT if view == "i" else INK)
+    else:
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
         axes.set_box_aspect(1)
         axes.text(0.5, 0.5, _fold(text, 13, 6), ha="center", va="center", fontsize=9)
-    else:
-        picture.thumbnail((224, 224))
-        axes.imshow(np.asarray(picture))
-        axes.set_xlabel(_fold(text, 20, 2), fontsize=7, labelpad=3, color=INK if "t" in view or view == "mm" else FAINT)
     axes.set_title(label, fontsize=9, color=HIT if hit else INK, fontweight="bold" if hit else "normal", pad=3)
     axes.spines[:].set_visible(True)
     axes.spines[:].set_color(HIT if hit else INK if label == "query" else "#DDDDDD")

@@ -132,11 +132,11 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
             table.add_row(query, *cells)
         yield table
     if metrics["labels"]:
-        title = "category and attributes by the nearest label text: accuracy / macro F1 in percent; leak: texts that name it"
+        title = "accuracy / macro F1 in percent, nearest label text (*: label words struck; leak: texts with theirs)"
         table = Table(title=mark + title)
         table.add_column("")
         table.add_column("labels", justify="right")
-        for view in ("i", "t, struck", "mm, struck"):
+        for view in ("i", "t*", "mm*"):
             table.add_column(view, justify="right", no_wrap=True)
         table.add_column("majority", justify="right")
         table.add_column("leak", justify="right")

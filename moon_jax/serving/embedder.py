@@ -152,11 +152,17 @@ class Embedder:
 
         Returns:
             f32[products,3,D], zero where a view is absent, and bool[products,3].
+
+        Raises:
+            UserError: an image that cannot be read; says whose.
         """
 
         def read(number: int) -> list[rows_lib.Segment]:
             rng = np.random.default_rng((seed, number))
-            return self.reader.read(products[number], VIEWS, alteration, rng)
+            try:
+                return self.reader.read(products[number], VIEWS, alteration, rng)
+            except BadImage as error:
+                raise UserError(f"product {products[number].id}: image: {error}") from None
 
         layout = rows_lib.Layout.of(self.config)
         vectors = self._run(range(len(products)), read, layout, None, advance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class Checkpoints:
         if (last or step % self._every == 0) and self.latest() != step:
             rest = {"step": state.step, "opt_state": state.opt_state, "bad_steps": state.bad_steps}
             items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(rest)}
+            self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
             with self._disk_errors():
                 self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -87,6 +89,15 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         self._manager.close()
+
+    def _check_room(self, size: int) -> None:
+        """Refuses before anything is half written."""
+        free = shutil.disk_usage(self._folder).free
+        if free < size:
+            raise UserError(
+                f"{self._folder}: {os.strerror(errno.ENOSPC)}: a checkpoint needs {size / 1e6:,.1f} MB and"
+                f" {free / 1e6:,.1f} MB are free; make room, and the same command goes on from the newest"
+            )
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,20 +23,14 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from tensorboardX import summary as events
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
 
 from moon_jax import config as config_lib
+from moon_jax import interrupt
 from moon_jax.objectives import filtering
 from moon_jax.types import OBJECTIVES
 
 QUIET_SECONDS = 3.0
 """Off a terminal, work that is done sooner is told in one line."""
-
-INTERRUPTED = threading.Event()
-"""Set when the user presses Ctrl-C. The KeyboardInterrupt itself can be lost where a library swallows every exception
-(an optional import, a callback from C); whoever reports progress meets it here."""
 
 PHI_BINS = 20
 """Equal bins of [0, 1] in the histogram of φ."""
@@ -100,8 +93,7 @@ class Watch:
 
         def advance(count: int = 1, note: str = "") -> None:
             nonlocal done, told
-            if INTERRUPTED.is_set():
-                raise KeyboardInterrupt
+            interrupt.check()
             done += count
             rate = (done - start) / max(time.monotonic() - began, 1e-9)
             speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
@@ -127,6 +119,7 @@ class Watch:
         else:
             self.line(f"{what} …")
             yield
+        interrupt.check()
 
     def track(self, what: str, work: Iterable[Any], total: int) -> Iterator[Any]:
         """The items of `work`, with progress."""
@@ -158,6 +151,9 @@ class MetricLog:
         tensorboard.mkdir(exist_ok=True)
         for old in tensorboard.glob("events.out.tfevents.*"):
             old.unlink()
+        # Here, since it imports torch where that is installed: seconds.
+        from tensorboardX.event_file_writer import EventsWriter
+
         self._events = EventsWriter(str(tensorboard / "events"))
         for line in kept:
             self._write_events(json.loads(line))
@@ -168,6 +164,9 @@ class MetricLog:
         self._write_events(metrics)
 
     def _write_events(self, metrics: dict[str, Any]) -> None:
+        from tensorboardX import summary as events
+        from tensorboardX.proto.event_pb2 import Event
+
         found = [events.scalar(tag, value) for tag, value in _scalars(metrics) if tag != "step"]
         if metrics["phi_histogram"] is not None:
             found.append(_phi_event(metrics["phi_histogram"]))
@@ -196,6 +195,8 @@ def _phi_event(counts: list[int]) -> Any:
     edges, counts = np.linspace(0, 1, PHI_BINS + 1), np.array(counts)
     middles = (edges[1:] + edges[:-1]) / 2
     moments = dict(min=0.0, max=1.0, num=counts.sum(), sum=counts @ middles, sum_squares=counts @ middles**2)
+    from tensorboardX import summary as events
+
     return events.histogram_raw("phi", **moments, bucket_limits=edges[1:], bucket_counts=counts)
 
 

@@ -1,0 +1,277 @@
+"""What a user meets at the shell: help, mistakes, refusals of the system, Ctrl-C. Each mistake is one line."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moon_jax import cli, interrupt
+from moon_jax.training import watch
+from tests.conftest import SCHEMA, jpeg, overrides, tiny
+from tests.training.test_run import environment
+
+CONFIG = tiny(training__steps=4, training__save_every=2)
+
+
+def one_line(capsys, *arguments):
+    """The message of a command that fails before it trains."""
+    assert cli.main(["quickstart", *map(str, arguments)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("moon-jax: ") and told.count("\n") == 1, told
+    return told
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quickstart", "--help"]])
+def test_help_has_examples(capsys, arguments):
+    with pytest.raises(SystemExit) as done:
+        cli.main(arguments)
+    told = capsys.readouterr().out
+    assert done.value.code == 0 and "examples:\n  moon-jax quickstart" in told
+    assert max(map(len, told.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--steps", "twelve"],
+            "argument --steps: invalid int value: 'twelve'; moon-jax quickstart --help has examples",
+        ),
+        (["--steps", "0"], "--steps 0: give 1 or more"),
+        (["--stpes", "12"], "--stpes: not understood; the closest flag is --steps"),
+        (["--verbose"], "--verbose: not understood; "),
+        (["--config.experts.cuont=3"], "config.experts.cuont: no such option; the closest is config.experts.count"),
+        (["--config.experts.count=lots"], "config.experts.count: 'lots' is not a whole number; an example is 8"),
+        (["--config", "quikstart"], "--config quikstart: no such config; give a path, or one of: quickstart"),
+        (["--data", "nowhere.parquet"], "--data nowhere.parquet: no such file or folder"),
+    ],
+)
+def test_a_mistake_on_the_command_line(capsys, tmp_path, arguments, message):
+    assert message in one_line(capsys, "--workdir", tmp_path / "w", *arguments)
+    assert not (tmp_path / "w").exists()
+
+
+def test_no_command_is_one_line(capsys):
+    assert cli.main([]) == 2
+    told = capsys.readouterr().err
+    assert "moon-jax --help has examples" in told and told.count("\n") == 1
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def empty_folder(folder):
+    (folder / "notes.txt").write_text("nothing here")
+
+
+def no_records(folder):
+    (folder / "products.jsonl").write_bytes(b"")
+
+
+def no_rows(folder):
+    pq.write_table(pa.Table.from_pylist([], SCHEMA), folder / "products.parquet")
+
+
+def zero_bytes(folder):
+    (folder / "products.parquet").write_bytes(b"")
+
+
+def no_column(folder):
+    pq.write_table(pa.table({"product_id": ["1"], "titel": ["mug"]}), folder / "products.parquet")
+
+
+def csv(folder):
+    (folder / "products.csv").write_text("product_id,title\n1,mug\n")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (empty_folder, "no .parquet or .jsonl file there; README's section The catalogue"),
+        (csv, "no .parquet or .jsonl file there; README's section The catalogue"),
+        (no_records, "no usable product; no records there"),
+        (no_rows, "no usable product; no records there"),
+        (zero_bytes, "products.parquet: not a readable Parquet file"),
+        (
+            no_column,
+            "products.parquet: no column title or images or image; its columns are product_id, titel; rename titel",
+        ),
+    ],
+)
+def test_a_catalogue_that_cannot_be_read(capsys, tmp_path, make, message):
+    (tmp_path / "data").mkdir()
+    make(tmp_path / "data")
+    told = one_line(capsys, "--data", tmp_path / "data", "--workdir", tmp_path / "w")
+    assert str(tmp_path / "data") in told and message in told
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_file_of_another_format(capsys, tmp_path):
+    csv(tmp_path)
+    told = one_line(capsys, "--data", tmp_path / "products.csv", "--workdir", tmp_path / "w")
+    assert "products.csv: neither a .parquet nor a .jsonl file" in told
+
+
+def test_bad_records_are_left_out_listed_and_counted(capsys, tmp_path):
+    folder, workdir = tmp_path / "data", tmp_path / "w"
+    folder.mkdir()
+    photo = jpeg((200, 30, 30), (24, 24), 0)
+    for name, content in (("good.jpg", photo), ("cut.jpg", photo[: len(photo) // 2]), ("empty.jpg", b"")):
+        (folder / name).write_bytes(content)
+    lines = [{"product_id": f"g{n}", "title": f"thing {n}", "images": ["good.jpg"]} for n in range(30)]
+    lines[3] |= {"brand": None, "category": [None, "goods"], "attributes": {"colour": None}}  # nulls that say nothing
+    lines[4] |= {"title": None}  # an image is enough
+    bad = [
+        ("bad image", {"product_id": "cut", "title": "x", "images": ["cut.jpg"]}),
+        ("bad image", {"product_id": "empty", "title": "x", "images": ["empty.jpg"]}),
+        ("text too long", {"product_id": "long", "title": "x" * 1_000_000, "images": ["good.jpg"]}),
+        ("no id", {"product_id": None, "title": "x"}),
+        ("no text and no image", {"product_id": "null", "title": None}),
+        ("duplicate id", {"product_id": "g7", "title": "again"}),
+    ]
+    (folder / "products.jsonl").write_text("\n".join(map(json.dumps, [*lines, *(record for _, record in bad)])))
+    arguments = ["--data", folder, "--workdir", workdir, *overrides(CONFIG)]
+    assert cli.main(["quickstart", *map(str, arguments)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        "6 left out (2 bad image, 1 text too long, 1 no id, 1 no text and no image, 1 duplicate id),"
+        " such as products.jsonl 31: " in told
+    )
+    assert f"left out: {workdir / 'data' / 'quarantine.jsonl'}" in told
+    listed = [json.loads(line) for line in (workdir / "data" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(entry["number"], entry["reason"]) for entry in listed] == [
+        (31 + place, reason) for place, (reason, _) in enumerate(bad)
+    ]
+    assert json.loads((workdir / "data" / "manifest.json").read_text())["products"] == 30
+
+
+# --- the system ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(catalogue, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("cli") / "w"
+    assert cli.main(["quickstart", "--data", str(catalogue), "--workdir", str(workdir), *overrides(CONFIG)]) == 0
+    return workdir
+
+
+def arguments(catalogue, workdir):
+    return ["--data", str(catalogue), "--workdir", str(workdir), *overrides(CONFIG)]
+
+
+def test_a_checkpoint_of_another_architecture(capsys, catalogue, trained, tmp_path):
+    workdir = tmp_path / "w"
+    shutil.copytree(trained, workdir)
+    held = json.loads((workdir / "config.json").read_text())
+    held["experts"]["width"] = 28
+    (workdir / "config.json").write_text(json.dumps(held))
+    told = one_line(capsys, *arguments(catalogue, workdir), "--config.experts.width=28")
+    assert "a checkpoint of another architecture: encoder/" in told and "28" in told and "20" in told
+    assert str(workdir / "checkpoints" / "4") in told
+
+
+def test_a_damaged_checkpoint(capsys, catalogue, trained, tmp_path):
+    workdir = tmp_path / "w"
+    shutil.copytree(trained, workdir)
+    for file in (workdir / "checkpoints" / "4" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    told = one_line(capsys, *arguments(catalogue, workdir))
+    assert f"{workdir / 'checkpoints' / '4'}: not a readable checkpoint" in told
+
+
+def run(catalogue, workdir, prefix):
+    command = [*prefix, sys.executable, "-m", "moon_jax.cli", "quickstart", *arguments(catalogue, workdir)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_a_full_disk(catalogue, tmp_path):
+    """A file system of 400 KB: a checkpoint of this model is larger."""
+    full = tmp_path / "full"
+    full.mkdir()
+    mount = f'mount -t tmpfs -o size=400k tmpfs "{full}" && exec "$@"'
+    prefix = ["unshare", "-rm", "sh", "-c", mount, "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("no user namespace with a file system of its own here: a full disk is not tried")
+    done = run(catalogue, full / "w", prefix)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("moon-jax: ") and os.strerror(errno.ENOSPC) in last and str(full / "w") in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_refuses_large_files(catalogue, tmp_path):
+    done = run(catalogue, tmp_path / "w", ["sh", "-c", 'ulimit -f 200 && exec "$@"', "sh"])
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    # TensorStore's threads may have said more before; the last line is ours, and says what to do.
+    assert last.startswith("moon-jax: ") and os.strerror(errno.EFBIG) in last and str(tmp_path / "w") in last
+
+
+@pytest.fixture
+def foreign():
+    """A folder that others own and may read, while this process is nobody: root may do anything anywhere."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own are closed to nobody
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield folder
+    if root:
+        os.seteuid(0)
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_no_permission_to_write(capsys, foreign):
+    told = one_line(capsys, "--workdir", foreign / "w")
+    assert f"--workdir {foreign / 'w'}: {foreign}: Permission denied; give a folder that can be written" in told
+
+
+@pytest.mark.parametrize("closed", ["products.jsonl", "."])
+def test_no_permission_to_read(capsys, foreign, closed):
+    folder = Path(tempfile.mkdtemp())
+    (folder / "products.jsonl").write_text('{"product_id": "1", "title": "x"}')
+    (folder / closed).chmod(0)
+    told = one_line(capsys, "--data", folder, "--workdir", folder.parent / "moon-jax-never-made")
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+    assert str((folder / closed).resolve()) in told and "permission" in told.lower()
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay", [0.3, 1.5, 3.0, 6.0])
+def test_ctrl_c_is_never_lost(catalogue, tmp_path, delay):
+    command = [sys.executable, "-m", "moon_jax.cli", "quickstart", *arguments(catalogue, tmp_path / "w")]
+    command += ["--config.training.steps=100000"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    # In its first moments Python answers by itself.
+    assert process.returncode in ((130,) if delay > 1 else (130, 1, -signal.SIGINT)), told
+    if process.returncode == 130:
+        asked, answered = told.split("\n", 1)[1].splitlines()
+        assert asked == "stopping after this piece of work; Ctrl-C again stops at once"
+        assert answered.startswith("moon-jax: interrupted; the same command goes on")
+
+
+def test_a_swallowed_interrupt_is_met_at_the_next_progress():
+    interrupt.REQUESTED.set()
+    try:
+        with pytest.raises(KeyboardInterrupt), watch.Watch().progress("work", 3) as advance:
+            advance()
+    finally:
+        interrupt.REQUESTED.clear()
