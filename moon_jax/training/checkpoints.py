@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,10 @@ class Checkpoints:
             # TensorStore's errors name the cause in their text only.
             for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
                 if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+                    # The save's other threads fail as well, and tell so on stderr: ours shall be the last line.
+                    with contextlib.suppress(Exception):
+                        self._manager.close()
+                    time.sleep(1)
                     raise UserError(
                         f"{self._folder}: a checkpoint could not be written: {os.strerror(code)}; older ones are whole:"
                         " mend that, and the same command goes on from the newest"
