@@ -75,3 +75,27 @@ def test_top_k_equals_a_stable_full_sort(chunk):
 def test_top_k_refuses_more_than_there_are():
     with pytest.raises(ValueError, match="k=4 of 3 candidates"):
         similarity.top_k(random((2, 3), 0), random((3, 3), 1), 4)
+
+
+def test_truncated_vectors_are_unit_and_their_gradient_is_that_of_the_formula():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(4, 6))
+    vectors[2] = 0
+    weight = rng.normal(size=(4, 3))
+
+    def formula(x):
+        short = x[:, :3]
+        return (weight * short / np.maximum(np.linalg.norm(short, axis=1, keepdims=True), 1e-12)).sum()
+
+    np.testing.assert_allclose(
+        (weight * similarity.truncate(jnp.asarray(vectors, jnp.float32), 3)).sum(), formula(vectors), rtol=1e-5
+    )
+    gradient = jax.grad(lambda x: (weight * similarity.truncate(x, 3)).sum())(jnp.asarray(vectors, jnp.float32))
+    for index in np.ndindex(vectors.shape):
+        if index[0] != 2:
+            change = np.zeros_like(vectors)
+            change[index] = 1e-6
+            slope = (formula(vectors + change) - formula(vectors - change)) / 2e-6
+            assert gradient[index] == pytest.approx(slope, rel=1e-3, abs=1e-5)
+    assert np.isfinite(gradient).all()
+    assert similarity.truncate(vectors, 6) is vectors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,11 @@ def evaluate(
     ids = [prepared.products[index].id for index in prepared.val]
     path = workdir / "embeddings" / "val.parquet"
     write_vectors(path, ids, encoded.candidates, encoded.present, embedder.fingerprint, prepared.synthetic)
-    with report.progress("drawing", 5) as advance:
+    with report.progress("drawing", 5) as advance, warnings.catch_warnings(record=True) as caught:
         for _ in draw(workdir, embedder, prepared, encoded, metrics):
             advance()
+    if any("missing from font" in str(warning.message) for warning in caught):
+        report.line("some titles hold characters that no font here has: install Noto Sans, for Chinese Noto Sans CJK")
     # Last: where metrics.json stands, the rest is whole.
     path = workdir / "metrics.json"
     temporary = path.with_suffix(".tmp")

@@ -44,7 +44,7 @@ def as_product(item: Any) -> Product:
     if isinstance(item, Product):
         images = item.images if isinstance(item.images, list | tuple) else (item.images,)
         return dataclasses.replace(item, images=tuple(images))
-    raise UserError(f"a {type(item).__name__} cannot be embedded; give a Product, a string or a dict")
+    raise UserError(f"an item of type {type(item).__name__} cannot be embedded; give a Product, a string or a dict")
 
 
 class Embedder:

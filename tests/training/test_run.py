@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
 import moon_jax
 from moon_jax.config import UserError
@@ -48,7 +51,7 @@ def finished(catalogue, tmp_path_factory):
 
 def test_it_leaves_and_names_what_it_made(finished):
     workdir, printed = finished
-    for name in ("checkpoints", "metrics.jsonl", "metrics.json", "embeddings/val.parquet", "run.log"):
+    for name in ("checkpoints", "pictures", "metrics.jsonl", "tensorboard", "metrics.json", "embeddings/val.parquet"):
         assert (workdir / name).exists() and str(workdir / name) in printed
     assert "training step compiled 1 time(s); bad steps: 0" in (workdir / "run.log").read_text()
     metrics = json.loads((workdir / "metrics.json").read_text())
@@ -57,6 +60,62 @@ def test_it_leaves_and_names_what_it_made(finished):
     vectors = np.array(table["vector"].to_pylist())
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, rtol=1e-5)
     assert table.schema.metadata[b"model"].decode() == metrics["model"]
+    assert table.schema.metadata[b"synthetic"] == b"false" and metrics["synthetic"] is False
+    assert set(metrics["labels"]) == {"category", "attribute colour"}
+    assert metrics["labels"]["attribute colour"]["labels"] == len(COLOURS)
+
+
+def test_the_last_screen_says_what_where_and_what_next(finished, catalogue):
+    workdir, printed = finished
+    learned, rest = printed.split("── what was learned ─")[1].split("── where things are ─")
+    places, tries = rest.split("── what to try next ─")
+    assert "text finds an image (t→i) among the first ten of " in learned and "(by chance " in learned
+    assert "the objective that weighs most is " in learned and "of their expert use" in learned
+    assert f"log:         {workdir / 'run.log'}" in places and "quarantine" not in places
+    assert f"moon-jax quickstart --data {catalogue} --workdir {workdir}-dense" in tries
+    # Nothing moves and nothing is coloured where nobody watches.
+    assert "\x1b" not in printed and "\r" not in printed
+
+
+@pytest.mark.parametrize("name", ["training", "phi", "experts", "directions", "gallery"])
+def test_pictures_are_drawn(finished, name):
+    with Image.open(finished[0] / "pictures" / f"{name}.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert min(pixels.shape[:2]) > 300 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def events(workdir):
+    """(step, tag) → value of all TensorBoard events, none of which may come twice."""
+    found = {}
+    for path in (workdir / "tensorboard").iterdir():
+        data, place = path.read_bytes(), 0
+        while place < len(data):  # a record is its length, a checksum, itself, a checksum
+            (size,) = struct.unpack_from("<Q", data, place)
+            event = Event.FromString(data[place + 12 : place + 12 + size])
+            place += size + 16
+            for value in event.summary.value:
+                assert (event.step, value.tag) not in found
+                found[event.step, value.tag] = value
+    return found
+
+
+def check_events(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = events(workdir)
+    assert {step for step, _ in found} == {line["step"] for line in lines}
+    for line in lines:
+        step = line["step"]
+        assert found[step, "total"].simple_value == pytest.approx(line["total"])
+        assert found[step, "omega/n_i_n_t"].simple_value == pytest.approx(line["omega"]["n_i→n_t"])
+        assert found[step, "experts/1/2/image"].simple_value == pytest.approx(line["experts"][1][2]["image"])
+        if line["phi_histogram"]:
+            drawn = found[step, "phi"].histo
+            assert [int(count) for count in drawn.bucket] == line["phi_histogram"]
+            assert drawn.num == sum(line["phi_histogram"]) and drawn.bucket_limit[-1] == 1.0
+
+
+def test_tensorboard_says_what_the_lines_say(finished):
+    check_events(finished[0])
 
 
 def test_metric_lines_hold_what_they_should(finished):
@@ -95,6 +154,7 @@ def test_a_killed_run_ends_with_the_same_digits(catalogue, finished, tmp_path, k
         assert "resuming" in done.stdout
     for name in ("metrics.json", "metrics.jsonl"):
         assert (workdir / name).read_bytes() == (finished[0] / name).read_bytes()
+    check_events(workdir)
 
 
 def test_the_same_command_again_only_evaluates(catalogue, finished):
@@ -175,13 +235,40 @@ def test_truncated_vectors_are_unit_again(embedder):
         (["ok", moon_jax.Product()], "item 1: neither text nor image"),
         ([{"image": "/nowhere/shoe.jpg"}], "item 0: image: .*No such file"),
         ([{"txt": "x"}], "item 0: 'txt': not a part of an item"),
-        ([7], "item 0: a int cannot be embedded"),
+        ([7], "item 0: an item of type int cannot be embedded"),
         ([""], "item 0: neither text nor image"),
     ],
 )
 def test_bad_items_are_one_line(embedder, items, message):
     with pytest.raises(UserError, match=message):
         embedder.encode(items)
+
+
+def test_without_data_it_renders_its_own_and_says_so(tmp_path):
+    workdir = tmp_path / "w"
+    config = tiny(training__steps=3, data__synthetic=60, objective__matryoshka=(8, 16))
+    command = [sys.executable, "-m", "moon_jax.cli", "quickstart", "--workdir", str(workdir), *overrides(config)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("synthetic") > 5
+    for title in ("synthetic catalogue; R@1 / R@5 / R@10", "synthetic catalogue; accuracy / macro F1", "at width 16"):
+        assert title in " ".join(done.stdout.split()), title
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    assert metrics["synthetic"] is True and list(metrics["widths"]) == ["16", "8"]
+    assert set(metrics["labels"]) >= {"category", "attribute colour", "attribute material"}
+    for found in metrics["widths"].values():
+        assert set(found["retrieval"]["products"]) == set(metrics["retrieval"]["products"])
+        assert found["labels"].keys() == metrics["labels"].keys()
+    assert all(json.loads(line)["synthetic"] for line in (workdir / "metrics.jsonl").read_text().splitlines())
+    assert json.loads((workdir / "data" / "manifest.json").read_text())["synthetic"] is True
+    table = pq.read_schema(workdir / "embeddings" / "val.parquet")
+    assert table.metadata[b"synthetic"] == b"true"
+    assert pq.read_schema(workdir / "catalogue" / "synthetic.parquet").metadata[b"synthetic"]
+    # The same command again takes the catalogue that is there.
+    rendered = (workdir / "catalogue" / "synthetic.parquet").stat().st_mtime_ns
+    again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0 and "rendering" not in again.stdout
+    assert (workdir / "catalogue" / "synthetic.parquet").stat().st_mtime_ns == rendered
 
 
 def test_no_model_is_one_line(tmp_path):

@@ -1,0 +1,118 @@
+"""Pictures are for eyes; what can be asserted is that nothing that comes along breaks them, and what they frame."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moon_jax.data.prepare import Prepared
+from moon_jax.evaluation import pictures, retrieval
+from moon_jax.types import OBJECTIVES, Product
+from tests.conftest import jpeg
+
+PHOTO = jpeg((200, 30, 30), (24, 24), 0)
+
+
+def line(step, bins=20, **changes):
+    found = {
+        "step": step,
+        "loss": dict.fromkeys(OBJECTIVES, 1.0 / step),
+        "omega": dict.fromkeys(OBJECTIVES, 0.2),
+        "phi_histogram": [1] * bins,
+        "experts": [[{"text": 0.5, "image": 0.25}] * 3] * 2,
+    }
+    return found | changes
+
+
+def size(path):
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.size
+
+
+def test_lines_that_lack_numbers(tmp_path):
+    lines = [line(1), line(2, loss=dict.fromkeys(OBJECTIVES), phi_histogram=None), line(3)]
+    pictures.training(tmp_path / "t.png", lines, "")
+    pictures.training(tmp_path / "one.png", lines[1:2], "")
+    pictures.phi(tmp_path / "p.png", lines, 0.6, "")
+    pictures.experts(tmp_path / "e.png", line(1, experts=[[{"text": None, "image": 1.0}] * 64] * 28), "")
+    for name in ("t", "one", "p", "e"):
+        assert min(size(tmp_path / f"{name}.png")) > 300
+    # Nothing to show: no φ at all, no experts.
+    pictures.phi(tmp_path / "none.png", [line(1, phi_histogram=None)], 0.6, "")
+    pictures.experts(tmp_path / "none.png", line(1, experts=[]), "")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_directions_without_queries(tmp_path):
+    entry = {"R@1": 1.0, "R@5": 2.0, "R@10": 3.0, "chance@10": 1.0, "queries": 4, "candidates": 5}
+    pictures.directions(tmp_path / "d.png", {"products": {"t→i": entry}, "queries": {"i→mm": entry}}, "")
+    assert size(tmp_path / "d.png")[0] > 1000
+
+
+def encoded(products, own_queries=()):
+    """Views on axes: the same product's are the same, so that each finds itself."""
+    count = len(products)
+
+    def views(indices):
+        present = np.array([[bool(products[i].text), bool(products[i].images), False] for i in indices])
+        present[:, 2] = present[:, 0] & present[:, 1]
+        return np.eye(count, dtype=np.float32)[indices][:, None] * present[..., None], present
+
+    place = np.arange(count - len(own_queries))
+    vectors, present = views(place)
+    queries = {"products": retrieval.Queries(place, vectors, vectors, present, place)}
+    if own_queries:
+        own = np.arange(count - len(own_queries), count)
+        vectors_own, present_own = views(own)
+        queries["queries"] = retrieval.Queries(own, vectors_own, vectors_own, present_own, np.array(own_queries))
+    return retrieval.Encoded(place, vectors, present, place, queries)
+
+
+def prepared_of(products):
+    nothing = np.full(len(products), -1)
+    return Prepared(list(products), nothing, [], [], list(range(len(products))), [], [], False, "")
+
+
+def framed(path):
+    """Whether the colour of a hit's frame is there."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    hit = [int(pictures.HIT[place : place + 2], 16) for place in (1, 3, 5)]
+    return (np.abs(pixels - hit).sum(-1) < 12).sum() > 500
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # the scripts that no font here has are drawn as boxes
+@pytest.mark.parametrize(
+    "products",
+    [
+        [Product(text="$5 mug, 50% off_now\n" * 9, images=(PHOTO,), id=str(n)) for n in range(12)],
+        [Product(text=text, images=(PHOTO,)) for text in ("红色帆布鞋", "赤いマグ", "كوب", "{x}^2 \\frac", "🙂 mug")],
+        [Product(text="a", images=(jpeg((9, 9, 9), (300, 4), 0),)), Product(text="b", images=(PHOTO,))],
+        [Product(text="only text"), Product(text="more text")],
+        [Product(images=(PHOTO,)), Product(images=(PHOTO,))],
+    ],
+    ids=["signs", "scripts", "shapes", "texts", "images"],
+)
+def test_galleries_of_anything(tmp_path, products):
+    path = tmp_path / "g.png"
+    pictures.gallery(path, encoded(products), prepared_of(products), 10**6, 0, "footer")
+    assert min(size(path)) > 300 and framed(path)
+
+
+def test_a_gallery_of_misses_frames_nothing(tmp_path):
+    products = [Product(text=f"mug {n}", images=(PHOTO,), id=str(n)) for n in range(8)]
+    found = encoded(products)
+    asked = found.queries["products"]
+    far = np.roll(asked.plain, 1, axis=0)
+    # Every query points at its neighbour, and the rest are tied: the right one must not be among the first five.
+    far = far - 0.01 * asked.plain
+    found.queries["products"] = retrieval.Queries(asked.product, far, far, asked.present, asked.key)
+    pictures.gallery(tmp_path / "g.png", found, prepared_of(products), 10**6, 0, "")
+    assert not framed(tmp_path / "g.png")
+
+
+def test_the_catalogues_own_queries_are_shown(tmp_path):
+    products = [Product(text=f"mug {n}", images=(PHOTO,), id=str(n)) for n in range(6)]
+    products.append(Product(images=(PHOTO,), id="q"))
+    pictures.gallery(tmp_path / "g.png", encoded(products, own_queries=(2,)), prepared_of(products), 10**6, 0, "")
+    assert size(tmp_path / "g.png")[0] > 1500  # two directions side by side
