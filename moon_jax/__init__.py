@@ -14,6 +14,7 @@ _HOME = {
     "Config": "moon_jax.config",
     "load": "moon_jax.serving.embedder",
     "train": "moon_jax.training.loop",
+    "evaluate": "moon_jax.evaluation.report",
 }
 
 __all__ = list(_HOME)

@@ -212,16 +212,17 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
     own = next(name for name in encoded.queries if name != "queries")
     wanted = [(own, "t", "i"), ("queries", "i", "mm"), ("queries", "mm", "mm"), ("queries", "t", "mm"), (own, "i", "t")]
     wanted += [(own, view, view) for view in reversed(VIEWS)]
-    tasks = [(q, c, search(encoded, name, q, c)) for name, q, c in wanted if name in encoded.queries]
-    tasks = [task for task in tasks if len(task[2].queries)][:2]
+    tasks = [(name, q, c, search(encoded, name, q, c)) for name, q, c in wanted if name in encoded.queries]
+    tasks = [task for task in tasks if len(task[-1].queries)][:2]
     shown = SHOWN // len(tasks)
     rng = np.random.default_rng(seed)
     size = (7.6 * len(tasks), 1.75 * shown + 1.0)
     with _picture(path, "What is found: ten queries, drawn at random", footer, size) as figure:
         halves = figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0]
-        for half, (query, candidate, task) in zip(halves, tasks, strict=True):
+        for half, (name, query, candidate, task) in zip(halves, tasks, strict=True):
             title = f"{query} → {candidate}: {SAYS[query]} finds {SAYS[candidate]}"
-            title += f" (framed ✓: the right title, among {len(task.candidates):,})"
+            title += f" (framed ✓: the right title, among {len(task.candidates):,}"
+            title += "; seen in training)" if name == "products_trained_on" else ")"
             half.suptitle(title, x=0.01, ha="left", fontsize=11)
             chosen = np.sort(rng.permutation(len(task.queries))[:shown])
             cells = half.subplots(shown, 1 + FOUND, squeeze=False, width_ratios=(1.15, *[1] * FOUND))

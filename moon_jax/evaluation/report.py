@@ -78,7 +78,7 @@ def evaluate(
     return metrics
 
 
-def read_lines(workdir: Path) -> list[dict[str, Any]]:
+def _lines(workdir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; none if it is not there."""
     path = workdir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
@@ -89,9 +89,9 @@ def draw(
 ) -> Iterator[None]:
     """Writes pictures/*.png, one at each step of the iteration."""
     folder, config = workdir / "pictures", embedder.config
-    source = "synthetic catalogue, rendered by moon_jax" if prepared.synthetic else "the catalogue"
-    footer = f"{source} · {metrics['step']} steps · model {embedder.fingerprint}"
-    lines = read_lines(workdir)
+    source = "synthetic catalogue, rendered by moon_jax · " if prepared.synthetic else ""
+    footer = f"{source}{metrics['step']} steps · model {embedder.fingerprint}"
+    lines = _lines(workdir)
     if lines:
         pictures.training(folder / "training.png", lines, footer)
         yield
@@ -136,9 +136,9 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
         yield table
     if metrics["labels"]:
         title = "accuracy / macro F1 in percent, nearest label text (*: label words struck; leak: texts with theirs)"
-        table = Table(title=mark + title)
-        table.add_column("")
-        table.add_column("labels", justify="right")
+        seen = "; products seen in training" if "products_trained_on" in metrics["retrieval"] else ""
+        table = Table(title=mark + title + seen)
+        table.add_column("(labels)")
         for view in ("i", "t*", "mm*"):
             table.add_column(view, justify="right", no_wrap=True)
         table.add_column("majority", justify="right")
@@ -150,8 +150,7 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
             ]
             commonest = next((entry["majority"] for entry in entries if entry), 0.0)
             table.add_row(
-                Text(name.removeprefix("attribute ")),
-                str(scores["labels"]),
+                Text(f"{name.removeprefix('attribute ')} ({scores['labels']})"),
                 *cells,
                 _percent(commonest),
                 _percent(scores["leak"]),
@@ -165,9 +164,10 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
             yield table
 
 
-def learned(metrics: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
-    """What the run says about the model, in sentences."""
-    said = []
+def learned(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
+    """What scores and training lines say about the model, in sentences."""
+    said, lines = [], _lines(Path(workdir))
+    seen = "; these were seen in training" if "products_trained_on" in metrics["retrieval"] else ""
     for name, scores in metrics["retrieval"].items():
         cross = [direction for direction in ("t→i", "i→t", "i→mm") if direction in scores]
         cross = cross[:2] if name != "queries" else cross[-1:]
@@ -177,7 +177,7 @@ def learned(metrics: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
             said.append(
                 f"{query} finds {candidate} ({direction}) among the first ten of {entry['candidates']:,} in"
                 f" {entry['R@10']:.1f}% of {entry['queries']:,} {'own ' if name == 'queries' else ''}queries"
-                f" (by chance {entry['chance@10']:.1f}%)"
+                f" (by chance {entry['chance@10']:.1f}%){seen if name == 'products_trained_on' else ''}"
             )
     shown = {name: scores["i"] for name, scores in metrics["labels"].items() if "i" in scores}
     if shown:
@@ -185,7 +185,7 @@ def learned(metrics: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
         what = name.removeprefix("attribute ")
         said.append(
             f"seen in the image alone, {what} is right for {best['accuracy']:.1f}% of products"
-            f" (always telling the commonest: {best['majority']:.1f}%)"
+            f" (always telling the commonest: {best['majority']:.1f}%){seen}"
         )
     if lines:
         first, last = lines[0], lines[-1]
@@ -216,7 +216,7 @@ def last_screen(
         again: the command that was given, as words, without its workdir.
     """
     mark = " (on a synthetic catalogue)" if prepared.synthetic else ""
-    yield "what was learned" + mark, learned(metrics, read_lines(workdir))
+    yield "what was learned" + mark, learned(metrics, workdir)
     places = {
         "catalogue": "catalogue/synthetic.parquet" if prepared.synthetic else "",
         "left out": "data/quarantine.jsonl" if prepared.quarantine else "",
