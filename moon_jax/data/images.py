@@ -112,6 +112,8 @@ def decode(source: Any, max_pixels: int) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise BadImage(f"not an image, or none of {', '.join(FORMATS)}") from None
+    except OSError as error:
+        raise BadImage(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
     except Exception as error:
         # Pillow's decoders raise nearly anything on broken files: SyntaxError, RuntimeError, struct.error, …
         raise BadImage(str(error) or type(error).__name__) from None

@@ -199,8 +199,12 @@ def load(model: str | Path) -> Embedder:
         UserError: no model there.
     """
     workdir = Path(model)
-    if not (workdir / "config.json").is_file() or not (workdir / "tokenizer.json").is_file():
-        raise UserError(f"{workdir}: not a workdir of a training run (no config.json and tokenizer.json)")
+    missing = [name for name in ("config.json", "tokenizer.json") if not (workdir / name).is_file()]
+    if missing:
+        what = f"no {' and no '.join(missing)} there" if workdir.is_dir() else "no such folder"
+        above = (workdir.parent / missing[0]).is_file()
+        hint = f"; try {workdir.parent}" if above else "; give the workdir of a training run"
+        raise UserError(f"{workdir}: {what}{hint}")
     text = (workdir / "config.json").read_text(encoding="utf-8")
     config = config_lib.from_json(text, str(workdir / "config.json"))
     tokenizer = Tokenizer.load(workdir / "tokenizer.json")

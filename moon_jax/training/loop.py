@@ -181,10 +181,10 @@ def prepare_data(config: config_lib.Config, workdir: Path, report: watch.Watch) 
     """`prepare.prepare` with progress shown and the quarantine summed up; without a path, of a rendered catalogue."""
     if not config.data.path:
         path = workdir / "catalogue" / "synthetic.parquet"
+        report.line(f"no --data given: a synthetic catalogue of rendered products, {path}")
         if not path.exists():
             track = functools.partial(report.track, "rendering")
             synthetic.write(path, config.data.synthetic, config.seed, config.data.threads, track)
-        report.line(f"no --data given: a synthetic catalogue of rendered products, {path}")
         config = config_lib.replace(config, {"data.path": str(path)})
     prepared = prepare.prepare(config, functools.partial(report.track, "reading"))
     products = [prepared.products[index] for index in {*prepared.train, *prepared.val}]

@@ -233,7 +233,7 @@ def test_truncated_vectors_are_unit_again(embedder):
     ("items", "message"),
     [
         (["ok", moon_jax.Product()], "item 1: neither text nor image"),
-        ([{"image": "/nowhere/shoe.jpg"}], "item 0: image: .*No such file"),
+        ([{"image": "/nowhere/shoe.jpg"}], "^item 0: image: /nowhere/shoe.jpg: No such file or directory$"),
         ([{"txt": "x"}], "item 0: 'txt': not a part of an item"),
         ([7], "item 0: an item of type int cannot be embedded"),
         ([""], "item 0: neither text nor image"),
@@ -271,6 +271,12 @@ def test_without_data_it_renders_its_own_and_says_so(tmp_path):
     assert (workdir / "catalogue" / "synthetic.parquet").stat().st_mtime_ns == rendered
 
 
-def test_no_model_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="not a workdir of a training run"):
-        moon_jax.load(tmp_path)
+def test_no_model_is_one_line(finished, tmp_path):
+    for place, message in (
+        (tmp_path, "no config.json and no tokenizer.json there; give the workdir of a training run"),
+        (tmp_path / "nowhere", "no such folder; give the workdir"),
+        (finished[0] / "checkpoints", f"no config.json and no tokenizer.json there; try {finished[0]}"),
+    ):
+        with pytest.raises(UserError) as error:
+            moon_jax.load(place)
+        assert str(error.value).startswith(f"{place}: {message}")
