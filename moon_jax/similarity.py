@@ -28,7 +28,9 @@ def truncate(vectors: Array, width: int) -> Array:
     if width == vectors.shape[-1]:
         return vectors
     short = jnp.asarray(vectors)[..., :width]
-    return short * jax.lax.rsqrt(jnp.maximum((short**2).sum(axis=-1, keepdims=True), 1e-24))
+    square = (short**2).sum(axis=-1, keepdims=True)
+    # Absent views are zero: neither they nor their gradient may grow.
+    return short * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
 def _chunks(candidates: Array, chunk: int) -> tuple[Array, Array]:

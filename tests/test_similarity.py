@@ -97,5 +97,5 @@ def test_truncated_vectors_are_unit_and_their_gradient_is_that_of_the_formula():
             change[index] = 1e-6
             slope = (formula(vectors + change) - formula(vectors - change)) / 2e-6
             assert gradient[index] == pytest.approx(slope, rel=1e-3, abs=1e-5)
-    assert np.isfinite(gradient).all()
+    assert not gradient[2].any()  # an absent view
     assert similarity.truncate(vectors, 6) is vectors

@@ -52,7 +52,8 @@ class Watch:
     """The terminal, and `run.log` in the workdir. Times go here, never into metrics: those follow from the config."""
 
     def __init__(self, workdir: Path | None = None, console: Console | None = None):
-        self.console = console or Console(highlight=False)
+        # In a notebook plain lines read better than one HTML block for each.
+        self.console = console or Console(highlight=False, force_jupyter=False)
         self.workdir = workdir
 
     def line(self, text: str) -> None:
