@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from moon_jax import similarity
 from moon_jax.data.images import decode
 from moon_jax.data.prepare import Prepared
-from moon_jax.evaluation.retrieval import Encoded, search
+from moon_jax.evaluation.retrieval import QUERY_SETS, Encoded, search
 from moon_jax.types import OBJECTIVES, VIEWS, Product
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
@@ -170,13 +170,6 @@ def experts(path: Path, line: dict[str, Any], footer: str) -> None:
         figure.colorbar(drawn, ax=panels, label="share of its gate, %", pad=0.02)
 
 
-QUERY_SETS = {
-    "products": "products as queries",
-    "products_trained_on": "products as queries, seen in training",
-    "queries": "the catalogue's own queries",
-}
-
-
 def directions(path: Path, results: dict[str, dict[str, dict[str, float]]], footer: str) -> None:
     """R@10 of every direction, a matrix for each set of queries."""
     with _picture(path, "Who finds whom: R@10 by direction", footer, (4.9 * len(results) + 0.6, 4.6)) as figure:
@@ -185,7 +178,7 @@ def directions(path: Path, results: dict[str, dict[str, dict[str, float]]], foot
             values = np.array([[scores.get(f"{q}→{c}", {}).get("R@10", np.nan) for c in VIEWS] for q in VIEWS])
             drawn = _matrix(panel, values, VIEWS, [f"→ {view}" for view in VIEWS], 100)
             sizes = max(entry["candidates"] for entry in scores.values())
-            panel.set_title(f"{QUERY_SETS[name]}; {sizes:,} to find")
+            panel.set_title(_fold(f"{QUERY_SETS[name]}; {sizes:,} to find", 56, 2))
             panel.set_ylabel("query")
             for (row, column), value in np.ndenumerate(values):
                 entry = scores.get(f"{VIEWS[row]}→{VIEWS[column]}")

@@ -107,13 +107,6 @@ def draw(
         yield
 
 
-TITLES = {
-    "products": "the products as queries (altered where query and candidate share a modality)",
-    "products_trained_on": "the products as queries, themselves seen in training",
-    "queries": "the catalogue's own queries",
-}
-
-
 def _percent(value: float) -> str:
     return f"{value:.1f}".replace("100.0", "100")
 
@@ -123,7 +116,7 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
     mark = "synthetic catalogue; " if metrics["synthetic"] else ""
     for name, scores in metrics["retrieval"].items():
         size = max(entry["candidates"] for entry in scores.values())
-        table = Table(title=f"{mark}R@1 / R@5 / R@10 in percent: {TITLES[name]}; {size:,} candidates")
+        table = Table(title=f"{mark}R@1 / R@5 / R@10 in percent: {retrieval.QUERY_SETS[name]}; {size:,} candidates")
         table.add_column("query")
         for view in VIEWS:
             table.add_column(f"→ {view}", justify="right", no_wrap=True)
@@ -159,7 +152,9 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
     for width, found in metrics["widths"].items():
         for name, scores in found["retrieval"].items():
             cells = ", ".join(f"{direction} {_percent(entry['R@10'])}" for direction, entry in scores.items())
-            table = Table(title=f"{mark}R@10 in percent at width {width}: {TITLES[name]}", show_header=False)
+            table = Table(
+                title=f"{mark}R@10 in percent at width {width}: {retrieval.QUERY_SETS[name]}", show_header=False
+            )
             table.add_row(cells)
             yield table
 

@@ -21,6 +21,12 @@ from moon_jax.serving.embedder import Embedder
 from moon_jax.types import VIEWS
 
 RANKS = (1, 5, 10)
+QUERY_SETS = {
+    "products": "products as queries, altered where they share a modality with what they seek",
+    "products_trained_on": "products as queries, altered where they share a modality; seen in training",
+    "queries": "the catalogue's own queries",
+}
+"""What is asked with, by name, and how it is said."""
 DIRECTIONS = tuple((query, candidate) for query in VIEWS for candidate in VIEWS)
 
 
@@ -44,8 +50,8 @@ class Queries:
 class Encoded:
     """The vectors of an evaluation, from which every number follows.
 
-    `queries` holds "products", the candidates as their own queries ("products_trained_on", if the catalogue keeps none
-    of them apart), and "queries", those that the catalogue brings, if any.
+    `queries` holds one or two of QUERY_SETS: "products", the candidates as their own queries ("products_trained_on", if
+    the catalogue keeps none of them apart), and "queries", those that the catalogue brings, if any.
     """
 
     product: np.ndarray  # i32[C], indices of products
