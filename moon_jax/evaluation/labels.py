@@ -1,6 +1,6 @@
 """Zero-shot classification and attribute prediction: the nearest label text.
 
-A task is the category (its last, narrowest name) or one attribute; its labels are all values that the catalogue knows,
+A task is the category (the narrowest level that is no name) or one attribute; its labels are all values that the catalogue knows,
 embedded as bare texts. A product is asked by its image, its text, and both.
 
 Leaks: titles often name the colour or the kind, and then prediction from text is reading, not understanding. So for t
@@ -11,6 +11,7 @@ synonyms stay), and `leak` says in how many texts the product's own label stood 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -26,8 +27,14 @@ from moon_jax.types import VIEWS, Product
 MOST_LABELS = 200
 """An attribute of more values is free text (a model number, a size chart), not a label."""
 
-LEAST_SHARE = 0.05
-"""Share of the products that must have an attribute."""
+MOST_ATTRIBUTES = 8
+"""Those that most products have: each costs the embedding of all texts that lose a word."""
+
+LEAST_PRODUCTS, LEAST_SHARE = 4, 0.05
+"""Products to be found that must have an attribute, and their share."""
+
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff]")
+"""Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Chinese, Japanese."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,43 +49,52 @@ class Task:
 
 
 def tasks(prepared: Prepared) -> list[Task]:
-    """The category and those attributes that have 2 to MOST_LABELS values, not all of them unique to one product.
+    """The category, at the deepest level whose names products share, and the MOST_ATTRIBUTES commonest attributes.
 
-    Args:
-        prepared: labels come from all its products, truths from those to be found.
+    Labels come from all products of `prepared`, truths from those to be found. What has more values than half of its
+    products are names, not labels.
     """
-
-    def values(product: Product) -> dict[str, str]:
-        return {"category": product.category[-1] if product.category else ""} | {
-            f"attribute {name}": value for name, value in product.attributes.items()
-        }
-
-    known: dict[str, dict[str, str]] = {}
-    for index in (*prepared.train, *prepared.val):
-        for name, value in values(prepared.products[index]).items():
-            if title_group(value):
-                known.setdefault(name, {}).setdefault(title_group(value), value)
-    found = []
-    for name, written in known.items():
-        # More than half as many values as products: names, not labels.
-        if not 2 <= len(written) <= min(MOST_LABELS, (len(prepared.train) + len(prepared.val)) // 2):
-            continue
-        number = {group: place for place, group in enumerate(written)}
-        own = [values(prepared.products[index]).get(name, "") for index in prepared.val]
-        truth = np.array([number.get(title_group(value), -1) for value in own], np.int32)
-        if (truth >= 0).sum() >= max(2, LEAST_SHARE * len(truth)):
-            found.append(_task(name, tuple(written.values()), truth, [prepared.products[i].text for i in prepared.val]))
-    return found
+    everything = sorted({*prepared.train, *prepared.val})
+    deepest = max((len(prepared.products[index].category) for index in everything), default=0)
+    category: Task | None = None
+    for depth in range(deepest):  # the deepest one that will do stays
+        category = _task("category", prepared, everything, functools.partial(_level, depth=depth)) or category
+    names = sorted({name for index in everything for name in prepared.products[index].attributes})
+    found = [_task(f"attribute {name}", prepared, everything, functools.partial(_value, name=name)) for name in names]
+    attributes = sorted((task for task in found if task), key=lambda task: -(task.truth >= 0).sum())
+    return ([category] if category else []) + attributes[:MOST_ATTRIBUTES]
 
 
-def _task(name: str, labels: tuple[str, ...], truth: np.ndarray, texts: Sequence[str | None]) -> Task:
+def _level(product: Product, depth: int) -> str:
+    return product.category[depth] if depth < len(product.category) else ""
+
+
+def _value(product: Product, name: str) -> str:
+    return product.attributes.get(name, "")
+
+
+def _task(name: str, prepared: Prepared, everything: Sequence[int], value: Callable[[Product], str]) -> Task | None:
+    """The task of telling `value`, or None if that is no label, or too few products to be found have one."""
+    own = {index: value(prepared.products[index]) for index in everything}
+    own = {index: text for index, text in own.items() if title_group(text)}
+    # Case and spaces do not make another label; the first way of writing it is taken.
+    written = {}
+    for text in own.values():
+        written.setdefault(title_group(text), text)
+    if not 2 <= len(written) <= min(MOST_LABELS, len(own) // 2):
+        return None
+    number = {group: place for place, group in enumerate(written)}
+    truth = np.array([number[title_group(own[i])] if i in own else -1 for i in prepared.val], np.int32)
+    if (truth >= 0).sum() < max(LEAST_PRODUCTS, LEAST_SHARE * len(truth)):
+        return None
+    labels = tuple(written.values())
     forbidden = set().union(*map(words, labels))
     struck, leaks, told = {}, 0, 0
     for place in np.flatnonzero(truth >= 0).tolist():
-        text = texts[place]
+        text = prepared.products[prepared.val[place]].text
         if text:
             told += 1
-            leaks += words(labels[truth[place]]) <= words(text)
+            leaks += _holds(text, labels[truth[place]])
             rest = strike(text, forbidden)
             if rest != " ".join(text.split()):
                 struck[place] = rest
@@ -101,9 +117,21 @@ def words(text: str) -> set[str]:
     return found
 
 
+def _holds(text: str, label: str) -> bool:
+    """Whether all words of the label stand in the text."""
+    there, folded = words(text), text.casefold()
+    return all(word in there or (UNSPACED.search(word) and word in folded) for word in words(label))
+
+
 def strike(text: str, forbidden: set[str]) -> str:
-    """`text` without the tokens that hold a word of `forbidden`."""
-    return " ".join(token for token in text.split() if not words(token) & forbidden)
+    """`text` without the tokens that hold a word of `forbidden`; in scripts without spaces, without the word itself."""
+    unspaced = sorted((word for word in forbidden if UNSPACED.search(word)), key=len, reverse=True)
+    kept = []
+    for token in text.split():
+        if UNSPACED.search(token) and unspaced:
+            token = re.sub("|".join(map(re.escape, unspaced)), " ", token, flags=re.IGNORECASE)
+        kept += [part for part in token.split() if not words(part) & forbidden]
+    return " ".join(kept)
 
 
 def scores(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
