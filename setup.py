@@ -13,6 +13,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["moon_jax", "moon_jax.*"]),
+    # A path in place of a finder: else a folder that is named like the package, say the clone, hides it.
+    options={"editable_wheel": {"mode": "compat"}},
     entry_points={"console_scripts": ["moon-jax = moon_jax.cli:console"]},
     install_requires=[
         "flax>=0.12.8,<0.13",

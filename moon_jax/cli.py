@@ -27,15 +27,16 @@ examples:
 
 QUICKSTART = """\
 The main job, small: trains MOON2.0 from scratch on a catalogue, judges it zero-shot (retrieval in all nine directions
-of text, image and both; categories and attributes by label texts), and leaves model, scores, pictures and embeddings
-in the workdir. Without --data it renders a synthetic catalogue first. The same command again resumes.
+of text, image and both; categories and attributes by label texts), and leaves model, scores, pictures and the vectors
+of what was to be found in the workdir. 160 steps, about four minutes on two CPU cores. Without --data it renders a
+synthetic catalogue first. The same command again resumes.
 
 examples:
   moon-jax quickstart
   moon-jax quickstart --data catalogue/ --workdir runs/first
   moon-jax quickstart --data products.parquet --workdir runs/short --steps 50
   moon-jax quickstart --data catalogue/ --workdir runs/dense --config.experts.count=0
-  moon-jax quickstart --workdir runs/nested --config.objective.matryoshka=(32,64)
+  moon-jax quickstart --workdir runs/nested '--config.objective.matryoshka=(32,64)'
 
 --config.a.b=VALUE changes any option of the config; moon_jax/config.py has them all with their meaning.
 """
@@ -58,16 +59,16 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser("moon-jax", description=DESCRIPTION, **layout)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     quickstart = commands.add_parser(
-        "quickstart", help="train, judge and embed a catalogue in minutes", description=QUICKSTART, **layout
+        "quickstart", help="train on a catalogue and judge the model, in minutes", description=QUICKSTART, **layout
     )
     quickstart.add_argument(
-        "--data", default="", help="a .parquet or .jsonl file of products, or a folder of them; default: rendered ones"
+        "--data", help="a .parquet or .jsonl file of products, or a folder of them; default: rendered ones"
     )
     quickstart.add_argument(
         "--workdir", default="moon-jax-quickstart", help="where the run lives (default: %(default)s)"
     )
     quickstart.add_argument("--steps", type=int, help="training steps, in place of the config's")
-    quickstart.add_argument("--config", default="quickstart", help="a shipped config (quickstart), or a file")
+    quickstart.add_argument("--config", help="a config that is shipped (quickstart, the default), or a file")
     parsed, rest = parser.parse_known_args(arguments)
     flags = [f"--{name}" for name in vars(parsed)]
     for argument in rest:
@@ -86,16 +87,16 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0; 2 after a mistake of the user's or a refusal of the system's (disk, permissions), 130 after Ctrl-C.
     """
-    interrupt.listen()
     try:
-        parsed, overrides = parse(arguments)
-        run_quickstart(parsed, overrides)
+        with interrupt.remembered():
+            parsed, overrides = parse(arguments)
+            run_quickstart(parsed, overrides)
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(_system_error(error))
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the newest checkpoint, or anew if there is none yet")
+        _fail("interrupted; the same command goes on from here")
         return 130
     return 0
 
@@ -120,7 +121,10 @@ def _system_error(error: OSError) -> str:
 
 def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Trains, judges, embeds; training is skipped or resumed where its result stands already."""
-    config = config_lib.load(parsed.config)
+    for flag in ("data", "workdir"):
+        if getattr(parsed, flag) == "":
+            raise UserError(f"--{flag}: empty; give a path, or leave the flag out")
+    config = config_lib.load(parsed.config or "quickstart")
     if parsed.data:
         config = config_lib.replace(config, {"data.path": parsed.data})
     if parsed.steps is not None:
@@ -144,7 +148,8 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
     metrics = report_lib.evaluate(serving.load(workdir), prepared, workdir, report)
     for table in report_lib.tables(metrics):
         report.console.print(table)
-    again = ["moon-jax", "quickstart", *(["--data", parsed.data] if parsed.data else [])]
+    given = {"--data": parsed.data, "--steps": parsed.steps, "--config": parsed.config}
+    again = ["moon-jax", "quickstart", *(f"{flag}={value}" for flag, value in given.items() if value), *overrides]
     for heading, lines in report_lib.last_screen(metrics, workdir, prepared, again):
         report.heading(heading)
         for line in lines:

@@ -207,6 +207,9 @@ def replace(config: Config, values: dict[str, Any]) -> Config:
     known, defaults = leaves(config), leaves(Config())
     for name, value in values.items():
         if name not in known:
+            group = [option for option in known if option.startswith(f"{name}.")]
+            if group:
+                raise UserError(f"config.{name}: a group of options, such as config.{group[0]}; name one of them")
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise UserError(f"config.{name}: no such option; the closest is config.{close[0]}")
         known[name] = _coerce(name, value, defaults[name])

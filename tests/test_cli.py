@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,9 @@ def test_help_has_examples(capsys, arguments):
         (["--config.experts.cuont=3"], "config.experts.cuont: no such option; the closest is config.experts.count"),
         (["--config.experts.count=lots"], "config.experts.count: 'lots' is not a whole number; an example is 8"),
         (["--config", "quikstart"], "--config quikstart: no such config; give a path, or one of: quickstart"),
+        (["--config.experts=4"], "config.experts: a group of options, such as config.experts.count; name one of them"),
+        (["--data", ""], "--data: empty; give a path, or leave the flag out"),
+        (["--workdir", ""], "--workdir: empty; give a path, or leave the flag out"),
         (["--data", "nowhere.parquet"], "--data nowhere.parquet: no such file or folder"),
     ],
 )
@@ -90,6 +94,10 @@ def no_column(folder):
     pq.write_table(pa.table({"product_id": ["1"], "titel": ["mug"]}), folder / "products.parquet")
 
 
+def nearly_a_column(folder):
+    pq.write_table(pa.table({"product_id": ["1"], "titel": ["mug"], "images": [[b"x"]]}), folder / "products.parquet")
+
+
 def csv(folder):
     (folder / "products.csv").write_text("product_id,title\n1,mug\n")
 
@@ -97,8 +105,8 @@ def csv(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (empty_folder, "no .parquet or .jsonl file there; README's section The catalogue"),
-        (csv, "no .parquet or .jsonl file there; README's section The catalogue"),
+        (empty_folder, "no .parquet or .jsonl file there; subfolders are not searched; README says"),
+        (csv, "no .parquet or .jsonl file there; subfolders are not searched; README says"),
         (no_records, "no usable product; no records there"),
         (no_rows, "no usable product; no records there"),
         (zero_bytes, "products.parquet: not a readable Parquet file"),
@@ -106,6 +114,7 @@ def csv(folder):
             no_column,
             "products.parquet: no column title or images or image; its columns are product_id, titel; rename titel",
         ),
+        (nearly_a_column, "products.parquet: no column title, but titel; rename it to title, or to something else"),
     ],
 )
 def test_a_catalogue_that_cannot_be_read(capsys, tmp_path, make, message):
@@ -167,6 +176,23 @@ def trained(catalogue, tmp_path_factory):
 
 def arguments(catalogue, workdir):
     return ["--data", str(catalogue), "--workdir", str(workdir), *overrides(CONFIG)]
+
+
+def test_a_run_is_not_taken_for_one_on_other_data(capsys, catalogue, trained):
+    told = one_line(capsys, "--workdir", trained, *overrides(CONFIG))
+    assert f"--workdir {trained}: holds a run on --data {catalogue}; give the same, or take another workdir" in told
+
+
+def test_a_folder_of_other_things_is_no_workdir(capsys, catalogue, tmp_path):
+    (tmp_path / "shoe.jpg").write_bytes(b"mine")
+    told = one_line(capsys, *arguments(catalogue, tmp_path))
+    assert f"--workdir {tmp_path}: holds no run but shoe.jpg; give a folder that is new or empty" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shoe.jpg"]
+
+
+def test_the_run_log_holds_what_was_said_from_the_start(trained):
+    lines = (trained / "run.log").read_text().splitlines()
+    assert "products to train on" in "".join(lines[:3]) and "done in" in lines[-1]
 
 
 def test_a_checkpoint_of_another_architecture(capsys, catalogue, trained, tmp_path):
@@ -252,11 +278,15 @@ def test_no_permission_to_read(capsys, foreign, closed):
 # --- Ctrl-C -------------------------------------------------------------------------------------------------------
 
 
+def start(catalogue, workdir):
+    command = [sys.executable, "-m", "moon_jax.cli", "quickstart", *arguments(catalogue, workdir)]
+    command += ["--config.training.steps=100000"]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.mark.parametrize("delay", [0.3, 1.5, 3.0, 6.0])
 def test_ctrl_c_is_never_lost(catalogue, tmp_path, delay):
-    command = [sys.executable, "-m", "moon_jax.cli", "quickstart", *arguments(catalogue, tmp_path / "w")]
-    command += ["--config.training.steps=100000"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start(catalogue, tmp_path / "w")
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
@@ -266,6 +296,30 @@ def test_ctrl_c_is_never_lost(catalogue, tmp_path, delay):
         asked, answered = told.split("\n", 1)[1].splitlines()
         assert asked == "stopping after this piece of work; Ctrl-C again stops at once"
         assert answered.startswith("moon-jax: interrupted; the same command goes on")
+
+
+def test_ctrl_c_in_training_loses_no_step(catalogue, tmp_path):
+    log = tmp_path / "w" / "metrics.jsonl"
+    process = start(catalogue, tmp_path / "w")
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    saved = int(re.search(r"saved at step (\d+) of 100000", printed)[1])
+    assert saved >= 3 and (tmp_path / "w" / "checkpoints" / str(saved)).is_dir()
+    assert log.read_bytes().count(b"\n") == saved  # every step is logged here
+
+
+def test_a_second_ctrl_c_ends_the_process(catalogue, tmp_path):
+    process = start(catalogue, tmp_path / "w")
+    time.sleep(3)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - began < 10
 
 
 def test_a_swallowed_interrupt_is_met_at_the_next_progress():

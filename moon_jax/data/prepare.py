@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.data import sources, triplets
 from moon_jax.data.images import BadImage, ResizeRule, decode
+from moon_jax.interrupt import thread_pool
 from moon_jax.types import Product, Triplet
 
 
@@ -83,16 +83,17 @@ class Prepared:
 def _verify(product: Product, rule: ResizeRule) -> tuple[str, bytes]:
     """Decodes all images. Returns why the product cannot be used (or nothing), and a digest of its content."""
     digest = hashlib.blake2b(repr((product.id, product.text, product.category)).encode(), digest_size=16)
-    for image in product.images:
+    for number, image in enumerate(product.images, start=1):
+        which = f"image {number}: " if isinstance(image, bytes) else f"{image}: "
         try:
             content = image if isinstance(image, bytes) else image.read_bytes()
             digest.update(content)
             picture = decode(content, rule.source_pixels)
             rule.check(picture.height, picture.width)
         except OSError as error:
-            return f"{image}: {error.strerror or error}", digest.digest()
+            return f"{which}{error.strerror or error}", digest.digest()
         except BadImage as error:
-            return str(error), digest.digest()
+            return f"{which}{error}", digest.digest()
     return "", digest.digest()
 
 
@@ -140,7 +141,7 @@ def prepare(
     def leave_out(record: sources.Record, reason: str, detail: str) -> None:
         quarantine.append(sources.Quarantined(record.file, record.number, record.product.id, reason, detail))
 
-    with ThreadPoolExecutor(config.data.threads) as pool:
+    with thread_pool(config.data.threads) as pool:
         found = pool.map(lambda item: _verify(item[1].product, rule), everything)
         for (part, record), (problem, digest) in track(zip(everything, found, strict=True), len(everything)):
             digests.update(digest)

@@ -127,6 +127,8 @@ def _image(value: Any, folder: Path) -> Any:
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if value is None or isinstance(value, bytes):
         return value
+    if isinstance(value, str) and "://" in value:
+        raise BadRecord("bad image", f"{value}: URLs are not fetched; download it and give its path")
     if not isinstance(value, str):
         raise BadRecord("bad image", f"a {type(value).__name__} where bytes or a path belongs")
     try:
@@ -223,7 +225,7 @@ def _parsed(line: bytes) -> dict[str, Any] | BadRecord:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        return BadRecord("not readable", f"not JSON: {error.msg} at character {error.colno}")
+        return BadRecord("not readable", f"not a JSON object on one line: {error.msg} at character {error.colno}")
     except UnicodeDecodeError:
         return BadRecord("not readable", "text that is not UTF-8")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
@@ -245,6 +247,12 @@ def _check_columns(path: Path, columns: Iterable[str]) -> None:
                 f"{path}: no column {' or '.join(names)}; its columns are {', '.join(sorted(columns))};"
                 f" rename {close[0] if close else 'the one that holds it'}"
             )
+    # A name that is nearly one of ours was meant to be it.
+    for name in ("title", "images", "category", "brand", "attributes"):
+        if name not in columns and not (name == "images" and "image" in columns):
+            close = [found for found in columns if difflib.SequenceMatcher(None, name, found.casefold()).ratio() >= 0.8]
+            if close:
+                raise UserError(f"{path}: no column {name}, but {close[0]}; rename it to {name}, or to something else")
 
 
 def read(source: str | Path) -> Catalogue:
@@ -263,7 +271,7 @@ def read(source: str | Path) -> Catalogue:
     files = [file for file in files if file.suffix in (".parquet", ".jsonl")]
     if not files:
         what = "neither a .parquet nor a .jsonl file" if source.is_file() else "no .parquet or .jsonl file there"
-        raise UserError(f"--data {source}: {what}; README's section The catalogue says what a file holds")
+        raise UserError(f"--data {source}: {what}; subfolders are not searched; README says what a file holds")
     catalogue, seen = Catalogue(), set()
     for path in files:
         words = set(re.split(r"[-_.]", path.stem.lower()))

@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from moon_jax.interrupt import thread_pool
 
 PIXELS = 160
 """Side of a picture."""
@@ -444,7 +445,7 @@ def write(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    with ThreadPoolExecutor(threads) as pool, pq.ParquetWriter(temporary, SCHEMA) as file:
+    with thread_pool(threads) as pool, pq.ParquetWriter(temporary, SCHEMA) as file:
         held = []
         for record in track(pool.map(lambda number: make(seed, number), range(count)), count):
             held.append(record)

@@ -1,7 +1,7 @@
 """Zero-shot classification and attribute prediction: the nearest label text.
 
-A task is the category (the narrowest level that is no name) or one attribute; its labels are all values that the catalogue knows,
-embedded as bare texts. A product is asked by its image, its text, and both.
+A task is the category (the narrowest level that is no name) or one attribute; its labels are all values that the
+catalogue knows, embedded as bare texts. A product is asked by its image, its text, and both.
 
 Leaks: titles often name the colour or the kind, and then prediction from text is reading, not understanding. So for t
 and mm every word that occurs in any label of the task is struck from the text first (plurals and hyphens aside;

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import PowerNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from moon_jax import similarity
@@ -74,7 +74,7 @@ def _objective_lines(axes: Axes, lines: Sequence[dict[str, Any]], key: str) -> N
     ends = []
     for name, colour, dash in zip(OBJECTIVES, COLOURS, DASHES, strict=True):
         values = [np.nan if line[key][name] is None else line[key][name] for line in lines]
-        axes.plot(steps, values, dash, color=colour)
+        axes.plot(steps, values, dash, color=colour, marker="o" if len(lines) < 6 else None)
         ends.append((values[-1], name, colour))
     low, high = axes.get_ylim()
     axes.set_ylim(min(0.0, low), high)
@@ -103,7 +103,7 @@ def training(path: Path, lines: Sequence[dict[str, Any]], footer: str) -> None:
     with _picture(path, "What was learned, objective by objective", footer, (11, 4.2)) as figure:
         left, right = figure.subplots(1, 2)
         _objective_lines(left, lines, "loss")
-        left.set_title("loss of each objective")
+        left.set_title("loss of each objective (dashed: intra-product)")
         _objective_lines(right, lines, "omega")
         right.axhline(1 / len(OBJECTIVES), color=FAINT, linestyle=":", linewidth=1)
         right.set_title(f"its weight ω (dotted: uniform, 1/{len(OBJECTIVES)})")
@@ -136,19 +136,14 @@ def phi(path: Path, lines: Sequence[dict[str, Any]], threshold: float, footer: s
                    color="#B04A00", fontsize=9)  # fmt: skip
 
 
-def _matrix(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], top: float) -> Any:
+def _matrix(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], **colours: Any) -> Any:
     """A heatmap with its ticks named."""
-    drawn = axes.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+    drawn = axes.imshow(values, aspect="auto", **colours)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return drawn
-
-
-def _contrast(value: float, top: float) -> str:
-    """The colour of text on a cell of `cividis`."""
-    return "white" if value < 0.55 * top else INK
 
 
 def experts(path: Path, line: dict[str, Any], footer: str) -> None:
@@ -157,16 +152,20 @@ def experts(path: Path, line: dict[str, Any], footer: str) -> None:
         return
     shares = 100 * np.array([[[e["text"] or 0, e["image"] or 0] for e in layer] for layer in line["experts"]])
     layers, count, _ = shares.shape
-    top = shares.max()
+    even = 100 / count
+    reach = max(np.abs(shares - even).max(), 1.0)
+    norm = TwoSlopeNorm(even, even - reach, even + reach)
     with _picture(path, "Who computes what: experts by modality", footer, (11, 2.4 + 0.42 * layers)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         for panel, modality, values in zip(panels, ("text", "image"), np.moveaxis(shares, -1, 0), strict=True):
-            drawn = _matrix(panel, values, [f"layer {n}" for n in range(layers)], [str(n) for n in range(count)], top)
-            panel.set_title(f"{modality} tokens, step {line['step']} (even: {100 / count:.0f}%)")
+            names = [f"layer {n}" for n in range(layers)], [str(n) for n in range(count)]
+            drawn = _matrix(panel, values, *names, cmap="PuOr", norm=norm)
+            panel.set_title(f"{modality} tokens, step {line['step']} (white: the even share, {even:.0f}%)")
             panel.set_xlabel("expert")
             if layers * count <= 128:
                 for (layer, expert), value in np.ndenumerate(values):
-                    panel.text(expert, layer, f"{value:.0f}", ha="center", va="center", color=_contrast(value, top))
+                    ink = "white" if abs(value - even) > 0.65 * reach else INK
+                    panel.text(expert, layer, f"{value:.0f}", ha="center", va="center", color=ink)
         figure.colorbar(drawn, ax=panels, label="share of its gate, %", pad=0.02)
 
 
@@ -176,13 +175,13 @@ def directions(path: Path, results: dict[str, dict[str, dict[str, float]]], foot
         panels = figure.subplots(1, len(results), squeeze=False)[0]
         for panel, (name, scores) in zip(panels, results.items(), strict=True):
             values = np.array([[scores.get(f"{q}→{c}", {}).get("R@10", np.nan) for c in VIEWS] for q in VIEWS])
-            drawn = _matrix(panel, values, VIEWS, [f"→ {view}" for view in VIEWS], 100)
+            drawn = _matrix(panel, values, VIEWS, [f"→ {view}" for view in VIEWS], cmap="cividis", vmin=0, vmax=100)
             sizes = max(entry["candidates"] for entry in scores.values())
             panel.set_title(_fold(f"{QUERY_SETS[name]}; {sizes:,} to find", 56, 2))
             panel.set_ylabel("query")
             for (row, column), value in np.ndenumerate(values):
                 entry = scores.get(f"{VIEWS[row]}→{VIEWS[column]}")
-                ink = _contrast(value, 100) if entry else INK
+                ink = "white" if entry and value < 55 else INK
                 panel.text(column, row - 0.08, f"{value:.0f}" if entry else "none", ha="center", va="center",
                            fontsize=17 if entry else 10, color=ink)  # fmt: skip
                 if entry:
@@ -210,6 +209,7 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
     shown = SHOWN // len(tasks)
     rng = np.random.default_rng(seed)
     size = (7.6 * len(tasks), 1.75 * shown + 1.0)
+    footer += " · a faint caption is not seen by the view that is asked"
     with _picture(path, "What is found: ten queries, drawn at random", footer, size) as figure:
         halves = figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0]
         for half, (name, query, candidate, task) in zip(halves, tasks, strict=True):

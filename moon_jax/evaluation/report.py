@@ -186,7 +186,7 @@ def learned(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
         first, last = lines[0], lines[-1]
         weights = {name: last["omega"][name] for name in OBJECTIVES}
         heavy, light = max(weights, key=weights.get), min(weights, key=weights.get)
-        if first["total"] is not None and last["total"] is not None:
+        if len(lines) > 1 and first["total"] is not None and last["total"] is not None:
             said.append(f"the loss went from {first['total']:.2f} at step {first['step']} to {last['total']:.2f}")
         said.append(
             f"the objective that weighs most is {heavy} (ω {weights[heavy]:.2f}), least {light} ({weights[light]:.2f})"

@@ -42,6 +42,8 @@ def as_product(item: Any) -> Product:
         images = item.get("image") if item.get("image") is not None else item.get("images")
         item = Product(text=item.get("text"), images=() if images is None else images)
     if isinstance(item, Product):
+        if item.text is not None and not isinstance(item.text, str):
+            raise UserError(f"text: {item.text!r} is of type {type(item.text).__name__}, not text")
         images = item.images if isinstance(item.images, list | tuple) else (item.images,)
         return dataclasses.replace(item, images=tuple(images))
     raise UserError(f"an item of type {type(item).__name__} cannot be embedded; give a Product, a string or a dict")
@@ -98,7 +100,14 @@ class Embedder:
         Raises:
             UserError: an item that has nothing to embed, or an image that cannot be read; says which.
         """
-        items = [items] if isinstance(items, str | dict | Product) else list(items)
+        if isinstance(items, str | dict | Product):
+            items = [items]
+        elif isinstance(items, bytes) or not isinstance(items, Iterable):
+            kind = type(items).__name__
+            raise UserError(
+                f'an item of type {kind} cannot be embedded; give {{"image": …}}, a Product, a string, or many'
+            )
+        items = list(items)
         products = []
         for number, item in enumerate(items):
             try:
@@ -135,8 +144,15 @@ class Embedder:
 
     @staticmethod
     def similarity(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Cosine similarities f32[Q,C] of unit vectors f32[Q,D] and f32[C,D]."""
-        return np.asarray(queries) @ np.asarray(documents).T
+        """Cosine similarities f32[Q,C] of unit vectors f32[Q,D] and f32[C,D].
+
+        Raises:
+            UserError: they differ in width.
+        """
+        queries, documents = np.asarray(queries), np.asarray(documents)
+        if queries.shape[-1] != documents.shape[-1]:
+            raise UserError(f"vectors of width {queries.shape[-1]} and {documents.shape[-1]} do not compare")
+        return queries @ documents.T
 
     def encode_views(
         self,

@@ -10,7 +10,7 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 
-from moon_jax import backend, sharding
+from moon_jax import backend, interrupt, sharding
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.data import pipeline, prepare, sources, synthetic, text
@@ -21,7 +21,7 @@ from moon_jax.types import Batch, TrainState
 
 
 def check_workdir(config: config_lib.Config, workdir: Path) -> None:
-    """Refuses a workdir that belongs to another config, or that cannot be written.
+    """Refuses a workdir that belongs to another config or to anything else, or that cannot be written.
 
     Where the data lies and how many threads read it may change; the data itself is held to by its fingerprint.
     """
@@ -33,8 +33,15 @@ def check_workdir(config: config_lib.Config, workdir: Path) -> None:
     except OSError as error:
         raise UserError(f"--workdir {workdir}: {place}: {error.strerror}; give a folder that can be written") from None
     if not path.exists():
+        others = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
+        others = sorted(name for name in others if name not in ("catalogue", "run.log") and not name.startswith("."))
+        if others:
+            raise UserError(f"--workdir {workdir}: holds no run but {others[0]}; give a folder that is new or empty")
         return
     held = config_lib.leaves(config_lib.from_json(path.read_text(encoding="utf-8"), str(path)))
+    if bool(held["data.path"]) != bool(config.data.path):
+        what = f"--data {held['data.path']}" if held["data.path"] else "the synthetic catalogue, without --data"
+        raise UserError(f"--workdir {workdir}: holds a run on {what}; give the same, or take another workdir")
     for name, value in config_lib.leaves(config).items():
         if held[name] != value and name not in ("data.path", "data.threads"):
             raise UserError(
@@ -105,6 +112,8 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
     Raises:
         UserError: the workdir holds a run of another config or of other data; the data cannot be used.
     """
+    if not isinstance(config, config_lib.Config):
+        raise UserError(f"config: {config!r} is no Config; moon_jax.config.load gives one by name")
     workdir = Path(workdir)
     check_workdir(config, workdir)
     report = watch.Watch(workdir)
@@ -169,7 +178,11 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
                     note = (
                         f"loss {line['total']:.3f} at {done}" if line["finite"] else f"step {done} not finite, skipped"
                     )
-                checkpoints.save(state, done, last=done == steps)
+                stopping = interrupt.REQUESTED.is_set()
+                checkpoints.save(state, done, last=stopping or done == steps)
+                if stopping:
+                    checkpoints.close()
+                    report.line(f"saved at step {done} of {steps}")
                 advance(note=note)
         log.close()
         checkpoints.close()

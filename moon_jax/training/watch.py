@@ -55,13 +55,17 @@ class Watch:
         # In a notebook plain lines read better than one HTML block for each.
         self.console = console or Console(highlight=False, force_jupyter=False)
         self.workdir = workdir
+        self._unwritten = ""
 
     def line(self, text: str) -> None:
         """One line on the terminal and in run.log."""
         self.console.print(text, markup=False, soft_wrap=True)
+        self._unwritten += time.strftime("%Y-%m-%dT%H:%M:%S ") + text + "\n"
+        # What is said before there is a workdir is written when there is one.
         if self.workdir and self.workdir.is_dir():
             with (self.workdir / "run.log").open("a", encoding="utf-8") as file:
-                file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + text + "\n")
+                file.write(self._unwritten)
+            self._unwritten = ""
 
     def heading(self, text: str) -> None:
         """A line that parts what follows from what was before."""
