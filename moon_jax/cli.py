@@ -149,7 +149,8 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
     for table in report_lib.tables(metrics):
         report.console.print(table)
     given = {"--data": parsed.data, "--steps": parsed.steps, "--config": parsed.config}
-    again = ["moon-jax", "quickstart", *(f"{flag}={value}" for flag, value in given.items() if value), *overrides]
+    words = [str(word) for flag, value in given.items() if value for word in (flag, value)]
+    again = ["moon-jax", "quickstart", *words, *overrides]
     for heading, lines in report_lib.last_screen(metrics, workdir, prepared, again):
         report.heading(heading)
         for line in lines:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import struct
 import subprocess
@@ -72,7 +73,8 @@ def test_the_last_screen_says_what_where_and_what_next(finished, catalogue):
     assert "text finds an image (t→i) among the first ten of " in learned and "(by chance " in learned
     assert "the objective that weighs most is " in learned and "of their expert use" in learned
     assert f"log:         {workdir / 'run.log'}" in places and "quarantine" not in places
-    assert f"moon-jax quickstart --data {catalogue} --workdir {workdir}-dense" in tries
+    again = shlex.join(["moon-jax", "quickstart", "--data", str(catalogue), *overrides(CONFIG)])
+    assert f"{again} --workdir {workdir}-dense --config.experts.count=0" in tries
     # Nothing moves and nothing is coloured where nobody watches.
     assert "\x1b" not in printed and "\r" not in printed
 
