@@ -70,7 +70,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     quickstart.add_argument("--steps", type=int, help="training steps, in place of the config's")
     quickstart.add_argument("--config", help="a config that is shipped (quickstart, the default), or a file")
     parsed, rest = parser.parse_known_args(arguments)
-    flags = [f"--{name}" for name in vars(parsed)]
+    flags = [f"--{name}" for name in vars(parsed) if name != "command"]
     for argument in rest:
         if not argument.startswith("--config.") or "=" not in argument:
             close = difflib.get_close_matches(argument.partition("=")[0], flags, n=1)
@@ -94,7 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
-        return _fail(_system_error(error))
+        if error.errno not in REMEDIES:
+            raise
+        return _fail(_refused(error, parsed.workdir))
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from here")
         return 130
@@ -102,21 +104,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"moon-jax: {' '.join(message.split())}", file=sys.stderr)
+    print(f"moon-jax: {config_lib.printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 
-def _system_error(error: OSError) -> str:
-    """What the system refused, where, and what to do."""
-    remedy = {
-        errno.ENOSPC: "make room, then give the same command again: it goes on from the newest checkpoint",
-        errno.EACCES: "ask for permission, or give another place",
-        errno.EROFS: "give a place that can be written",
-    }
-    remedy[errno.EDQUOT] = remedy[errno.EFBIG] = remedy[errno.ENOSPC]
-    remedy[errno.EPERM] = remedy[errno.EACCES]
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}; {remedy.get(error.errno, 'mend that and give the same command again')}"
+ROOM = "make room, then give the same command again: it goes on from the newest checkpoint"
+PERMISSION = "ask for permission, or give another place"
+REMEDIES = {
+    errno.ENOSPC: ROOM,
+    errno.EDQUOT: ROOM,
+    errno.EFBIG: ROOM,
+    errno.EACCES: PERMISSION,
+    errno.EPERM: PERMISSION,
+    errno.EROFS: "give a place that can be written",
+    errno.EIO: "the disk does not answer; give another place",
+}
+"""What the system refuses for the user to mend. Any other OSError is a bug of ours, and shows its stack."""
+
+
+def _refused(error: OSError, workdir: str) -> str:
+    # What fails in the middle of a file does not say which: it is ours, in the workdir.
+    return f"{error.filename or f'--workdir {workdir}'}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"
 
 
 def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:

@@ -20,6 +20,11 @@ class UserError(Exception):
     """A mistake of the user's: one line that names the culprit, what was expected, and the remedy."""
 
 
+def printable(text: str) -> str:
+    """`text` as a terminal may show it: without control characters, which could move the cursor or worse."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "�" for sign in text)
+
+
 def option(default: Any, doc: str) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc})
 
@@ -320,11 +325,17 @@ def load(source: str) -> Config:
         names = ", ".join(sorted(p.stem for p in shipped.glob("*.py") if p.stem != "__init__"))
         raise UserError(f"--config {source}: no such config; give a path, or one of: {names}")
     if path.suffix == ".json":
-        return from_json(path.read_text(encoding="utf-8"), str(path))
+        return read_json(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return resolve(module.get_config())
+    try:
+        spec.loader.exec_module(module)
+        differences = module.get_config()
+        differences.items()
+    except Exception as error:  # it is the user's code
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"--config {source}: get_config() there gives no ConfigDict ({what})") from None
+    return resolve(differences)
 
 
 def override(config: Config, arguments: list[str]) -> Config:
@@ -343,6 +354,15 @@ def override(config: Config, arguments: list[str]) -> Config:
 
 def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def read_json(path: Path) -> Config:
+    """A config from a file that `to_json` wrote."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a config written by moon_jax ({error})") from None
+    return from_json(text, str(path))
 
 
 def from_json(text: str, where: str) -> Config:

@@ -62,6 +62,27 @@ def test_a_wrong_value_is_one_line(argument, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("syntax.py", b"def get_config(:"),
+        ("nothing.py", b""),
+        ("none.py", b"def get_config():\n    return None"),
+        ("bytes.json", b"\xff\xfe"),
+        ("list.json", b"[1]"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name) as error:
+        config_lib.load(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert config_lib.printable("a\x1b[31mb\rc 红 é") == "a�[31mb�c 红 é"
+
+
 def test_command_line_and_json_give_the_same_config():
     config = tiny()
     assert config_lib.override(config_lib.Config(), overrides(config)) == config

@@ -36,7 +36,7 @@ class Prepared:
     val_queries: list[tuple[int, int]]  # query, the product it seeks
     quarantine: list[sources.Quarantined]  # by file and number
     synthetic: bool  # rendered, not sold
-    fingerprint: str  # of all of the above
+    fingerprint: str  # of products, split and triplets
 
     def save(self, folder: Path) -> None:
         """Writes manifest.json, triplets.parquet and quarantine.jsonl; the products stay where they are.
@@ -73,7 +73,8 @@ class Prepared:
         columns = zip(*self.triplets, strict=True)
         kinds = (pa.int64(), pa.int64(), pa.int64(), pa.float32())
         arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
-        pq.write_table(pa.table(arrays, names=list(Triplet._fields)), folder / "triplets.parquet")
+        table = pa.table(arrays, names=list(Triplet._fields), metadata={"synthetic": str(self.synthetic).lower()})
+        pq.write_table(table, folder / "triplets.parquet")
         # The manifest comes last: where it stands, the rest is whole.
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -82,7 +83,8 @@ class Prepared:
 
 def _verify(product: Product, rule: ResizeRule) -> tuple[str, bytes]:
     """Decodes all images. Returns why the product cannot be used (or nothing), and a digest of its content."""
-    digest = hashlib.blake2b(repr((product.id, product.text, product.category)).encode(), digest_size=16)
+    labels = (product.category, product.brand, sorted(product.attributes.items()))
+    digest = hashlib.blake2b(repr((product.id, product.text, labels)).encode(), digest_size=16)
     for number, image in enumerate(product.images, start=1):
         which = f"image {number}: " if isinstance(image, bytes) else f"{image}: "
         try:
@@ -120,17 +122,20 @@ def _split(products: Sequence[Product], fraction: float, seed: int) -> tuple[lis
 
 
 def prepare(
-    config: config_lib.Config, track: Callable[[Iterable, int], Iterable] = lambda work, total: work
+    config: config_lib.Config,
+    track: Callable[[Iterable, int], Iterable] = lambda work, total: work,
+    catalogue: sources.Catalogue | None = None,
 ) -> Prepared:
     """Reads and verifies `config.data.path`, and makes the training triplets.
 
     Args:
         track: wraps the iterable of verified records, whose number it is told, to show progress.
+        catalogue: what that path holds, if it was read already.
 
     Raises:
         UserError: nothing is left to train on or to find.
     """
-    catalogue = sources.read(config.data.path)
+    catalogue = catalogue or sources.read(config.data.path)
     parts = ("products", "train", "val", "train_queries", "val_queries")
     everything = [(part, record) for part in parts for record in getattr(catalogue, part)]
     rule = ResizeRule.of(config)

@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moon_jax import interrupt
 from moon_jax.config import UserError
 from moon_jax.types import Product
 
@@ -284,6 +285,7 @@ def read(source: str | Path) -> Catalogue:
             part = catalogue.val if held_out else catalogue.train if train else catalogue.products
         columns: set[str] = set()
         for number, record in _records(path):
+            interrupt.check()
             identity = ""
             try:
                 if isinstance(record, BadRecord):

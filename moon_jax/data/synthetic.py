@@ -33,8 +33,7 @@ SCHEMA = pa.schema(
         ("brand", pa.string()),
         ("attributes", pa.map_(pa.string(), pa.string())),
         ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
-    ],
-    metadata={"synthetic": "rendered by moon_jax; no such products exist"},
+    ]
 )
 
 COLOURS = {
@@ -431,6 +430,17 @@ def make(seed: int, number: int) -> dict:
     }
 
 
+def _label(count: int, seed: int) -> dict[str, str]:
+    """The file's metadata: what it is, and what it follows from."""
+    return {"synthetic": f"{count} products rendered by moon_jax from seed {seed}; none of them exists"}
+
+
+def stands(path: Path, count: int, seed: int) -> bool:
+    """Whether `path` holds what `write` would write there."""
+    held = pq.read_schema(path).metadata if path.exists() else None
+    return bool(held) and held.get(b"synthetic") == _label(count, seed)["synthetic"].encode()
+
+
 def write(
     path: Path,
     count: int,
@@ -445,12 +455,13 @@ def write(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    with thread_pool(threads) as pool, pq.ParquetWriter(temporary, SCHEMA) as file:
+    schema = SCHEMA.with_metadata(_label(count, seed))
+    with thread_pool(threads) as pool, pq.ParquetWriter(temporary, schema) as file:
         held = []
         for record in track(pool.map(lambda number: make(seed, number), range(count)), count):
             held.append(record)
             if len(held) == 512:
-                file.write_table(pa.Table.from_pylist(held, SCHEMA))
+                file.write_table(pa.Table.from_pylist(held, schema))
                 held = []
-        file.write_table(pa.Table.from_pylist(held, SCHEMA))
+        file.write_table(pa.Table.from_pylist(held, schema))
     temporary.replace(path)

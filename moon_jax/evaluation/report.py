@@ -13,6 +13,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from moon_jax.config import printable
 from moon_jax.data.prepare import Prepared
 from moon_jax.evaluation import labels, pictures, retrieval
 from moon_jax.serving.catalogue import write_vectors
@@ -56,7 +57,7 @@ def evaluate(
             judged[width] = {"retrieval": {name: found for name, found in scores.items() if found}, "labels": told}
     whole = judged.pop(embedder.dimension)
     metrics = {
-        "step": embedder.config.training.steps,
+        "step": embedder.step,
         "model": embedder.fingerprint,
         "synthetic": prepared.synthetic,
         **whole,
@@ -68,9 +69,13 @@ def evaluate(
     with report.progress("drawing", 5) as advance, warnings.catch_warnings(record=True) as caught:
         for _ in draw(workdir, embedder, prepared, encoded, metrics):
             advance()
-    if any("missing from font" in str(warning.message) for warning in caught):
+    lacking = [warning for warning in caught if "missing from font" in str(warning.message)]
+    for warning in caught:
+        if warning not in lacking:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if lacking:
         report.line("some titles hold characters that no font here has: install Noto Sans, for Chinese Noto Sans CJK")
-    # Last: where metrics.json stands, the rest is whole.
+    # Last: a first metrics.json says that the rest is whole.
     path = workdir / "metrics.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -107,6 +112,10 @@ def draw(
         yield
 
 
+WIDTH = 78
+"""Least width of a table, in characters: a title above a narrow one would be folded word by word."""
+
+
 def _percent(value: float) -> str:
     return f"{value:.1f}".replace("100.0", "100")
 
@@ -116,7 +125,10 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
     mark = "synthetic catalogue; " if metrics["synthetic"] else ""
     for name, scores in metrics["retrieval"].items():
         size = max(entry["candidates"] for entry in scores.values())
-        table = Table(title=f"{mark}R@1 / R@5 / R@10 in percent: {retrieval.QUERY_SETS[name]}; {size:,} candidates")
+        table = Table(
+            min_width=WIDTH,
+            title=f"{mark}R@1 / R@5 / R@10 in percent: {retrieval.QUERY_SETS[name]}; {size:,} candidates",
+        )
         table.add_column("query")
         for view in VIEWS:
             table.add_column(f"→ {view}", justify="right", no_wrap=True)
@@ -130,7 +142,7 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
     if metrics["labels"]:
         title = "accuracy / macro F1 in percent, nearest label text (*: label words struck; leak: texts with theirs)"
         seen = "; products seen in training" if "products_trained_on" in metrics["retrieval"] else ""
-        table = Table(title=mark + title + seen)
+        table = Table(min_width=WIDTH, title=mark + title + seen)
         table.add_column("(labels)")
         for view in ("i", "t*", "mm*"):
             table.add_column(view, justify="right", no_wrap=True)
@@ -143,7 +155,7 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
             ]
             commonest = next((entry["majority"] for entry in entries if entry), 0.0)
             table.add_row(
-                Text(f"{name.removeprefix('attribute ')} ({scores['labels']})"),
+                Text(printable(f"{name.removeprefix('attribute ')} ({scores['labels']})")),
                 *cells,
                 _percent(commonest),
                 _percent(scores["leak"]),
@@ -175,6 +187,7 @@ def learned(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
                 f" (by chance {entry['chance@10']:.1f}%){seen if name == 'products_trained_on' else ''}"
             )
     shown = {name: scores["i"] for name, scores in metrics["labels"].items() if "i" in scores}
+    shown = {name: entry for name, entry in shown.items() if entry["products"] >= 20}  # fewer say nothing
     if shown:
         name, best = max(shown.items(), key=lambda item: item[1]["accuracy"] - item[1]["majority"])
         what = name.removeprefix("attribute ")

@@ -55,16 +55,18 @@ class Embedder:
     A product's vector does not depend on what else is in the batch.
     """
 
-    def __init__(self, config: config_lib.Config, params: Any, tokenizer: Tokenizer, fingerprint: str):
+    def __init__(self, config: config_lib.Config, params: Any, tokenizer: Tokenizer, fingerprint: str, step: int):
         """
         Args:
             params: of the encoder.
+            step: steps it was trained for.
             fingerprint: of weights and tokenizer; vectors with equal ones lie in the same space.
         """
         # No layer is differentiated here, and recomputing would cost for nothing.
         training = dataclasses.replace(config.training, remat=False)
         self.config = dataclasses.replace(config, training=training)
         self.fingerprint = fingerprint
+        self.step = step
         self.reader = Reader(self.config, tokenizer)
         self._params = params
         encoder = Encoder(self.config)
@@ -221,15 +223,14 @@ def load(model: str | Path) -> Embedder:
         above = (workdir.parent / missing[0]).is_file()
         hint = f"; try {workdir.parent}" if above else "; give the workdir of a training run"
         raise UserError(f"{workdir}: {what}{hint}")
-    text = (workdir / "config.json").read_text(encoding="utf-8")
-    config = config_lib.from_json(text, str(workdir / "config.json"))
+    config = config_lib.read_json(workdir / "config.json")
     tokenizer = Tokenizer.load(workdir / "tokenizer.json")
     like = abstract_params(config, tokenizer)
-    _, params = checkpoints.latest_params(workdir, like)
+    step, params = checkpoints.latest_params(workdir, like)
     digest = hashlib.blake2b((workdir / "tokenizer.json").read_bytes(), digest_size=8)
     for leaf in jax.tree.leaves(params["encoder"]):
         digest.update(np.asarray(leaf).tobytes())
-    return Embedder(config, jax.tree.map(jnp.asarray, params["encoder"]), tokenizer, digest.hexdigest())
+    return Embedder(config, jax.tree.map(jnp.asarray, params["encoder"]), tokenizer, digest.hexdigest(), step)
 
 
 def abstract_params(config: config_lib.Config, tokenizer: Tokenizer) -> Any:

@@ -38,7 +38,7 @@ def check_workdir(config: config_lib.Config, workdir: Path) -> None:
         if others:
             raise UserError(f"--workdir {workdir}: holds no run but {others[0]}; give a folder that is new or empty")
         return
-    held = config_lib.leaves(config_lib.from_json(path.read_text(encoding="utf-8"), str(path)))
+    held = config_lib.leaves(config_lib.read_json(path))
     if bool(held["data.path"]) != bool(config.data.path):
         what = f"--data {held['data.path']}" if held["data.path"] else "the synthetic catalogue, without --data"
         raise UserError(f"--workdir {workdir}: holds a run on {what}; give the same, or take another workdir")
@@ -116,6 +116,8 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
         raise UserError(f"config: {config!r} is no Config; moon_jax.config.load gives one by name")
     workdir = Path(workdir)
     check_workdir(config, workdir)
+    if config.data.tokenizer:
+        text.Tokenizer.load(config.data.tokenizer)  # one that cannot be read is told before the data is
     report = watch.Watch(workdir)
     prepared = prepare_data(config, workdir, report)
     open_workdir(config, workdir)
@@ -195,11 +197,13 @@ def prepare_data(config: config_lib.Config, workdir: Path, report: watch.Watch) 
     if not config.data.path:
         path = workdir / "catalogue" / "synthetic.parquet"
         report.line(f"no --data given: a synthetic catalogue of rendered products, {path}")
-        if not path.exists():
+        if not synthetic.stands(path, config.data.synthetic, config.seed):
             track = functools.partial(report.track, "rendering")
             synthetic.write(path, config.data.synthetic, config.seed, config.data.threads, track)
         config = config_lib.replace(config, {"data.path": str(path)})
-    prepared = prepare.prepare(config, functools.partial(report.track, "reading"))
+    with report.busy("opening the catalogue"):
+        catalogue = sources.read(config.data.path)
+    prepared = prepare.prepare(config, functools.partial(report.track, "reading"), catalogue)
     products = [prepared.products[index] for index in {*prepared.train, *prepared.val}]
     without_text = sum(product.text is None for product in products)
     without_image = sum(not product.images for product in products)

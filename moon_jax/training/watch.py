@@ -59,6 +59,7 @@ class Watch:
 
     def line(self, text: str) -> None:
         """One line on the terminal and in run.log."""
+        text = config_lib.printable(text)
         self.console.print(text, markup=False, soft_wrap=True)
         self._unwritten += time.strftime("%Y-%m-%dT%H:%M:%S ") + text + "\n"
         # What is said before there is a workdir is written when there is one.

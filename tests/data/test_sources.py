@@ -178,6 +178,17 @@ def test_the_manifest_counts_and_refuses_other_data(catalogue, prepared, tmp_pat
         other.save(tmp_path)
 
 
+def test_the_fingerprint_is_of_all_that_is_used(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(GOOD)
+    record = {"title": "shoe", "images": ["a.jpg"], "category": ["x"], "attributes": {"colour": "red"}, "brand": "b"}
+    seen = set()
+    for change in ({}, {"title": "hat"}, {"category": ["y"]}, {"attributes": {"colour": "blue"}}, {"brand": "c"}):
+        lines = [record | change | {"product_id": "0"}, record | {"product_id": "1", "title": "mug"}]
+        write_jsonl(tmp_path, lines)
+        seen.add(prepare.prepare(tiny(data__path=str(tmp_path))).fingerprint)
+    assert len(seen) == 5
+
+
 def test_equal_titles_stay_on_one_side_of_the_split(tmp_path):
     titles = [("Red  shirt %d" if n % 2 else "red shirt %d") % (n // 4) for n in range(160)]
     (tmp_path / "a.jpg").write_bytes(GOOD)

@@ -37,6 +37,21 @@ def test_a_product_follows_from_the_seed_and_its_number(made, tmp_path):
     assert len({record["product_id"] for record in stored}) == COUNT
 
 
+def test_all_products_are_written_whatever_their_number(tmp_path):
+    """More than are held at once while it is written."""
+    path = tmp_path / "s.parquet"
+    synthetic.write(path, 520, seed=0)
+    found = pq.read_table(path, columns=["product_id"])["product_id"].to_pylist()
+    assert found == [f"synthetic-{number:05}" for number in range(520)]
+    assert [file.name for file in tmp_path.iterdir()] == ["s.parquet"]
+
+
+def test_a_file_of_another_seed_or_number_does_not_stand(made, tmp_path):
+    assert synthetic.stands(made, COUNT, 0)
+    assert not synthetic.stands(made, COUNT + 1, 0) and not synthetic.stands(made, COUNT, 1)
+    assert not synthetic.stands(tmp_path / "nowhere", COUNT, 0)
+
+
 def test_it_is_a_catalogue_that_says_what_it_is(made, tmp_path):
     found = prepare.prepare(tiny(data__path=str(made)))
     assert found.synthetic and not found.quarantine and len(found.products) == COUNT

@@ -40,6 +40,18 @@ def test_words_of_labels_are_struck_with_their_plurals_and_hyphens():
     assert strike("A watch, two watches; dresses & DRESS!") == "A two &"
     assert strike("Bluetooth dressing table") == "Bluetooth dressing table"  # words, not parts of words
     assert strike("blue") == ""
+    assert strike("T Shirt, navy_blue, water watch") == "water"
+    forbidden = set().union(*map(labels.words, ("Flip Flops", "Accessories", "32GB", "Café")))
+    assert strike("black flipflops accessory 32 GB cafe\u0301 x") == "black x"
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "held"),
+    [("a red shirt", "Red Shirts", True), ("flipflops", "Flip Flops", True), ("shirt", "Red Shirts", False),
+     ("anything", "★", False), ("新款红色", "红色", True), ("新款红", "红色", False)],
+)  # fmt: skip
+def test_what_counts_as_a_leak(text, label, held):
+    assert labels._holds(text, label) == held
 
 
 def test_scripts_without_spaces_lose_the_word_and_keep_the_rest():

@@ -17,6 +17,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 import moon_jax
 from moon_jax.config import UserError
+from moon_jax.data import sources
+from moon_jax.evaluation import retrieval
 from moon_jax.types import VIEWS
 from tests.conftest import CACHE, COLOURS, jpeg, overrides, tiny
 
@@ -252,12 +254,28 @@ def test_without_data_it_renders_its_own_and_says_so(tmp_path):
     command = [sys.executable, "-m", "moon_jax.cli", "quickstart", "--workdir", str(workdir), *overrides(config)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("synthetic") > 5
+    assert "── what was learned (on a synthetic catalogue) ─" in done.stdout
+    assert "synthetic products to train on" in done.stdout
     for title in ("synthetic catalogue; R@1 / R@5 / R@10", "synthetic catalogue; accuracy / macro F1", "at width 16"):
         assert title in " ".join(done.stdout.split()), title
     metrics = json.loads((workdir / "metrics.json").read_text())
-    assert metrics["synthetic"] is True and list(metrics["widths"]) == ["16", "8"]
+    assert metrics["synthetic"] is True and metrics["step"] == 3 and list(metrics["widths"]) == ["16", "8"]
     assert set(metrics["labels"]) >= {"category", "attribute colour", "attribute material"}
+    # A width's scores are those of the stored vectors, cut to it.
+    rows = pq.read_table(workdir / "embeddings" / "val.parquet").to_pylist()
+    vectors = {view: np.array([row["vector"] for row in rows if row["view"] == view], np.float32) for view in VIEWS}
+    catalogue = pq.read_table(workdir / "catalogue" / "synthetic.parquet").to_pylist()
+    titles = {record["product_id"]: record["title"] for record in catalogue}
+    groups = [sources.title_group(titles[row["id"]]) for row in rows if row["view"] == "t"]
+    key = np.unique(groups, return_inverse=True)[1]
+    for width, found in ((24, metrics), (16, metrics["widths"]["16"]), (8, metrics["widths"]["8"])):
+        cut = {
+            view: part[:, :width] / np.linalg.norm(part[:, :width], axis=1, keepdims=True)
+            for view, part in vectors.items()
+        }
+        expected = retrieval.recall(cut["t"], cut["i"], key, key, retrieval.RANKS)
+        scores = found["retrieval"]["products"]["t→i"]
+        assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-3)
     for found in metrics["widths"].values():
         assert set(found["retrieval"]["products"]) == set(metrics["retrieval"]["products"])
         assert found["labels"].keys() == metrics["labels"].keys()

@@ -1,0 +1,113 @@
+"""What the tables and sentences say is what the scores say."""
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moon_jax.evaluation import pictures, report
+from moon_jax.types import OBJECTIVES, VIEWS
+
+
+def entry(first, **more):
+    return {"R@1": first, "R@5": first + 1, "R@10": first + 2, "chance@10": 0.5, "queries": 40, "candidates": 50} | more
+
+
+def label(accuracy, f1, majority=9.0):
+    return {"accuracy": accuracy, "precision": 1.0, "recall": 2.0, "F1": f1, "majority": majority, "products": 30}
+
+
+SCORES = {f"{q}→{c}": entry(30.0 * m + 10.0 * n) for m, q in enumerate(VIEWS) for n, c in enumerate(VIEWS)}
+METRICS = {
+    "step": 7,
+    "model": "abc",
+    "synthetic": True,
+    "retrieval": {"products": SCORES},
+    "labels": {
+        "attribute colour": {
+            "labels": 5,
+            "leak": 77.0,
+            "i": label(31.0, 32.0),
+            "t": label(41.0, 42.0),
+            "mm": label(51.0, 52.0),
+        }
+    },
+    "widths": {"8": {"retrieval": {"products": {"t→i": entry(3.0)}}, "labels": {}}},
+}
+
+
+def printed(metrics):
+    console = Console(file=io.StringIO(), width=120)
+    for table in report.tables(metrics):
+        console.print(table)
+    return console.file.getvalue()
+
+
+def test_tables_hold_each_score_in_its_place():
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed(METRICS).splitlines() if "│" in line]
+    assert lines[0] == ["t", "0.0 / 1.0 / 2.0", "10.0 / 11.0 / 12.0", "20.0 / 21.0 / 22.0"]
+    assert lines[1] == ["i", "30.0 / 31.0 / 32.0", "40.0 / 41.0 / 42.0", "50.0 / 51.0 / 52.0"]
+    assert lines[2] == ["mm", "60.0 / 61.0 / 62.0", "70.0 / 71.0 / 72.0", "80.0 / 81.0 / 82.0"]
+    assert lines[3] == ["colour (5)", "31.0 / 32.0", "41.0 / 42.0", "51.0 / 52.0", "9.0", "77.0"]
+    assert lines[4] == ["t→i 5.0"]
+
+
+def test_every_table_says_synthetic_where_it_is():
+    assert " ".join(printed(METRICS).split()).count("synthetic catalogue; ") == 3
+    assert "synthetic" not in printed(METRICS | {"synthetic": False})
+
+
+def test_sentences_say_what_the_lines_say(tmp_path):
+    weights = dict(zip(OBJECTIVES, (0.1, 0.5, 0.2, 0.15, 0.05), strict=True))
+    experts = [[{"text": 0.75, "image": 0.25}, {"text": 0.25, "image": 0.75}]]
+    line = {"step": 10, "total": 5.0, "omega": weights, "phi_below_threshold": 0.25, "experts": experts}
+    write = report.json.dumps
+    (tmp_path / "metrics.jsonl").write_text(f"{write(line)}\n{write(line | {'step': 20, 'total': 2.0})}\n")
+    said = report.learned(METRICS, tmp_path)
+    assert said == [
+        "text finds an image (t→i) among the first ten of 50 in 12.0% of 40 queries (by chance 0.5%)",
+        "an image finds text (i→t) among the first ten of 50 in 32.0% of 40 queries (by chance 0.5%)",
+        "seen in the image alone, colour is right for 31.0% of products (always telling the commonest: 9.0%)",
+        "the loss went from 5.00 at step 10 to 2.00",
+        "the objective that weighs most is q_i→p_mm (ω 0.50), least n_i→n_t (0.05)",
+        "the filter weighs 25% of the last batch's triplets down",
+        "text and image tokens share 50% of their expert use",
+    ]
+    assert report.learned({"retrieval": {}, "labels": {}}, tmp_path / "nowhere") == []
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, as matplotlib holds them."""
+    drawn, save = [], pictures.Figure.savefig
+    monkeypatch.setattr(
+        pictures.Figure, "savefig", lambda self, *args, **more: (drawn.append(self), save(self, *args, **more))
+    )
+    return drawn
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def test_pictures_show_the_numbers_that_they_are_given(figures, tmp_path):
+    named = lambda values: dict(zip(OBJECTIVES, values, strict=True))  # noqa: E731
+    numbers = np.arange(5)
+    steps = [{"step": s, "loss": named(s + numbers), "omega": named(numbers / s)} for s in (10, 20)]
+    pictures.training(tmp_path / "t.png", steps, "synthetic footer")
+    left, right = figures[-1].axes
+    np.testing.assert_allclose([line.get_ydata() for line in left.lines], [[10 + k, 20 + k] for k in range(5)])
+    np.testing.assert_allclose([line.get_ydata() for line in right.lines[:5]], [[k / 10, k / 20] for k in range(5)])
+    assert figures[-1].get_supxlabel() == "synthetic footer"
+
+    line = {"step": 3, "experts": [[{"text": 0.9, "image": 0.2}, {"text": 0.1, "image": 0.8}]]}
+    pictures.experts(tmp_path / "e.png", line, "")
+    text, image = figures[-1].axes[:2]
+    assert "text" in text.get_title(loc="left") and texts(text) == ["90", "10"]
+    assert "image" in image.get_title(loc="left") and texts(image) == ["20", "80"]
+
+    pictures.directions(tmp_path / "d.png", METRICS["retrieval"], "")
+    panel = figures[-1].axes[0]
+    assert texts(panel)[::2] == ["2", "12", "22", "32", "42", "52", "62", "72", "82"]  # rows are queries
+    assert [label.get_text() for label in panel.get_yticklabels()] == list(VIEWS)
