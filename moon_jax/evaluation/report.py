@@ -164,9 +164,8 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
     for width, found in metrics["widths"].items():
         for name, scores in found["retrieval"].items():
             cells = ", ".join(f"{direction} {_percent(entry['R@10'])}" for direction, entry in scores.items())
-            table = Table(
-                title=f"{mark}R@10 in percent at width {width}: {retrieval.QUERY_SETS[name]}", show_header=False
-            )
+            title = f"{mark}R@10 in percent at width {width}: {retrieval.QUERY_SETS[name]}"
+            table = Table(min_width=WIDTH, title=title, show_header=False)
             table.add_row(cells)
             yield table
 
