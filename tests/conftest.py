@@ -20,6 +20,7 @@ from PIL import Image  # noqa: E402
 
 from moon_jax import config as config_lib  # noqa: E402
 from moon_jax.data import prepare, text  # noqa: E402
+from moon_jax.data.synthetic import SCHEMA  # noqa: E402
 
 CACHE = ROOT / ".jax_cache" / f"{sys.version_info.major}.{sys.version_info.minor}"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
@@ -101,18 +102,6 @@ def records(count: int) -> list[dict]:
             }
         )
     return made
-
-
-SCHEMA = pa.schema(
-    [
-        ("product_id", pa.string()),
-        ("title", pa.string()),
-        ("category", pa.list_(pa.string())),
-        ("brand", pa.string()),
-        ("attributes", pa.map_(pa.string(), pa.string())),
-        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
-    ]
-)
 
 
 @pytest.fixture(scope="session")

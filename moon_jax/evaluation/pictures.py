@@ -1,7 +1,7 @@
 """Pictures of a run, for the workdir, a README or a notebook: one style, readable without colour.
 
-Colours are Okabe and Ito's, which people of any colour vision tell apart, and `cividis`, made for the same; whatever
-colour says is said by text, line style or frame as well.
+Colours are Okabe and Ito's, which people of any colour vision tell apart, and the maps `cividis` and `PuOr`, which
+they read as well; whatever colour says is said by text, line style or frame, too.
 """
 
 from __future__ import annotations

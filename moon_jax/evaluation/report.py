@@ -135,7 +135,7 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
         for query in VIEWS:
             entries = [scores.get(f"{query}→{candidate}") for candidate in VIEWS]
             cells = [
-                " / ".join(_percent(entry[f"R@{k}"]) for k in (1, 5, 10)) if entry else "none" for entry in entries
+                " / ".join(_percent(entry[f"R@{k}"]) for k in retrieval.RANKS) if entry else "none" for entry in entries
             ]
             table.add_row(query, *cells)
         yield table
