@@ -73,6 +73,18 @@ def test_the_category_is_the_deepest_level_that_products_share():
     assert category.labels == ("kind 0", "kind 1")
 
 
+@pytest.mark.parametrize(("values", "asked"), [(200, True), (201, False)])
+def test_too_many_labels_are_free_text(values, asked):
+    products = [Product(text="x", attributes={"a": str(n % values)}) for n in range(2 * values)]
+    assert bool(labels.tasks(prepared_of(products))) == asked
+
+
+@pytest.mark.parametrize(("having", "asked"), [(5, True), (4, False)])
+def test_an_attribute_that_few_products_have_is_not_asked_for(having, asked):
+    products = [Product(text="x", attributes={"a": str(n % 2)} if n < having else {}) for n in range(100)]
+    assert bool(labels.tasks(prepared_of(products))) == asked
+
+
 def test_no_more_than_the_commonest_attributes_are_asked_for():
     attributes = [{f"a{m:02}": str(n % 2) for m in range(20) if n < 20 - m} for n in range(20)]
     found = labels.tasks(prepared_of([Product(text="x", attributes=a) for a in attributes]))

@@ -99,6 +99,21 @@ def test_galleries_of_anything(tmp_path, products):
     assert min(size(path)) > 300 and framed(path)
 
 
+def test_a_gallery_shows_the_query_and_what_it_found(tmp_path, monkeypatch):
+    """Each product finds itself first: its text alone as the query, then its picture with its title below."""
+    shown = []
+    monkeypatch.setattr(pictures, "_cell", lambda axes, product, view, pixels, label, *more, **other: shown.append(
+        (product.text, view, label)))  # fmt: skip
+    products = [Product(text=f"mug {n}", images=(PHOTO,), id=str(n)) for n in range(12)]
+    pictures.gallery(tmp_path / "g.png", encoded(products), prepared_of(products), 10**6, 0, "")
+    rows = [shown[start : start + 6] for start in range(0, len(shown), 6)]
+    assert len(rows) == 10 and [row[0][1:] for row in rows] == [("t", "query")] * 5 + [("i", "query")] * 5
+    for query, first, *others in rows:
+        assert first[0] == query[0] and first[2] == "1 ✓"
+        assert [label for _, _, label in others] == ["2", "3", "4", "5"]
+        assert query[0] not in [text for text, _, _ in others]
+
+
 def test_a_gallery_of_misses_frames_nothing(tmp_path):
     products = [Product(text=f"mug {n}", images=(PHOTO,), id=str(n)) for n in range(8)]
     found = encoded(products)

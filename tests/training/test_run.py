@@ -118,6 +118,9 @@ def check_events(workdir):
             drawn = found[step, "phi"].histo
             assert [int(count) for count in drawn.bucket] == line["phi_histogram"]
             assert drawn.num == sum(line["phi_histogram"]) and drawn.bucket_limit[-1] == 1.0
+            middles = np.arange(0.025, 1, 0.05)
+            assert drawn.sum == pytest.approx(middles @ line["phi_histogram"])
+            assert drawn.sum_squares == pytest.approx(middles**2 @ line["phi_histogram"])
 
 
 def test_tensorboard_says_what_the_lines_say(finished):
