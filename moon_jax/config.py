@@ -25,6 +25,15 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() or sign in "\n\t" else "�" for sign in text)
 
 
+TEMPLATES = {
+    "bare": "{}",
+    "qwen3_vl_embedding": (
+        "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    ),
+}
+"""Named values of `data.template`: what stands around a view, whose own tokens take the place of {}."""
+
+
 def option(default: Any, doc: str) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc})
 
@@ -58,6 +67,7 @@ class Language:
     rope_theta: float = option(5_000_000.0, "base of the rotary frequencies")
     rope_sections: tuple[int, ...] = option((24, 20, 20), "rotary frequencies for time, row and column")
     norm_eps: float = option(1e-6, "epsilon of the RMS norms")
+    pooling: str = option("mean", "a view's embedding is the mean of its tokens, or the last of them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +78,10 @@ class Experts:
     per_token: int = option(2, "K, experts of one token")
     width: int = option(6144, "F, the inner width of one expert")
     every: int = option(1, "the last of every so many layers holds experts")
+    dense_layers: tuple[int, ...] = option((), "layers that stay dense although `every` would give them experts")
     dispatch: str = option("grouped", "grouped: sorted, cost of the routed tokens; dense: all experts, the oracle")
     router_init: float = option(0.02, "standard deviation of the router's start; zero would tie all experts")
+    redrawn: float = option(0.0, "share of each expert's inner units drawn anew when a dense model is upcycled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +90,8 @@ class Data:
 
     path: str = option("", "catalogue: a Parquet or JSONL file, or a folder of them; empty renders a synthetic one")
     synthetic: int = option(4000, "products of the synthetic catalogue, where path is empty")
-    tokenizer: str = option("", "tokenizer.json; empty trains a byte-level BPE of language.vocab on the catalogue")
+    tokenizer: str = option("", "tokenizer.json; empty takes training.init's, or trains a BPE of language.vocab")
+    template: str = option("bare", "what stands around a view: bare, qwen3_vl_embedding, or a text with {} in it")
     batch: int = option(256, "triplets of a global batch, B")
     images: int = option(1, "images of a product in one row, N; training draws them, evaluation takes the first")
     text_tokens: int = option(64, "longest text in tokens; the rest is cut")
@@ -114,6 +127,7 @@ class Objective:
 class Training:
     """The optimiser, the schedule, and what is kept."""
 
+    init: str = option("", "Hugging Face folder, or hf://owner/name, whose weights begin the run; empty draws them")
     steps: int = option(22500, "optimiser steps; an epoch of MBE2.0 at batch 256 (paper)")
     learning_rate: float = option(1e-5, "backbone and experts (paper)")
     router_learning_rate: float = option(1e-4, "router (ours)")
@@ -167,6 +181,24 @@ class Config:
     evaluation: Evaluation = Evaluation()
 
 
+def sparse_layers(config: Config) -> tuple[bool, ...]:
+    """Which decoder layers hold experts: transformers' rule of `decoder_sparse_step` and `mlp_only_layers`."""
+    experts = config.experts
+    return tuple(
+        experts.count > 0 and (layer + 1) % experts.every == 0 and layer not in experts.dense_layers
+        for layer in range(config.language.layers)
+    )
+
+
+def period(config: Config) -> int:
+    """Layers of the shortest block whose repetition gives the decoder: blocks are stacked and scanned.
+
+    A pattern that does not repeat is one block, and its layers are compiled one by one.
+    """
+    sparse = sparse_layers(config)
+    return next(p for p in range(1, len(sparse) + 1) if sparse == sparse[:p] * (len(sparse) // p))
+
+
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name → value of every option."""
     found = {}
@@ -182,7 +214,7 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
 
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple of numbers"}
 
-ANY_LENGTH = ("vision.deepstack", "objective.matryoshka")
+ANY_LENGTH = ("vision.deepstack", "experts.dense_layers", "objective.matryoshka")
 """Options that hold as many integers as one likes."""
 
 
@@ -233,9 +265,10 @@ def replace(config: Config, values: dict[str, Any]) -> Config:
 def check(config: Config) -> Config:
     """Refuses what cannot work, in one line each; returns `config`."""
     language, vision, experts = config.language, config.vision, config.experts
+    unbounded = ("vision.deepstack", "experts.dense_layers", "objective.margin")
     may_be_zero = ("seed", "evaluation.seed", "experts.count", "training.min_warmup")
     for name, value in leaves(config).items():
-        if isinstance(value, bool) or name.startswith("mesh.") or name in ("vision.deepstack", "objective.margin"):
+        if isinstance(value, bool) or name.startswith("mesh.") or name in unbounded:
             continue
         for number in value if isinstance(value, tuple) else (value,):
             least = 0 if isinstance(number, float) or name in may_be_zero else 1
@@ -257,8 +290,24 @@ def check(config: Config) -> Config:
             "experts.per_token must lie between 1 and experts.count",
         ),
         (
-            experts.count == 0 or language.layers % experts.every == 0,
-            "language.layers must be a multiple of experts.every",
+            experts.count == 0 or any(sparse_layers(config)),
+            "experts.every and dense_layers leave no layer with experts",
+        ),
+        (
+            tuple(sorted(set(experts.dense_layers))) == experts.dense_layers
+            and all(0 <= layer < language.layers for layer in experts.dense_layers),
+            "experts.dense_layers must rise and stay below language.layers",
+        ),
+        # transformers tells the two layouts of an expert's matrices apart by their shape alone.
+        (
+            experts.count == 0 or language.width not in (experts.width, 2 * experts.width),
+            "experts.width must be neither language.width nor half of it: no Hugging Face folder could hold the model",
+        ),
+        (experts.redrawn <= 1, "experts.redrawn must lie between 0 and 1"),
+        (language.pooling in ("mean", "last"), "language.pooling must be mean or last"),
+        (
+            TEMPLATES.get(config.data.template, config.data.template).count("{}") == 1,
+            f"data.template must be one of {', '.join(TEMPLATES)}, or a text with one {{}} in it",
         ),
         (experts.dispatch in ("grouped", "dense"), "experts.dispatch must be grouped or dense"),
         (

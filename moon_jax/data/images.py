@@ -35,9 +35,11 @@ class ResizeRule:
     min_pixels: int
     max_pixels: int
     source_pixels: int  # larger images are not decoded
+    within_budget: bool  # never above max_pixels
 
     @classmethod
-    def of(cls, config: config_lib.Config) -> ResizeRule:
+    def of(cls, config: config_lib.Config, within_budget: bool = True) -> ResizeRule:
+        """The config's rule; without `within_budget` it is Qwen's own."""
         area = (config.vision.patch * config.vision.merge) ** 2
         return cls(
             patch=config.vision.patch,
@@ -45,6 +47,7 @@ class ResizeRule:
             min_pixels=config.data.min_visual_tokens * area,
             max_pixels=config.data.visual_tokens * area,
             source_pixels=config.data.max_pixels,
+            within_budget=within_budget,
         )
 
     def check(self, height: int, width: int) -> None:
@@ -55,8 +58,8 @@ class ResizeRule:
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing: Qwen's rule (`smart_resize`), multiples of patch · merge.
 
-        Qwen's rule rounds outwards and so overruns a small budget for some aspects; here the longer side is then cut
-        back, since the number of patches is static.
+        Qwen's rule rounds outwards and so overruns a small budget for elongated images (one of 200 visual tokens or
+        more is kept to at any aspect). Training has room for the budget only: there the longer side is then cut back.
         """
         factor = self.patch * self.merge
         high, wide = round(height / factor) * factor, round(width / factor) * factor
@@ -68,7 +71,7 @@ class ResizeRule:
             beta = math.sqrt(self.min_pixels / (height * width))
             high = math.ceil(height * beta / factor) * factor
             wide = math.ceil(width * beta / factor) * factor
-        if high * wide > self.max_pixels:
+        if self.within_budget and high * wide > self.max_pixels:
             longest = self.max_pixels // min(high, wide) // factor * factor
             high, wide = (high, longest) if wide > high else (longest, wide)
             if min(high, wide) == 0:

@@ -34,10 +34,12 @@ class Alteration:
 class Reader:
     """Products → segments: tokenizes, decodes, resizes; alters on demand."""
 
-    def __init__(self, config: config_lib.Config, tokenizer: Tokenizer):
+    def __init__(self, config: config_lib.Config, tokenizer: Tokenizer, within_budget: bool = True):
+        """`within_budget` keeps elongated images to `data.visual_tokens`, which Qwen's own rule may overrun."""
         self.config = config
         self.tokenizer = tokenizer
-        self.rule = ResizeRule.of(config)
+        self.template = tokenizer.template(config.data.template)
+        self.rule = ResizeRule.of(config, within_budget)
 
     def image(self, source: Any, alteration: Alteration | None, rng: np.random.Generator | None) -> Patches:
         picture = decode(source, self.config.data.max_pixels)
@@ -77,13 +79,13 @@ class Reader:
                 chosen = sorted(rng.choice(len(images), self.config.data.images, replace=False))
             images = [images[index] for index in chosen]
         patches = [self.image(image, alteration, rng) for image in images]
-        return rows_lib.segments(tokens, patches, self.tokenizer, self.config.vision.merge, views)
+        return rows_lib.segments(tokens, patches, self.tokenizer, self.config.vision.merge, views, self.template)
 
 
 def batches(prepared: Prepared, reader: Reader) -> grain.MapDataset[Batch]:
     """The endless dataset whose element `step` is that step's batch, as numpy arrays."""
     config = reader.config
-    layout = rows_lib.Layout.of(config)
+    layout = rows_lib.Layout.of(config, reader.template)
     data = config.data
     query_alteration = Alteration(data.keep_word, 2, data.crop, data.mirror)
 

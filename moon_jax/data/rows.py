@@ -4,18 +4,21 @@ A product is at most two segments, [text] and [images then text]. Its three view
 first, `mm` all of the second, `i` the second's image prefix (attention is causal, so the text behind cannot change it).
 A view's tokens, in this order: for each image `<|vision_start|>`, its `<|image_pad|>` tokens, `<|vision_end|>`; then
 the text's tokens. A product without text (or images) lacks `t` and `mm` (or `i` and `mm`).
+
+A template puts tokens before and behind a view's own, and they belong to its span. Where some stand behind, view `i`
+is no prefix of `mm`, and gets a segment of its own; its images still go through the vision tower once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from moon_jax import config as config_lib
 from moon_jax.data.images import Patches
-from moon_jax.data.text import Tokenizer
+from moon_jax.data.text import BARE, Template, Tokenizer
 from moon_jax.types import VIEWS, Rows
 
 
@@ -42,14 +45,19 @@ class Layout:
     merge: int
 
     @classmethod
-    def of(cls, config: config_lib.Config, with_images: bool = True, both_segments: bool = True) -> Layout:
-        """A row of one product: two segments, or only the one that holds all it has."""
+    def of(
+        cls, config: config_lib.Config, template: Template = BARE, with_images: bool = True, all_views: bool = True
+    ) -> Layout:
+        """A row of one product: all its segments, or only the one that holds all it has."""
         data, merge = config.data, config.vision.merge
         images = data.images if with_images else 0
         visual = images * data.visual_tokens
-        texts = 2 if both_segments and images else 1
+        text_only, image_only = data.text_tokens + template.length, visual + 2 * images + template.length
+        length = image_only + data.text_tokens
+        if all_views and images:
+            length += text_only + (image_only if len(template.suffix) else 0)
         return cls(
-            length=texts * data.text_tokens + visual + 2 * images,
+            length=length,
             patches=visual * merge**2,
             images=images,
             products=1,
@@ -57,13 +65,36 @@ class Layout:
             merge=merge,
         )
 
+    def holding(self, products: Sequence[Sequence[Segment]]) -> Layout:
+        """This layout, or the first of its doublings that each of the products fits."""
+        length = max((sum(len(part.tokens) for part in parts) for parts in products), default=0)
+        patches = max((sum(len(image.pixels) for image in _images(parts)) for parts in products), default=0)
+        layout = self
+        while layout.length < length or layout.patches < patches:
+            layout = dataclasses.replace(layout, length=2 * layout.length, patches=2 * layout.patches)
+        return layout
+
+
+def _images(segments: Iterable[Segment]) -> list[Patches]:
+    """The images of a product's segments, each once."""
+    return list({id(image): image for segment in segments for image in segment.images}.values())
+
 
 def _assemble(
-    text: np.ndarray | None, images: Sequence[Patches], tokenizer: Tokenizer, merge: int
+    text: np.ndarray | None, images: Sequence[Patches], tokenizer: Tokenizer, merge: int, template: Template
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, positions and the visual mask of one segment, positions as Qwen3-VL counts them."""
     tokens, positions, visual = [], [], []
     start = 0  # the next position; an image advances it by the longer side of its merged grid
+
+    def add_words(words: np.ndarray) -> None:
+        nonlocal start
+        tokens.append(words)
+        positions.append(np.repeat(np.arange(start, start + len(words))[:, None], 3, axis=1))
+        visual.append(np.zeros(len(words), bool))
+        start += len(words)
+
+    add_words(template.prefix)
     for image in images:
         rows, columns = image.hw[0] // merge, image.hw[1] // merge
         count = rows * columns
@@ -75,9 +106,8 @@ def _assemble(
         visual.append(np.array([False, *[True] * count, False]))
         start = after + 1
     if text is not None:
-        tokens.append(text)
-        positions.append(np.repeat(np.arange(start, start + len(text))[:, None], 3, axis=1))
-        visual.append(np.zeros(len(text), bool))
+        add_words(text)
+    add_words(template.suffix)
     return (
         np.concatenate(tokens).astype(np.int32),
         np.concatenate(positions).astype(np.int32),
@@ -91,6 +121,7 @@ def segments(
     tokenizer: Tokenizer,
     merge: int,
     views: Sequence[str] = VIEWS,
+    template: Template = BARE,
 ) -> list[Segment]:
     """The segments that give the wanted views of a product, as far as it has them.
 
@@ -101,16 +132,24 @@ def segments(
     """
     text = None if text is None or not len(text) else text
     made = []
+
+    def add(words: np.ndarray | None, pictures: Sequence[Patches], *ends: tuple[str, int | None]) -> None:
+        tokens, position, visual = _assemble(words, pictures, tokenizer, merge, template)
+        spans = tuple((view, 0, end or len(tokens)) for view, end in ends)
+        made.append(Segment(tokens, position, visual, tuple(pictures), spans))
+
     if text is not None and "t" in views:
-        tokens, position, visual = _assemble(text, (), tokenizer, merge)
-        made.append(Segment(tokens, position, visual, (), (("t", 0, len(tokens)),)))
-    both = text is not None and "mm" in views
-    if images and (both or "i" in views):
-        tokens, position, visual = _assemble(text if both else None, images, tokenizer, merge)
-        prefix = sum(2 + image.hw[0] * image.hw[1] // merge**2 for image in images)
-        spans = [("i", 0, prefix)] if "i" in views else []
-        spans += [("mm", 0, len(tokens))] if both else []
-        made.append(Segment(tokens, position, visual, tuple(images), tuple(spans)))
+        add(text, (), ("t", None))
+    alone = bool(images) and "i" in views
+    both = bool(images) and text is not None and "mm" in views
+    if alone and both and not len(template.suffix):
+        prefix = len(template.prefix) + sum(2 + image.hw[0] * image.hw[1] // merge**2 for image in images)
+        add(text, images, ("i", prefix), ("mm", None))
+    else:
+        if alone:
+            add(None, images, ("i", None))
+        if both:
+            add(text, images, ("mm", None))
     return made
 
 
@@ -143,24 +182,28 @@ def pack(rows: Sequence[Sequence[Sequence[Segment]]], layout: Layout, pad: int) 
         if len(products) > layout.products:
             raise ValueError(f"row {r} holds {len(products)} products, its layout {layout.products}")
         for j, parts in enumerate(products):
+            merged: dict[int, np.ndarray] = {}  # an image's visual tokens, whichever of the segments show it
+            for image in _images(parts):
+                stop = patch + len(image.pixels)
+                if stop > layout.patches or image_index == layout.images:
+                    raise ValueError(f"row {r}: {image_index + 1} images of {stop} patches do not fit {layout}")
+                packed.patches[r, patch:stop] = image.pixels
+                packed.patch_image[r, patch:stop] = image_index
+                packed.patch_yx[r, patch:stop] = image.yx
+                packed.image_hw[r, image_index] = image.hw
+                merged[id(image)] = np.arange(patch // layout.merge**2, stop // layout.merge**2)
+                patch, image_index = stop, image_index + 1
             for part in parts:
                 number += 1
                 end = at + len(part.tokens)
-                patch_end = patch + sum(len(image.pixels) for image in part.images)
-                if end > length or patch_end > layout.patches or image_index + len(part.images) > layout.images:
-                    raise ValueError(f"row {r}: {end} tokens and {patch_end} patches do not fit {layout}")
+                if end > length:
+                    raise ValueError(f"row {r}: {end} tokens do not fit {layout}")
                 packed.tokens[r, at:end] = part.tokens
                 packed.segment[r, at:end] = number
                 packed.position[r, at:end] = part.position
-                first = patch // layout.merge**2
-                packed.visual[r, at:end][part.is_visual] = first + np.arange(part.is_visual.sum())
-                for image in part.images:
-                    stop = patch + len(image.pixels)
-                    packed.patches[r, patch:stop] = image.pixels
-                    packed.patch_image[r, patch:stop] = image_index
-                    packed.patch_yx[r, patch:stop] = image.yx
-                    packed.image_hw[r, image_index] = image.hw
-                    patch, image_index = stop, image_index + 1
+                if part.images:
+                    shown = np.concatenate([merged[id(image)] for image in part.images])
+                    packed.visual[r, at:end][part.is_visual] = shown
                 for view, start, stop in part.spans:
                     slot = len(VIEWS) * j + VIEWS.index(view)
                     packed.span[r, slot] = at + start, at + stop

@@ -10,10 +10,27 @@ import numpy as np
 from tokenizers import Tokenizer as BaseTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from moon_jax import config as config_lib
 from moon_jax.config import UserError
 
 PAD, VISION_START, VISION_END, IMAGE_PAD = "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
-SPECIAL = (PAD, VISION_START, VISION_END, IMAGE_PAD)
+VIDEO_PAD = "<|video_pad|>"  # never used here; Qwen3-VL's processor asks for it
+SPECIAL = (PAD, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """Token ids that stand before and behind a view's own."""
+
+    prefix: np.ndarray  # i32[n]
+    suffix: np.ndarray  # i32[n]
+
+    @property
+    def length(self) -> int:
+        return len(self.prefix) + len(self.suffix)
+
+
+BARE = Template(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +42,7 @@ class Tokenizer:
     vision_start: int
     vision_end: int
     image_pad: int
+    video_pad: int
 
     @classmethod
     def of(cls, base: BaseTokenizer, where: str) -> Tokenizer:
@@ -33,8 +51,7 @@ class Tokenizer:
             raise UserError(f"{where}: no token {SPECIAL[ids.index(None)]}; a Qwen-VL tokenizer.json has it")
         # A title that spells a special token gets ordinary tokens: it must not be able to forge an image.
         base.encode_special_tokens = True
-        pad, start, end, image = ids
-        return cls(base, pad, start, end, image)
+        return cls(base, *ids)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -55,6 +72,27 @@ class Tokenizer:
         """i32[n] per text, n ≤ `longest`."""
         encoded = self.base.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(item.ids[:longest], np.int32) for item in encoded]
+
+    def template(self, name: str) -> Template:
+        """The template of that name in `config.TEMPLATES`, or of that text.
+
+        Raises:
+            UserError: its ends and a text do not get the tokens that they get as one string, which is what servers read.
+        """
+        # Here special tokens are meant.
+        self.base.encode_special_tokens = False
+        try:
+            before, after = config_lib.TEMPLATES.get(name, name).split("{}")
+            prefix, suffix = (self._ids(part) for part in (before, after))
+            for probe in ("red", "9", "-x", "é", "红"):
+                if self._ids(before + probe + after) != prefix + self._ids(probe) + suffix:
+                    raise UserError(f"config.data.template: {name!r} runs into the text with this tokenizer; take bare")
+        finally:
+            self.base.encode_special_tokens = True
+        return Template(np.array(prefix, np.int32), np.array(suffix, np.int32))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.base.encode(text, add_special_tokens=False).ids
 
 
 def train(texts: Iterable[str], vocab: int) -> Tokenizer:

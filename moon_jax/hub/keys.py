@@ -1,21 +1,30 @@
 """One table between the names of Hugging Face's `qwen3_vl` and `qwen3_vl_moe` weights and our parameters, both ways.
 
-A row is (their name, our path, how the array is turned). `{i}` in a name runs over layers; our arrays stack them, by
-period of `experts.every` layers in the decoder. `visual.` and `language_model.` stand behind `model.` in checkpoints.
+A row is (their name, our path, place in our stack, how the array is turned). Our arrays stack the layers, in the
+decoder those of equal place in a period (`config.period`). In checkpoints `model.` stands before `visual.` and
+`language_model.`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moon_jax import config as config_lib
-from moon_jax.types import Array
 
-# Turnings from their layout to ours; each is undone by its inverse in `_UNTURN`.
-KEEP, TRANSPOSE, PATCH = "keep", "transpose", "patch"
+# How our array follows from theirs.
+KEEP = "keep"
+TRANSPOSE = "transpose"
+PATCH = "patch"  # [Dv,3,frames,h,w] → [frames,3·h·w,Dv]
+
+
+class Row(NamedTuple):
+    theirs: str  # without `model.`
+    ours: str  # path in the encoder's parameters
+    place: int | None  # in our stack of layers
+    turning: str
 
 
 def _norm(theirs: str, ours: str, bias: bool) -> list[tuple[str, str, str]]:
@@ -63,41 +72,52 @@ EXPERTS = [
 ]
 
 
-def table(config: config_lib.Config) -> Iterator[tuple[str, str, int | None, str]]:
-    """Rows (their name, our path in the encoder's parameters, index in our stack or None, turning)."""
-    yield "visual.patch_embed.proj.weight", "vision/patch_kernel", None, PATCH
-    yield "visual.patch_embed.proj.bias", "vision/patch_bias", None, KEEP
-    yield "visual.pos_embed.weight", "vision/positions", None, KEEP
+def table(config: config_lib.Config) -> Iterator[Row]:
+    """A row for every weight of the backbone."""
+    yield Row("visual.patch_embed.proj.weight", "vision/patch_kernel", None, PATCH)
+    yield Row("visual.patch_embed.proj.bias", "vision/patch_bias", None, KEEP)
+    yield Row("visual.pos_embed.weight", "vision/positions", None, KEEP)
     for layer in range(config.vision.depth):
         for theirs, ours, turning in VISION_LAYER:
-            yield f"visual.blocks.{layer}.{theirs}", f"vision/layers/block/{ours}", layer, turning
+            yield Row(f"visual.blocks.{layer}.{theirs}", f"vision/layers/block/{ours}", layer, turning)
     mergers = {"merger": "merger"} | {
         f"deepstack_merger_list.{slot}": f"deepstack_{slot}" for slot in range(len(config.vision.deepstack))
     }
     for merger, name in mergers.items():
         for theirs, ours, turning in MERGER:
-            yield f"visual.{merger}.{theirs}", f"vision/{name}/{ours}", None, turning
-    yield "language_model.embed_tokens.weight", "token_embedding", None, KEEP
-    every = config.experts.every if config.experts.count else 1
-    for layer in range(config.language.layers):
-        period, place = divmod(layer, every)
-        sparse = config.experts.count and place == every - 1
+            yield Row(f"visual.{merger}.{theirs}", f"vision/{name}/{ours}", None, turning)
+    yield Row("language_model.embed_tokens.weight", "token_embedding", None, KEEP)
+    period = config_lib.period(config)
+    for layer, sparse in enumerate(config_lib.sparse_layers(config)):
+        number, place = divmod(layer, period)
         for theirs, ours, turning in DECODER_LAYER + (EXPERTS if sparse else DENSE_MLP):
             path = f"decoder/periods/layer_{place}/{ours}"
-            yield f"language_model.layers.{layer}.{theirs}", path, period, turning
-    yield "language_model.norm.weight", "decoder/norm/scale", None, KEEP
+            yield Row(f"language_model.layers.{layer}.{theirs}", path, number, turning)
+    yield Row("language_model.norm.weight", "decoder/norm/scale", None, KEEP)
 
 
-def _turn(array: np.ndarray, turning: str) -> np.ndarray:
-    if turning == TRANSPOSE:
-        return array.T
-    if turning == PATCH:  # [Dv, 3, frames, h, w] → [frames, 3·h·w, Dv]
-        width, _, frames = array.shape[:3]
-        return array.transpose(2, 1, 3, 4, 0).reshape(frames, -1, width)
-    return array
+def flatten(params: Any, prefix: str = "") -> dict[str, Any]:
+    """Path → leaf of nested dicts, as the table writes paths."""
+    flat = {}
+    for name, value in params.items():
+        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
-def _unturn(array: np.ndarray, turning: str) -> np.ndarray:
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    params: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        into = params
+        for parent in parents:
+            into = into.setdefault(parent, {})
+        into[name] = leaf
+    return params
+
+
+def to_theirs(array: np.ndarray, turning: str) -> np.ndarray:
+    """One of our arrays, taken from its stack, as a checkpoint holds it."""
     if turning == TRANSPOSE:
         return array.T
     if turning == PATCH:
@@ -105,41 +125,3 @@ def _unturn(array: np.ndarray, turning: str) -> np.ndarray:
         side = round((pixels // 3) ** 0.5)
         return array.reshape(frames, 3, side, side, width).transpose(4, 1, 0, 2, 3)
     return array
-
-
-def to_params(weights: Mapping[str, Array], config: config_lib.Config) -> dict[str, Any]:
-    """Encoder parameters from their weights (names as in `table`, without `model.`).
-
-    Raises:
-        KeyError: a weight is missing; names it.
-    """
-    params: dict[str, Any] = {}
-    stacks: dict[str, list[np.ndarray]] = {}
-    for theirs, ours, index, turning in table(config):
-        array = _turn(np.asarray(weights[theirs]), turning)
-        if index is not None:
-            stacks.setdefault(ours, []).append(array)
-        else:
-            _put(params, ours, array)
-    for ours, arrays in stacks.items():
-        _put(params, ours, np.stack(arrays))
-    return params
-
-
-def from_params(params: Mapping[str, Any], config: config_lib.Config) -> dict[str, np.ndarray]:
-    """The inverse of `to_params`."""
-    weights = {}
-    for theirs, ours, index, turning in table(config):
-        array: Any = params
-        for key in ours.split("/"):
-            array = array[key]
-        array = np.asarray(array if index is None else array[index])
-        weights[theirs] = np.ascontiguousarray(_unturn(array, turning))
-    return weights
-
-
-def _put(params: dict[str, Any], path: str, array: np.ndarray) -> None:
-    *parents, name = path.split("/")
-    for parent in parents:
-        params = params.setdefault(parent, {})
-    params[name] = array

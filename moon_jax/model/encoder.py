@@ -1,7 +1,8 @@
 """The network: rows in, one unit vector per view out.
 
 Visual tokens stand where the row says, the decoder runs over the row, and each view's embedding is the mean of the
-last hidden states over its span, brought to unit length.
+last hidden states over its span (or, as Qwen3-VL-Embedding has it, that of the span's last token), brought to unit
+length.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ def span_mask(rows: Rows) -> Array:
     place = jnp.arange(rows.tokens.shape[1])
     inside = (place >= rows.span[..., :1]) & (place < rows.span[..., 1:])
     return (inside & (rows.view > 0)[..., None]).astype(jnp.float32)
+
+
+def last_token_mask(rows: Rows) -> Array:
+    """The last token of each span; none for an absent view. f32[R,G,S]."""
+    last = jnp.arange(rows.tokens.shape[1]) == rows.span[..., 1:] - 1
+    return (last & (rows.view > 0)[..., None]).astype(jnp.float32)
 
 
 def pool_mean(hidden: Array, mask: Array) -> Array:
@@ -63,7 +70,7 @@ class Encoder(nn.Module):
         x, sums = Decoder(c, name="decoder")(x, rows.segment, rows.position, mask, rows.visual, deepstack)
         shape = (0, c.experts.count)
         return EncoderOutput(
-            embedding=pool_mean(x, mask),
+            embedding=pool_mean(x, last_token_mask(rows) if c.language.pooling == "last" else mask),
             gate=jnp.zeros((0, *mask.shape[:2], c.experts.count)) if sums is None else sums.gate,
             tokens=mask.sum(-1).astype(jnp.int32),
             load=jnp.zeros(shape) if sums is None else sums.load,

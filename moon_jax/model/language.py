@@ -1,8 +1,7 @@
 """Qwen3-VL's decoder: grouped-query attention with QK-norm and interleaved M-RoPE, SwiGLU, and the paper's
 modality-driven mixture of experts in the feed-forward of configured layers.
 
-Layers come in equal periods of `experts.every`, the last of a period holding experts; periods are stacked and
-scanned. Weights and layout are those of `qwen3_vl` and `qwen3_vl_moe` checkpoints.
+Layers come in equal periods (`config.period`), in which the same layers hold experts; periods are stacked and scanned. Weights and layout are those of `qwen3_vl` and `qwen3_vl_moe` checkpoints.
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ class Layer(nn.Module):
 
 
 class Period(nn.Module):
-    """`experts.every` layers, the last with experts; the unit that is scanned. DeepStack features join on the way."""
+    """A period of layers, the unit that is scanned. DeepStack features join on the way."""
 
     config: config_lib.Config
 
@@ -170,15 +169,14 @@ class Period(nn.Module):
     ) -> tuple[Array, RouterSums | None]:
         c = self.config
         layer = nn.remat(Layer, prevent_cse=False) if c.training.remat else Layer
-        every = c.experts.every if c.experts.count else 1
-        sums = None
-        for place in range(every):
-            sparse = bool(c.experts.count) and place == every - 1
+        period, found = config_lib.period(c), []
+        for place, sparse in enumerate(config_lib.sparse_layers(c)[:period]):
             x, sums = layer(c, sparse, name=f"layer_{place}")(x, segment, cos, sin, pool)
+            found += [sums] if sparse else []
             if deepstack.shape[0]:
-                number = index * every + place
+                number = index * period + place
                 x = jax.lax.cond(number < deepstack.shape[0], _add_deepstack, _keep, x, number, visual, deepstack)
-        return x, sums
+        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *found) if found else None
 
 
 def _add_deepstack(x: Array, number: Array, visual: Array, deepstack: Array) -> Array:
@@ -208,14 +206,16 @@ class Decoder(nn.Module):
     ) -> tuple[Array, RouterSums | None]:
         c = self.config
         angles = rotary_angles(position, c.language)
-        periods = c.language.layers // (c.experts.every if c.experts.count else 1)
+        periods = c.language.layers // config_lib.period(c)
         scanned = nn.scan(
             Period,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0,) + (nn.broadcast,) * 6,
             length=periods,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, name="periods")
         x, sums = scanned(x, jnp.arange(periods), segment, jnp.cos(angles), jnp.sin(angles), pool, visual, deepstack)
+        # [periods, layers with experts in one, …] → [L, …]
+        sums = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), sums)
         return RMSNorm(c.language.norm_eps, jnp.dtype(c.training.param_dtype), name="norm")(x), sums

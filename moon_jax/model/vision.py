@@ -133,7 +133,7 @@ class VisionTower(nn.Module):
 
         scanned = nn.scan(
             _Layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.depth,

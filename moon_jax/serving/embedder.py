@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from moon_jax import backend, similarity
 from moon_jax import config as config_lib
@@ -22,6 +23,9 @@ from moon_jax.data import rows as rows_lib
 from moon_jax.data.images import BadImage
 from moon_jax.data.pipeline import Alteration, Reader
 from moon_jax.data.text import Tokenizer
+from moon_jax.hub import folder as folder_lib
+from moon_jax.hub import weights
+from moon_jax.hub.export import Trained
 from moon_jax.model.encoder import Encoder
 from moon_jax.training import checkpoints
 from moon_jax.training.step import initial_state
@@ -67,7 +71,8 @@ class Embedder:
         self.config = dataclasses.replace(config, training=training)
         self.fingerprint = fingerprint
         self.step = step
-        self.reader = Reader(self.config, tokenizer)
+        # The vectors are those of who serves the exported model by Qwen's own rule.
+        self.reader = Reader(self.config, tokenizer, within_budget=False)
         self._params = params
         encoder = Encoder(self.config)
         self._encode = jax.jit(
@@ -134,7 +139,7 @@ class Embedder:
         # Texts alone need no vision tower: rows without patches are a program of their own.
         for with_images in (False, True):
             chosen = [n for n, product in enumerate(products) if bool(product.images) == with_images]
-            layout = rows_lib.Layout.of(self.config, with_images, both_segments=False)
+            layout = rows_lib.Layout.of(self.config, self.reader.template, with_images, all_views=False)
             embeddings = self._run(chosen, read, layout, batch_size, advance)
             # A row holds one view, and the absent ones are zero.
             vectors[chosen] = embeddings.sum(axis=1)
@@ -182,7 +187,7 @@ class Embedder:
             except BadImage as error:
                 raise UserError(f"product {products[number].id}: image: {error}") from None
 
-        layout = rows_lib.Layout.of(self.config)
+        layout = rows_lib.Layout.of(self.config, self.reader.template)
         vectors = self._run(range(len(products)), read, layout, None, advance)
         return vectors, np.any(vectors != 0, axis=-1)
 
@@ -204,36 +209,104 @@ class Embedder:
                 segments = list(pool.map(read, chunk))
                 size = next(size for size in sizes if size >= len(chunk))
                 rows = [[parts] for parts in segments] + [[]] * (size - len(chunk))
-                packed: Rows = rows_lib.pack(rows, layout, self.reader.tokenizer.pad)
+                packed: Rows = rows_lib.pack(rows, layout.holding(segments), self.reader.tokenizer.pad)
                 results.append(np.asarray(self._encode(self._params, packed))[: len(chunk)])
                 advance(len(chunk))
         return np.concatenate(results)
 
 
-def load(model: str | Path) -> Embedder:
-    """An Embedder from a workdir.
+def load(model: str | Path, options: dict[str, Any] | None = None) -> Embedder:
+    """An Embedder from a workdir, a Hugging Face folder, or hf://owner/name.
+
+    Args:
+        model: public weights of Qwen3-VL, dense or with experts, and of Qwen3-VL-Embedding, whose pooling and template
+            are taken from the folder; what `moon-jax export` wrote; or the workdir of a run.
+        options: changes to the model's config by dotted name, such as {"training.dtype": "bfloat16",
+            "training.param_dtype": "bfloat16", "data.visual_tokens": 512}.
 
     Raises:
-        UserError: no model there.
+        UserError: no model there, or one that moon_jax cannot read; says why.
     """
-    workdir = Path(model)
+    trained = read(model, options)
+    tokenizer = Tokenizer.load(trained.tokenizer)
+    return Embedder(trained.config, trained.encoder, tokenizer, trained.fingerprint, trained.step)
+
+
+def read(
+    model: str | Path,
+    options: dict[str, Any] | None = None,
+    track: Callable[[Iterable, int], Iterable] = lambda work, total: work,
+) -> Trained:
+    """All that a workdir or a Hugging Face folder holds of a model, its parameters on the first device.
+
+    Args, raises: see `load`.
+        track: wraps the iterable of a folder's leaves, whose number it is told, to show progress.
+    """
+    if str(model).startswith(folder_lib.HUB) or folder_lib.is_folder(Path(model)):
+        return _from_folder(str(model), options or {}, track)
+    return _from_workdir(Path(model), options or {})
+
+
+def _from_workdir(workdir: Path, options: dict[str, Any]) -> Trained:
     missing = [name for name in ("config.json", "tokenizer.json") if not (workdir / name).is_file()]
     if missing:
         what = f"no {' and no '.join(missing)} there" if workdir.is_dir() else "no such folder"
-        above = (workdir.parent / missing[0]).is_file()
-        hint = f"; try {workdir.parent}" if above else "; give the workdir of a training run"
+        hint = "; give a workdir or a Hugging Face folder"
+        if (workdir.parent / missing[0]).is_file():
+            hint = f"; try {workdir.parent}"
+        elif str(workdir).count("/") == 1 and not workdir.is_dir():
+            hint = f"; a model of the Hugging Face hub is written {folder_lib.HUB}{workdir}"
         raise UserError(f"{workdir}: {what}{hint}")
-    config = config_lib.read_json(workdir / "config.json")
-    tokenizer = Tokenizer.load(workdir / "tokenizer.json")
-    like = abstract_params(config, tokenizer)
+    config = config_lib.replace(config_lib.read_json(workdir / "config.json"), options)
+    path = workdir / "tokenizer.json"
+    like = jax.tree.map(checkpoints.on_one_device, abstract_params(config, Tokenizer.load(path)))
     step, params = checkpoints.latest_params(workdir, like)
-    digest = hashlib.blake2b((workdir / "tokenizer.json").read_bytes(), digest_size=8)
-    for leaf in jax.tree.leaves(params["encoder"]):
+    base = folder_lib.read_json(workdir / "base.json")
+    return Trained(
+        config=config,
+        encoder=params["encoder"],
+        alignment=params["alignment"],
+        tokenizer=path,
+        fingerprint=_fingerprint(config, params["encoder"], path),
+        step=step,
+        base=base.get("model", ""),
+        licence=base.get("licence", ""),
+        data=folder_lib.read_json(workdir / "data" / "manifest.json"),
+        metrics=folder_lib.read_json(workdir / "metrics.json"),
+    )
+
+
+def _from_folder(model: str, options: dict[str, Any], track: Callable[[Iterable, int], Iterable]) -> Trained:
+    folder = folder_lib.locate(model)
+    config = folder_lib.config(folder, options)
+    path = folder_lib.tokenizer(folder)
+    like = abstract_params(config, Tokenizer.load(path))["encoder"]
+    encoder = weights.load(folder, config, jax.tree.map(checkpoints.on_one_device, like), track)
+    sidecar = folder / folder_lib.SIDECAR
+    about = folder_lib.read_json(sidecar / "model.json")
+    return Trained(
+        config=config,
+        encoder=encoder,
+        alignment=load_file(sidecar / "alignment.safetensors") if sidecar.is_dir() else None,
+        tokenizer=path,
+        fingerprint=_fingerprint(config, encoder, path),
+        step=about.get("step", 0),
+        base=about.get("base", "") if about else model,
+        licence=folder_lib.licence(folder),
+    )
+
+
+def _fingerprint(config: config_lib.Config, encoder: Any, tokenizer: Path) -> str:
+    """Of all that decides the space: weights, tokenizer, pooling and template."""
+    digest = hashlib.blake2b(tokenizer.read_bytes(), digest_size=8)
+    digest.update(repr((config.language.pooling, config.data.template)).encode())
+    for leaf in jax.tree.leaves(encoder):
         digest.update(np.asarray(leaf).tobytes())
-    return Embedder(config, jax.tree.map(jnp.asarray, params["encoder"]), tokenizer, digest.hexdigest(), step)
+    return digest.hexdigest()
 
 
 def abstract_params(config: config_lib.Config, tokenizer: Tokenizer) -> Any:
     """Shapes and dtypes of a run's parameters, without making any."""
-    rows = rows_lib.pack([[]], rows_lib.Layout.of(config), tokenizer.pad)
+    layout = rows_lib.Layout.of(config, tokenizer.template(config.data.template))
+    rows = rows_lib.pack([[]], layout, tokenizer.pad)
     return nn.unbox(jax.eval_shape(functools.partial(initial_state, config, rows))).params

@@ -147,7 +147,7 @@ def latest_params(workdir: Path, like: Any) -> tuple[int, Any]:
     """Step and parameters of the newest checkpoint.
 
     Args:
-        like: abstract parameters; shardings are taken from it where it has them.
+        like: abstract parameters with shardings.
 
     Raises:
         UserError: none there, of another architecture, or unreadable.
@@ -159,11 +159,12 @@ def latest_params(workdir: Path, like: Any) -> tuple[int, Any]:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"{workdir}: its training has not reached a first checkpoint yet")
-        return step, checkpoints.restore_params(step, jax.tree.map(_on_one_device, like))
+        return step, checkpoints.restore_params(step, like)
     finally:
         checkpoints.close()
 
 
-def _on_one_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def on_one_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """An abstract array on the first device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from moon_jax import backend, interrupt, sharding
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.data import pipeline, prepare, sources, synthetic, text
+from moon_jax.hub import folder, weights
 from moon_jax.training import watch
 from moon_jax.training.checkpoints import Checkpoints
 from moon_jax.training.step import initial_state, train_step
@@ -67,22 +70,46 @@ def open_workdir(config: config_lib.Config, workdir: Path) -> None:
         raise UserError(f"--workdir {workdir}: {error.strerror}; give a folder that can be written") from None
 
 
-def open_tokenizer(config: config_lib.Config, workdir: Path, prepared: prepare.Prepared) -> text.Tokenizer:
-    """The run's tokenizer.json: the configured one, or one trained on the catalogue's training titles.
+def open_base(config: config_lib.Config, workdir: Path, report: watch.Watch) -> Path | None:
+    """The folder of `training.init`, where a run is to begin from it; None where there is none, or the run goes on.
+
+    Raises:
+        UserError: no such folder, or its model is not of the config's sizes.
+    """
+    resumes = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    if not config.training.init or resumes:
+        return None
+    base = folder.locate(config.training.init)
+    folder.check(config, base)
+    theirs = folder.config(base, {})
+    for name in ("language.pooling", "data.template"):
+        mine, other = (config_lib.leaves(one)[name] for one in (config, theirs))
+        if mine != other:
+            report.line(f"config.{name} is {mine!r}; {config.training.init} was trained with {other!r}")
+    return base
+
+
+def open_tokenizer(
+    config: config_lib.Config, workdir: Path, prepared: prepare.Prepared, base: Path | None = None
+) -> text.Tokenizer:
+    """The run's tokenizer.json: the configured one, that of the model it begins from, or one trained on the catalogue.
 
     Raises:
         UserError: it has more tokens than `language.vocab`.
     """
     path = workdir / "tokenizer.json"
     if not path.exists():
-        if config.data.tokenizer:
-            tokenizer = text.Tokenizer.load(config.data.tokenizer)
+        if config.data.tokenizer or base:
+            given = config.data.tokenizer or folder.tokenizer(base)
+            text.Tokenizer.load(given)
+            temporary = path.with_suffix(".tmp")
+            shutil.copyfile(given, temporary)  # byte by byte: the fingerprint is taken of it
+            temporary.replace(path)
         else:
             titles = (prepared.products[index].text for index in prepared.train)
-            tokenizer = text.train((title for title in titles if title), config.language.vocab)
-        temporary = path.with_suffix(".tmp")
-        tokenizer.save(temporary)
-        temporary.replace(path)
+            temporary = path.with_suffix(".tmp")
+            text.train((title for title in titles if title), config.language.vocab).save(temporary)
+            temporary.replace(path)
     tokenizer = text.Tokenizer.load(path)
     if tokenizer.size > config.language.vocab:
         raise UserError(f"{path}: {tokenizer.size} tokens, more than config.language.vocab = {config.language.vocab}")
@@ -119,10 +146,14 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
     if config.data.tokenizer:
         text.Tokenizer.load(config.data.tokenizer)  # one that cannot be read is told before the data is
     report = watch.Watch(workdir)
+    base = open_base(config, workdir, report)
     prepared = prepare_data(config, workdir, report)
     open_workdir(config, workdir)
     prepared.save(workdir / "data")
-    tokenizer = open_tokenizer(config, workdir, prepared)
+    tokenizer = open_tokenizer(config, workdir, prepared, base)
+    if base:
+        about = {"model": config.training.init, "licence": folder.licence(base)}
+        (workdir / "base.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     dataset = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))
 
     mesh = sharding.make_mesh(config.mesh)
@@ -154,14 +185,22 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
             jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state")
             lowered = jitted.lower(abstract, placed, config=config)
             compiled = lowered.compile(compiler_options=backend.compiler_options())
-            if newest is None:
-                shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-                create = jax.jit(lambda: nn.unbox(initial_state(config, sample.rows)), out_shardings=shardings)
-                state = create()
+        compiling = time.monotonic() - began
+        if newest is None:
+            encoder = None
+            if base:
+                track = functools.partial(report.track, f"loading {config.training.init}")
+                encoder = weights.load(base, config, abstract.params["encoder"], track)
+            create = jax.jit(
+                lambda encoder: nn.unbox(initial_state(config, sample.rows, encoder)),
+                out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+                donate_argnames="encoder",
+            )
+            state = create(encoder)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         report.line(
             f"{parameters:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s);"
-            f" compiled in {time.monotonic() - began:.1f} s"
+            f" compiled in {compiling:.1f} s"
         )
 
         log = watch.MetricLog(workdir / "metrics.jsonl", start, workdir / "tensorboard")

@@ -59,18 +59,18 @@ def make_optimizer(config: config_lib.Training) -> optax.GradientTransformation:
     )
 
 
-def initial_state(config: config_lib.Config, rows: Rows) -> TrainState:
+def initial_state(config: config_lib.Config, rows: Rows, encoder: Any = None) -> TrainState:
     """The state before step 0, a function of config.seed; parameters in partitioning boxes (`nn.unbox` opens them).
 
     Args:
         rows: any rows of the training layout; only shapes are read.
+        encoder: parameters to begin from, in place of random ones.
     """
     encoder_rng, dual_rng = jax.random.split(jax.random.key(config.seed))
-    experts = config.experts.count
-    layers = config.language.layers // config.experts.every if experts else 0
-    dual = config.objective.dual_init * jax.random.normal(dual_rng, (layers, experts, len(OBJECTIVES)))
+    shape = (sum(config_lib.sparse_layers(config)), config.experts.count, len(OBJECTIVES))
+    dual = config.objective.dual_init * jax.random.normal(dual_rng, shape)
     params = {
-        "encoder": initialize(config, encoder_rng, rows),
+        "encoder": initialize(config, encoder_rng, rows) if encoder is None else encoder,
         "alignment": {"dual": dual, "log_temperature": jnp.log(jnp.array(config.objective.temperature))},
     }
     opt_state = make_optimizer(config.training).init(params)

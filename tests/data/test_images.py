@@ -40,7 +40,7 @@ def test_a_file_and_its_bytes_give_the_same(tmp_path):
 
 def test_every_aspect_keeps_to_the_budget():
     for budget in (1, 2, 6, 9, 40):
-        rule = images.ResizeRule(8, 2, 256 * max(1, budget // 2), 256 * budget, 10**9)
+        rule = images.ResizeRule(8, 2, 256 * max(1, budget // 2), 256 * budget, 10**9, within_budget=True)
         for height in (1, 3, 17, 60, 333, 2000):
             for width in (1, 5, 16, 61, 400):
                 high, wide = rule.size(height, width)
@@ -65,7 +65,7 @@ def test_formats_that_run_other_programs_are_not_opened():
 def test_patches_in_merge_block_order():
     # A 4 x 4 grid of 8-pixel patches whose grey value is row · 4 + column.
     grey = np.kron(np.arange(16).reshape(4, 4), np.ones((8, 8))).astype(np.uint8)
-    rule = images.ResizeRule(8, 2, 256, 16 * 256, 10**6)
+    rule = images.ResizeRule(8, 2, 256, 16 * 256, 10**6, within_budget=True)
     patches = images.patchify(Image.fromarray(np.stack([grey] * 3, -1)), rule)
     assert patches.hw == (4, 4)
     order = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]

@@ -1,6 +1,6 @@
-"""The encoder against transformers' Qwen3-VL and Qwen3-VL-MoE on random weights, in float32.
+"""The encoder against transformers' Qwen3-VL and Qwen3-VL-MoE on random weights, layer by layer, in float32.
 
-Values of every view's hidden states, and gradients of the whole. torch and transformers are the reference only.
+The weights go through a folder in the published layout and the hub. torch and transformers are the reference only.
 """
 
 import jax
@@ -8,195 +8,320 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moon_jax import config as config_lib
 from moon_jax.data import rows as rows_lib
 from moon_jax.data.images import ResizeRule, patchify
 from moon_jax.hub import keys
+from moon_jax.model import router
 from moon_jax.model.encoder import Encoder
 from tests.conftest import tiny
+from tests.reference import hidden_states, our_params, pictures, published, qwen_tokenizer, torch, torch_inputs
 
-torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[hf]'")
-pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[hf]'")
-
-VOCAB, PAD_ID, IMAGE, START, END = 300, 0, 3, 1, 2
+ATOL = 1e-5
 
 
-class Ids:
-    """What packing needs of a tokenizer."""
-
-    pad, image_pad, vision_start, vision_end = PAD_ID, IMAGE, START, END
+def small(**differences):
+    return tiny(**{"data__visual_tokens": 24, "data__images": 3, **differences})
 
 
+# name → (our config, whether the published one ties its embeddings)
 CASES = {
-    "dense": tiny(experts__count=0),
-    "experts in all layers": tiny(language__layers=3, vision__depth=3, vision__deepstack=(0, 2)),
-    "experts in every second layer": tiny(
-        language__layers=4, experts__every=2, vision__depth=3, vision__deepstack=(0, 1, 2)
+    "dense, tied, two queries a key": (small(experts__count=0), True),
+    "dense, untied, a key for every query, DeepStack at three depths": (
+        small(
+            experts__count=0,
+            language__kv_heads=4,
+            language__layers=4,
+            vision__depth=4,
+            vision__deepstack=(0, 2, 3),
+        ),
+        False,
     ),
-    "one kv head, wide heads, no deepstack": tiny(
-        language__kv_heads=1, language__head_dim=24, language__rope_sections=(6, 3, 3), vision__deepstack=()
+    "four queries a key, heads wider than D/H, no DeepStack, uneven sections": (
+        small(
+            experts__count=0,
+            language__kv_heads=1,
+            language__head_dim=24,
+            language__rope_sections=(6, 4, 2),
+            vision__deepstack=(),
+        ),
+        True,
     ),
-    "all kv heads, K = 1": tiny(language__kv_heads=4, experts__per_token=1),
+    "experts in every layer": (small(language__layers=3, vision__depth=3, vision__deepstack=(0, 2)), True),
+    "experts in every second layer": (
+        small(language__layers=4, experts__every=2, vision__depth=3, vision__deepstack=(0, 1, 2)),
+        False,
+    ),
+    "mlp_only_layers": (small(language__layers=3, experts__dense_layers=(1,), experts__per_token=1), True),
+    "mlp_only_layers, every second": (
+        small(language__layers=4, experts__every=2, experts__dense_layers=(1,), experts__per_token=4),
+        True,
+    ),
 }
 
+# Sizes (height, width) of a product's images: square, 3:4, 1:5, 60×80 of fashion, three of different size, none.
+PRODUCTS = [
+    (5, [(32, 32)]),
+    (1, [(40, 30)]),
+    (3, [(20, 100)]),
+    (7, [(80, 60)]),
+    (4, [(100, 20), (32, 32), (37, 61)]),
+    (12, []),
+]
 
-def reference(config, seed=0):
-    """A transformers model of the config with random weights (the router's too: it would start at zero)."""
-    import transformers
-    from transformers.models.qwen3_vl import modeling_qwen3_vl
-    from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 
-    c, v = config.language, config.vision
-    text = dict(
-        vocab_size=c.vocab,
-        hidden_size=c.width,
-        intermediate_size=c.mlp_width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head_dim,
-        rms_norm_eps=c.norm_eps,
-        rope_parameters=dict(
-            rope_type="default", rope_theta=c.rope_theta, mrope_section=list(c.rope_sections), mrope_interleaved=True
+@pytest.fixture(scope="module")
+def tokenizer():
+    return qwen_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def case(request, tmp_path_factory, tokenizer):
+    """The config, transformers' model, our parameters read from its folder, and segments of products."""
+    config, tied = CASES[request.param]
+    folder = tmp_path_factory.mktemp("published")
+    model = published(folder, config, tokenizer, tied)
+    rng = np.random.default_rng(0)
+    products = []
+    for number, (length, sizes) in enumerate(PRODUCTS):
+        tokens = rng.integers(0, 280, length).astype(np.int32)
+        images = pictures(config, sizes, number)
+        products.append(rows_lib.segments(tokens, images, tokenizer, config.vision.merge))
+    return config, model.model, our_params(folder, config, tokenizer), products
+
+
+def recorded(model, segment, config):
+    """Every intermediate of transformers' model for one segment, by name."""
+    found, handles = {}, []
+
+    def keep(name):
+        def hook(module, inputs, output):
+            del module, inputs
+            found[name] = output
+
+        return hook
+
+    for name, module in model.named_modules():
+        wanted = name.rsplit(".", 1)[-1].isdigit() or name.endswith((".merger", ".gate", "language_model.norm"))
+        if wanted:
+            handles.append(module.register_forward_hook(keep(name)))
+
+    def positions(module, args, kwargs):
+        del module, args
+        found["positions"] = kwargs["position_ids"]
+
+    handles.append(model.language_model.register_forward_pre_hook(positions, with_kwargs=True))
+    with torch.no_grad():
+        found["last"] = model(**torch_inputs(segment, config)).last_hidden_state
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def compare(config, model, params, products, tokenizer):
+    """Asserts that every intermediate of every segment is transformers' to 1e-5, and embeddings to a cosine of 1e-6.
+
+    Returns the names of what was compared.
+    """
+    layout = rows_lib.Layout.of(config).holding(products)
+    rows = rows_lib.pack([[parts] for parts in products], layout, tokenizer.pad)
+    run = jax.jit(
+        lambda p: Encoder(config).apply({"params": p}, rows, capture_intermediates=True, mutable="intermediates")
+    )
+    output, state = run(params)
+    ours = jax.tree.map(np.asarray, state["intermediates"])
+    vision, periods = ours["vision"], ours["decoder"]["periods"]
+    flat = keys.flatten(jax.tree.map(np.asarray, params))
+    period, sparse = config_lib.period(config), config_lib.sparse_layers(config)
+    compared = set()
+
+    def close(found, expected, name):
+        np.testing.assert_allclose(
+            found, expected.detach().numpy().reshape(found.shape), atol=ATOL, rtol=0, err_msg=name
+        )
+        compared.add(name)
+
+    for r, parts in enumerate(products):
+        at = 0
+        for part in parts:
+            theirs = recorded(model, part, config)
+            here = slice(at, at + len(part.tokens))
+            at += len(part.tokens)
+            if part.images:
+                patches = sum(len(image.pixels) for image in part.images)
+                tokens = patches // config.vision.merge**2
+                for layer in range(config.vision.depth):
+                    block = vision["layers"]["block"]["__call__"][0][layer, r, :patches]
+                    close(block, theirs[f"visual.blocks.{layer}"], f"vision layer {layer}")
+                close(vision["merger"]["__call__"][0][r, :tokens], theirs["visual.merger"], "merger")
+                for slot in range(len(config.vision.deepstack)):
+                    feature = vision[f"deepstack_{slot}"]["__call__"][0][r, :tokens]
+                    close(feature, theirs[f"visual.deepstack_merger_list.{slot}"], f"DeepStack {slot}")
+                # A text's positions are the same on all three axes, which transformers leaves to its default.
+                positions = theirs["positions"][-3:, 0].numpy().T
+                np.testing.assert_array_equal(rows.position[r, here], positions)
+                compared.add("positions")
+            for layer, has_experts in enumerate(sparse):
+                number, place = divmod(layer, period)
+                found = periods[f"layer_{place}"]
+                close(
+                    found["__call__"][0][0][number, r, here],
+                    theirs[f"language_model.layers.{layer}"],
+                    f"decoder layer {layer}",
+                )
+                if has_experts:
+                    kernel = flat[f"decoder/periods/layer_{place}/experts/router"][number]
+                    hidden = found["post_attention_norm"]["__call__"][0][number, r, here]
+                    routing = router.route(jnp.asarray(hidden), jnp.asarray(kernel), config.experts.per_token)
+                    _, gates, chosen = theirs[f"language_model.layers.{layer}.mlp.gate"]
+                    np.testing.assert_array_equal(np.sort(routing.index, -1), np.sort(chosen.numpy(), -1))
+                    close(np.take_along_axis(np.asarray(routing.gate), chosen.numpy(), 1), gates, f"router {layer}")
+            close(ours["decoder"]["norm"]["__call__"][0][r, here], theirs["last"], "last hidden states")
+            for view, start, stop in part.spans:
+                pooled = theirs["last"][0, start:stop].mean(0)
+                slot = ("t", "i", "mm").index(view)
+                mean = torch.nn.functional.normalize(pooled, dim=0)
+                close(np.asarray(output.embedding[r, slot]), mean, f"embedding {view}")
+                cosine = torch.nn.functional.cosine_similarity(
+                    torch.tensor(np.asarray(output.embedding[r, slot])), pooled, 0
+                )
+                assert cosine >= 1 - 1e-6
+    return compared
+
+
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_every_layer_equals_transformers(case, tokenizer):
+    config = case[0]
+    compared = compare(*case, tokenizer)
+    expected = {f"vision layer {layer}" for layer in range(config.vision.depth)}
+    expected |= {f"DeepStack {slot}" for slot in range(len(config.vision.deepstack))}
+    expected |= {f"decoder layer {layer}" for layer in range(config.language.layers)}
+    expected |= {f"router {layer}" for layer, sparse in enumerate(config_lib.sparse_layers(config)) if sparse}
+    expected |= {"merger", "positions", "last hidden states", "embedding t", "embedding i", "embedding mm"}
+    assert compared == expected
+
+
+def wrong_sections(config, params, products):
+    first, second, third = config.language.rope_sections
+    return config_lib.replace(config, {"language.rope_sections": (first + 1, second - 1, third)}), params, products
+
+
+def dropped_deepstack(config, params, products):
+    params["vision"]["deepstack_1"]["fc2"] = jax.tree.map(jnp.zeros_like, params["vision"]["deepstack_1"]["fc2"])
+    return config, params, products
+
+
+def swapped_halves(config, params, products):
+    experts = params["decoder"]["periods"]["layer_0"]["experts"]
+    experts["gate_up"] = jnp.roll(experts["gate_up"], config.experts.width, axis=-1)
+    return config, params, products
+
+
+def shifted_patches(config, params, products):
+    def shift(part):
+        images = tuple(rows_lib.Patches(np.roll(image.pixels, 1, axis=0), image.yx, image.hw) for image in part.images)
+        return rows_lib.Segment(part.tokens, part.position, part.is_visual, images, part.spans)
+
+    # transformers sees the patches in their order, we see them shifted.
+    return config, params, [[shift(part) for part in parts] for parts in products]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "where"),
+    [
+        (wrong_sections, "decoder layer 0"),
+        (dropped_deepstack, "DeepStack 1"),
+        (swapped_halves, "decoder layer 0"),
+        (shifted_patches, "vision layer 0"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("case", ["experts in every layer"], indirect=True)
+def test_the_comparison_sees_a_mistake(case, tokenizer, mistake, where, monkeypatch):
+    """A wrong M-RoPE section, a dropped DeepStack feature, swapped gate and up, patches out of order."""
+    config, model, params, products = case
+    products = products[:1]
+    compare(config, model, params, products, tokenizer)
+    wrong_config, wrong_params, wrong_products = mistake(config, jax.tree.map(lambda leaf: leaf, params), products)
+    plain = torch_inputs
+    monkeypatch.setattr(
+        "tests.model.test_parity.torch_inputs",
+        lambda segment, c: plain(
+            next(p for parts in products for p in parts if np.array_equal(p.tokens, segment.tokens)), c
         ),
     )
-    vision = dict(
-        depth=v.depth,
-        hidden_size=v.width,
-        intermediate_size=v.mlp_width,
-        num_heads=v.heads,
-        patch_size=v.patch,
-        temporal_patch_size=v.temporal,
-        spatial_merge_size=v.merge,
-        out_hidden_size=c.width,
-        num_position_embeddings=v.positions,
-        deepstack_visual_indexes=list(v.deepstack),
+    with pytest.raises(AssertionError, match=where):
+        compare(wrong_config, model, wrong_params, wrong_products, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "case", ["dense, tied, two queries a key", "experts in every layer", "experts in every second layer"], indirect=True
+)
+def test_gradients_equal_transformers(case, tokenizer):
+    config, model, params, products = case
+    rows = rows_lib.pack([[p] for p in products], rows_lib.Layout.of(config).holding(products), tokenizer.pad)
+    target = np.random.default_rng(0).normal(size=(len(products), 3, config.language.width)).astype(np.float32)
+    gradient = jax.jit(jax.grad(lambda p: (Encoder(config).apply({"params": p}, rows).embedding * target).sum()))(
+        params
     )
-    tokens = dict(image_token_id=IMAGE, vision_start_token_id=START, vision_end_token_id=END, video_token_id=299)
-    if config.experts.count:
-        text |= dict(
-            num_experts=config.experts.count,
-            num_experts_per_tok=config.experts.per_token,
-            moe_intermediate_size=config.experts.width,
-            norm_topk_prob=True,
-            decoder_sparse_step=config.experts.every,
-            mlp_only_layers=[],
-        )
-        kind, module = transformers.Qwen3VLMoeConfig, modeling_qwen3_vl_moe.Qwen3VLMoeModel
-    else:
-        kind, module = transformers.Qwen3VLConfig, modeling_qwen3_vl.Qwen3VLModel
-    torch.manual_seed(seed)
-    model = module(kind(text_config=text, vision_config=vision, **tokens)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter)
-            # Larger than the usual start, so that norms, biases and routing matter.
-            parameter.copy_(1 + 0.2 * noise if "norm" in name and name.endswith("weight") else 0.2 * noise)
-    return model
 
-
-def our_params(model, config):
-    weights = {}
-    for name, parameter in model.state_dict().items():
-        array = parameter.detach().numpy()
-        # transformers holds experts transposed; published checkpoints do not.
-        weights[name] = array.transpose(0, 2, 1) if ".experts." in name else array
-    params = keys.to_params(weights, config)
-    back = keys.from_params(params, config)
-    assert set(back) == set(weights)
-    for name, array in weights.items():
-        np.testing.assert_array_equal(back[name], array)
-    return params
-
-
-def pictures(config, sizes, seed):
-    from PIL import Image
-
-    rng = np.random.default_rng(seed)
-    rule = ResizeRule.of(config)
-    return [patchify(Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)), rule) for h, w in sizes]
-
-
-def torch_forward(model, segment, config):
-    """Last hidden states of one segment alone, f32[n,D]."""
-    inputs = {"input_ids": torch.tensor(segment.tokens[None].astype(np.int64))}
-    if segment.images:
-        pixels = np.concatenate([image.pixels for image in segment.images]).astype(np.float32) / 127.5 - 1
-        side = config.vision.patch
-        pixels = np.repeat(pixels.reshape(len(pixels), 3, 1, side, side), config.vision.temporal, axis=2)
-        inputs["pixel_values"] = torch.tensor(pixels.reshape(len(pixels), -1))
-        inputs["image_grid_thw"] = torch.tensor([[1, *image.hw] for image in segment.images])
-        inputs["mm_token_type_ids"] = torch.tensor(segment.is_visual[None].astype(np.int32))
-    return model(**inputs).last_hidden_state[0]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_views_and_gradients_equal_transformers(name):
-    config = CASES[name]
-    model = reference(config)
-    params = our_params(model, config)
-    rng = np.random.default_rng(0)
-    text = lambda n: rng.integers(4, 299, n).astype(np.int32)  # noqa: E731
-    # Landscape, portrait, square and 1:5 images, none at all, and a text of one token.
-    products = [
-        (text(5), pictures(config, [(20, 30)], 1)),
-        (text(1), pictures(config, [(60, 40)], 2)),
-        (None, pictures(config, [(32, 32)], 3)),
-        (text(12), []),
-        (text(3), pictures(config, [(10, 50)], 4)),
-    ]
-    segments = [rows_lib.segments(tokens, images, Ids, 2) for tokens, images in products]
-    rows = rows_lib.pack([[parts] for parts in segments], rows_lib.Layout.of(config), PAD_ID)
-    weights = rng.normal(size=(len(products), 3, config.language.width)).astype(np.float32)
-
-    def ours(params):
-        embedding = Encoder(config).apply({"params": params}, rows).embedding
-        return (embedding * weights).sum(), embedding
-
-    (_, embedding), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(jax.tree.map(jnp.asarray, params))
-
-    total, seen = 0.0, 0
-    for r, parts in enumerate(segments):
+    total = 0.0
+    for r, parts in enumerate(products):
         for part in parts:
-            hidden = torch_forward(model, part, config)
+            hidden = model(**torch_inputs(part, config)).last_hidden_state[0]
             for view, start, stop in part.spans:
-                slot = ("t", "i", "mm").index(view)
-                expected = torch.nn.functional.normalize(hidden[start:stop].mean(0), dim=0)
-                np.testing.assert_allclose(embedding[r, slot], expected.detach().numpy(), atol=2e-5)
-                total = total + (expected * torch.tensor(weights[r, slot])).sum()
-                seen += 1
-    assert seen == 3 * 3 + 1 + 1  # three whole products, one lone image, one lone text
+                unit = torch.nn.functional.normalize(hidden[start:stop].mean(0), dim=0)
+                total = total + (unit * torch.tensor(target[r, ("t", "i", "mm").index(view)])).sum()
+    model.zero_grad()
     total.backward()
-    theirs = {key: (torch.zeros_like(p) if p.grad is None else p.grad).numpy() for key, p in model.named_parameters()}
-    theirs = {key: g.transpose(0, 2, 1) if ".experts." in key else g for key, g in theirs.items()}
-    for key, array in keys.from_params(jax.device_get(gradient), config).items():
-        expected = theirs[key]
+    theirs = {name: parameter.grad for name, parameter in model.named_parameters()}
+    found = keys.flatten(jax.device_get(gradient))
+    for row in keys.table(config):
+        leaf = found[row.ours] if row.place is None else found[row.ours][row.place]
+        array = keys.to_theirs(leaf, row.turning)
+        expected = theirs[row.theirs].numpy()
+        expected = expected.transpose(0, 2, 1) if ".experts." in row.theirs else expected
         scale = max(np.abs(expected).max(), 1e-3)
-        np.testing.assert_allclose(array / scale, expected / scale, atol=5e-4, err_msg=key)
+        np.testing.assert_allclose(array / scale, expected / scale, atol=5e-4, err_msg=row.theirs)
 
 
-def test_three_images_of_different_size_in_one_product():
-    config = tiny(data__images=3)
-    model = reference(config)
-    images = pictures(config, [(20, 30), (60, 40), (32, 32)], 7)
-    (part,) = rows_lib.segments(np.arange(4, 9, dtype=np.int32), images, Ids, 2, ("i", "mm"))
-    rows = rows_lib.pack([[[part]]], rows_lib.Layout.of(config), PAD_ID)
-    output = jax.jit(Encoder(config).apply)({"params": our_params(model, config)}, rows)
-    hidden = torch_forward(model, part, config)
-    for view, start, stop in part.spans:
-        expected = torch.nn.functional.normalize(hidden[start:stop].mean(0), dim=0).detach().numpy()
-        np.testing.assert_allclose(output.embedding[0, ("t", "i", "mm").index(view)], expected, atol=2e-5)
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("case", ["dense, tied, two queries a key"], indirect=True)
+def test_a_template_gives_each_view_a_segment_of_its_own(case, tokenizer, pooling):
+    """As Qwen3-VL-Embedding has it. The images of both segments go through the tower once."""
+    config, model, params, _ = case
+    config = config_lib.replace(config, {"language.pooling": pooling, "data.template": "qwen3_vl_embedding"})
+    template = tokenizer.template("qwen3_vl_embedding")
+    images = pictures(config, [(32, 32), (20, 100)], 3)
+    words = tokenizer.encode(["red mug"], 12)[0]
+    parts = rows_lib.segments(words, images, tokenizer, config.vision.merge, template=template)
+    assert [[span[0] for span in part.spans] for part in parts] == [["t"], ["i"], ["mm"]]
+    layout = rows_lib.Layout.of(config, template)
+    rows = rows_lib.pack([[parts]], layout, tokenizer.pad)
+    assert (rows.patch_image[0] >= 0).sum() == sum(len(image.pixels) for image in images)
+    embedding = jax.jit(Encoder(config).apply)({"params": params}, rows).embedding
+    for slot, part in enumerate(parts):
+        with torch.no_grad():
+            hidden = model(**torch_inputs(part, config)).last_hidden_state[0]
+        pooled = hidden[-1] if pooling == "last" else hidden.mean(0)
+        expected = torch.nn.functional.normalize(pooled, dim=0)
+        np.testing.assert_allclose(embedding[0, slot], expected.numpy(), atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("size", [(60, 80), (80, 60), (224, 224), (30, 150), (37, 91), (5, 7), (300, 41)])
-def test_pixels_equal_the_image_processor(size):
-    """Resized sizes and pixel values of Qwen's own processor, wherever its rule keeps to the budget."""
+@pytest.mark.parametrize(
+    "size", [(60, 80), (80, 60), (224, 224), (30, 150), (37, 91), (5, 7), (300, 41), (4, 700), (900, 5), (1, 200)]
+)
+@pytest.mark.parametrize("budget", [(2, 6), (4, 40), (4, 256)])
+def test_pixels_equal_the_image_processor(size, budget):
+    """Resized sizes and pixel values of Qwen's own processor, at any aspect and under any budget."""
     from PIL import Image
     from transformers import Qwen2VLImageProcessorPil
 
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
-    config = tiny(data__visual_tokens=40, data__min_visual_tokens=4, vision__patch=16)
-    rule = ResizeRule.of(config)
+    least, most = budget
+    config = tiny(data__visual_tokens=most, data__min_visual_tokens=least, vision__patch=16)
+    rule = ResizeRule.of(config, within_budget=False)
     processor = Qwen2VLImageProcessorPil(
         patch_size=16,
         merge_size=2,
@@ -209,6 +334,8 @@ def test_pixels_equal_the_image_processor(size):
     ours = patchify(image, rule)
     assert list(theirs["image_grid_thw"][0]) == [1, *ours.hw]
     frames = theirs["pixel_values"].reshape(len(ours.pixels), 3, 2, 16, 16)
+    found = np.asarray(jnp.asarray(ours.pixels).astype(jnp.float32) / 127.5 - 1.0).reshape(-1, 3, 16, 16)
     for frame in range(2):
-        found = ours.pixels.astype(np.float32).reshape(-1, 3, 16, 16) / 127.5 - 1
         np.testing.assert_allclose(found, frames[:, :, frame], atol=1e-6)
+    if most >= 200:  # no aspect overruns such a budget: training resizes alike
+        assert ResizeRule.of(config).size(*size) == rule.size(*size)

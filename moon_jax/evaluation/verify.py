@@ -1,0 +1,87 @@
+"""An exported folder held against transformers: the same products, its processor and model, their embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from moon_jax.config import UserError
+from moon_jax.hub import folder as folder_lib
+from moon_jax.serving import embedder as serving
+from moon_jax.types import Product
+
+LEAST = 0.9999
+"""A cosine below it means that another model would be served than was trained."""
+
+
+def products() -> list[Product]:
+    """A text, a 3:4 image, and both."""
+    rows, columns = np.mgrid[0:160, 0:120]
+    waves = [127 + 120 * np.sin(rows / 9 + k) * np.cos(columns / (7 + k)) for k in range(3)]
+    picture = Image.fromarray(np.stack(waves, -1).astype(np.uint8))
+    title = "Red canvas sneaker, size 42"
+    return [Product(text=title), Product(images=(picture,)), Product(text=title, images=(picture,))]
+
+
+def verify(folder: Path) -> list[float]:
+    """Cosines between our embeddings and transformers' of a text, an image and both, computed in float32.
+
+    Raises:
+        UserError: torch or transformers is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"--verify compares with transformers, and {error.name} is missing: pip install -e '.[hf]'"
+        ) from None
+    asked = products()
+    ours = serving.load(folder, {"training.dtype": "float32"}).encode(asked)
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    last = folder_lib.settings(folder)["language.pooling"] == "last"
+    cosines = []
+    for product, vector in zip(asked, ours, strict=True):
+        with torch.no_grad():
+            hidden = model(**_inputs(product, tokenizer, images, (folder / "chat_template.jinja").read_text("utf-8")))
+        states = hidden.last_hidden_state[0]
+        pooled = torch.nn.functional.normalize(states[-1] if last else states.mean(0), dim=0)
+        cosines.append(float(pooled.numpy() @ vector))
+    return cosines
+
+
+def _inputs(product: Product, tokenizer: Any, images: Any, template: str) -> dict[str, Any]:
+    """What Qwen3VLProcessor makes of one message; it would want torchvision as well."""
+    import torch
+
+    content: list[dict[str, Any]] = [{"type": "image"} for _ in product.images]
+    content += [{"type": "text", "text": product.text}] if product.text else []
+    message = [{"role": "user", "content": content}]
+    prompt = tokenizer.apply_chat_template(message, chat_template=template, tokenize=False)
+    inputs: dict[str, Any] = {}
+    if product.images:
+        inputs = dict(images(images=list(product.images), return_tensors="pt"))
+        for grid in inputs["image_grid_thw"]:
+            count = int(grid.prod()) // images.merge_size**2
+            prompt = prompt.replace("<|image_pad|>", "<|placeholder|>" * count, 1)
+        prompt = prompt.replace("<|placeholder|>", "<|image_pad|>")
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    visual = encoded["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return inputs | {
+        "input_ids": encoded["input_ids"],
+        "attention_mask": encoded["attention_mask"],
+        "mm_token_type_ids": visual.int(),
+    }
+
+
+def check(cosines: list[float]) -> None:
+    """Raises UserError for embeddings that are not those of transformers."""
+    if min(cosines) < LEAST:
+        raise UserError(
+            f"transformers embeds otherwise: cosine {min(cosines):.6f}, below {LEAST}; do not serve this folder"
+        )

@@ -1,0 +1,268 @@
+"""What a Hugging Face folder says of its model: sizes, pooling, template, pixel budget, licence.
+
+Read are config.json, preprocessor_config.json, sentence-transformers' files and, in a folder that moon_jax exported,
+`moon_jax/config.json`. No code of the folder is run, and nothing is fetched unless the model is written hf://….
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from moon_jax import config as config_lib
+from moon_jax.config import UserError
+
+HUB = "hf://"
+FETCHED = ("*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE", "moon_jax/*")
+"""What is fetched of a repository: neither code nor pickles."""
+
+SIDECAR = "moon_jax"
+"""The folder within an exported one that holds what Hugging Face's files have no place for."""
+
+KINDS = ("qwen3_vl", "qwen3_vl_moe")
+
+CARRIED = (
+    "language.pooling",
+    "data.template",
+    "data.images",
+    "data.text_tokens",
+    "data.visual_tokens",
+    "data.min_visual_tokens",
+    "training.param_dtype",
+)
+"""Options that an exported folder's sidecar decides."""
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a Hugging Face folder; a workdir of ours has a config.json as well."""
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def locate(model: str | Path) -> Path:
+    """The folder of a model: itself, or for hf://owner/name[@revision] its snapshot in Hugging Face's cache.
+
+    Raises:
+        UserError: no such folder, or the hub does not give it.
+    """
+    model = str(model)
+    if not model.startswith(HUB):
+        if not Path(model).is_dir():
+            hint = f"; a model of the Hugging Face hub is written {HUB}{model}" if model.count("/") == 1 else ""
+            raise UserError(f"{model}: no such folder{hint}")
+        return Path(model)
+    name, _, revision = model.removeprefix(HUB).partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"{model}: a model of the hub is written {HUB}owner/name, or {HUB}owner/name@revision")
+    from huggingface_hub import snapshot_download  # slow to import, and only wanted here
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{model}: the hub does not give it ({str(error).splitlines()[0]})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        value.items()
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a JSON object ({error})") from None
+    return value
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """The options that the folder decides, by dotted name: `config.replace` takes them.
+
+    Raises:
+        UserError: a model that is not of Qwen3-VL's kind, or differs from it in what moon_jax has no option for.
+    """
+    path = folder / "config.json"
+    if not is_folder(folder):
+        raise UserError(f"{path}: no config of a Hugging Face model there")
+    held = read_json(path)
+    if held["model_type"] not in KINDS:
+        raise UserError(f"{path}: a model of type {held['model_type']!r}; read are {' and '.join(KINDS)}")
+    text, vision = held.get("text_config", {}), held.get("vision_config", {})
+    try:
+        found = _vision(vision) | _language(text) | (_experts(text) if held["model_type"] == "qwen3_vl_moe" else {})
+        wanted = _same(held, text, vision)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error!r} is missing, or not what a {held['model_type']} has") from None
+    for name, (value, expected) in wanted.items():
+        if value != expected:
+            raise UserError(f"{path}: {name} is {value!r}; moon_jax has {expected!r} only")
+    sidecar = folder / SIDECAR / "config.json"
+    if not sidecar.is_file():
+        return found | _pixels(folder, vision) | _pooling(folder)
+    ours = config_lib.leaves(config_lib.read_json(sidecar))
+    for name, value in found.items():
+        if ours[name] != value:
+            raise UserError(f"{sidecar}: {name} is {ours[name]!r} there, and {value!r} by {path}")
+    return found | {name: ours[name] for name in CARRIED}
+
+
+def config(folder: Path, options: dict[str, Any]) -> config_lib.Config:
+    """The config under which the folder's model is used as it is, with `options` changed."""
+    return config_lib.replace(config_lib.Config(), {"experts.count": 0} | settings(folder) | options)
+
+
+def tokenizer(folder: Path) -> Path:
+    """The folder's tokenizer.json.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: no tokenizer.json there; slow tokenizers are not read")
+    return folder / "tokenizer.json"
+
+
+def _vision(vision: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "vision.depth": vision["depth"],
+        "vision.width": vision["hidden_size"],
+        "vision.mlp_width": vision["intermediate_size"],
+        "vision.heads": vision["num_heads"],
+        "vision.patch": vision["patch_size"],
+        "vision.temporal": vision["temporal_patch_size"],
+        "vision.merge": vision["spatial_merge_size"],
+        "vision.positions": vision["num_position_embeddings"],
+        "vision.deepstack": tuple(vision["deepstack_visual_indexes"]),
+    }
+
+
+def _language(text: dict[str, Any]) -> dict[str, Any]:
+    rope = _rope(text)
+    return {
+        "language.vocab": text["vocab_size"],
+        "language.width": text["hidden_size"],
+        "language.layers": text["num_hidden_layers"],
+        "language.heads": text["num_attention_heads"],
+        "language.kv_heads": text.get("num_key_value_heads") or text["num_attention_heads"],
+        "language.head_dim": text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+        "language.mlp_width": text["intermediate_size"],
+        "language.rope_theta": float(rope["rope_theta"]),
+        "language.rope_sections": tuple(rope["mrope_section"]),
+        "language.norm_eps": float(text["rms_norm_eps"]),
+    }
+
+
+def _experts(text: dict[str, Any]) -> dict[str, Any]:
+    return {
+        # transformers 5 saves the first under the second name
+        "experts.count": text["num_experts"] if "num_experts" in text else text["num_local_experts"],
+        "experts.per_token": text["num_experts_per_tok"],
+        "experts.width": text["moe_intermediate_size"],
+        "experts.every": text.get("decoder_sparse_step", 1),
+        "experts.dense_layers": tuple(sorted(text.get("mlp_only_layers") or ())),
+    }
+
+
+def _rope(text: dict[str, Any]) -> dict[str, Any]:
+    """Both spellings: `rope_parameters`, or `rope_scaling` with `rope_theta` beside it."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    return rope if "rope_theta" in rope else rope | {"rope_theta": text["rope_theta"]}
+
+
+def _same(held: dict[str, Any], text: dict[str, Any], vision: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What moon_jax has one value for: name → (the folder's, that one)."""
+    rope = _rope(text)
+    return {
+        "quantization_config": (held.get("quantization_config"), None),
+        "text_config.hidden_act": (text.get("hidden_act", "silu"), "silu"),
+        "text_config.attention_bias": (text.get("attention_bias", False), False),
+        "text_config.norm_topk_prob": (text.get("norm_topk_prob", True), True),
+        "text_config.rope_scaling.rope_type": (rope.get("rope_type", "default"), "default"),
+        "text_config.rope_scaling.mrope_interleaved": (rope.get("mrope_interleaved", True), True),
+        "vision_config.hidden_act": (vision.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
+        "vision_config.in_channels": (vision.get("in_channels", 3), 3),
+        "vision_config.out_hidden_size": (vision["out_hidden_size"], text["hidden_size"]),
+    }
+
+
+def _pixels(folder: Path, vision: dict[str, Any]) -> dict[str, Any]:
+    """The pixel budget, as far as the default allows: Qwen's own, 16,384 visual tokens an image, is not for catalogues."""
+    held = read_json(folder / "preprocessor_config.json")
+    held = held or read_json(folder / "processor_config.json").get("image_processor", {})
+    half = [0.5, 0.5, 0.5]
+    expected = {"image_mean": half, "image_std": half, "patch_size": vision["patch_size"], "resample": 3}
+    for name, value in expected.items():
+        if held.get(name, value) != value:
+            raise UserError(
+                f"{folder}: its images are prepared with {name} {held[name]!r}; moon_jax has {value!r} only"
+            )
+    size = held.get("size") or {}
+    area = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
+    default = config_lib.Data()
+    most = held.get("max_pixels") or size.get("longest_edge") or default.visual_tokens * area
+    least = held.get("min_pixels") or size.get("shortest_edge") or default.min_visual_tokens * area
+    tokens = max(1, min(most // area, default.visual_tokens))
+    return {"data.visual_tokens": tokens, "data.min_visual_tokens": max(1, min(least // area, tokens))}
+
+
+def _pooling(folder: Path) -> dict[str, Any]:
+    """Pooling and template of an embedding model by sentence-transformers' files; ours for a model that is none.
+
+    Qwen3-VL-Embedding pools the last token of a chat whose system message is an instruction.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    held = read_json(path)
+    if not held:
+        return {}
+    mode = held.get("pooling_mode") or [
+        name.removeprefix("pooling_mode_")
+        for name, value in held.items()
+        if name.startswith("pooling_") and value is True
+    ]
+    modes = {"mean": "mean", "mean_tokens": "mean", "lasttoken": "last"}
+    pooling = modes.get(mode if isinstance(mode, str) else "+".join(mode))
+    if pooling is None:
+        raise UserError(f"{path}: pools by {mode}; moon_jax pools by mean or by last token")
+    jinja = folder / "chat_template.jinja"
+    chat = jinja.read_text(encoding="utf-8") if jinja.is_file() else ""
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        chat = chat or str(read_json(folder / name).get("chat_template") or "")
+    if "<|im_start|>" not in chat:
+        raise UserError(f"{folder}: an embedding model whose chat template is not Qwen's cannot be read")
+    prompts = read_json(folder / "config_sentence_transformers.json")
+    prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"))
+    chat_options = (read_json(folder / "sentence_bert_config.json").get("processing_kwargs") or {}).get("chat_template")
+    generation = (chat_options or {}).get("add_generation_prompt", pooling == "last")
+    if pooling == "last" and not prompt:
+        prompt = "Represent the user's input."  # what Qwen's own code says where nothing is asked for
+    system = f"<|im_start|>system\n{prompt}<|im_end|>\n" if prompt else ""
+    template = f"{system}<|im_start|>user\n{{}}<|im_end|>\n" + ("<|im_start|>assistant\n" if generation else "")
+    named = next((name for name, text in config_lib.TEMPLATES.items() if text == template), template)
+    return {"language.pooling": pooling, "data.template": named}
+
+
+def licence(folder: Path) -> str:
+    """The licence that the folder's model card states; empty where it states none."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    line = re.search(r"^license:\s*([\w.-]+)\s*$", found[1], re.MULTILINE) if found else None
+    return line[1] if line else ""
+
+
+def check(wanted: config_lib.Config, folder: Path) -> None:
+    """Whether the folder's weights can begin a run of this config.
+
+    Raises:
+        UserError: names the first size that differs.
+    """
+    ours, theirs = config_lib.leaves(wanted), settings(folder)
+    # Dense weights are upcycled where the config wants experts; else the folder's experts are the config's.
+    groups = ("vision.", "language.") + (("experts.",) if theirs.get("experts.count") else ())
+    for name, value in theirs.items():
+        if name.startswith(groups) and name != "language.pooling" and ours[name] != value:
+            raise UserError(f"config.{name}: {ours[name]!r}, and {folder} has {value!r}; give a config that fits it")

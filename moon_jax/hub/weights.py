@@ -1,0 +1,348 @@
+"""Weights of a Hugging Face folder → our parameters, each tensor straight to its place on the devices.
+
+A leaf of ours is a view of tensors on disk: stacked, transposed, repeated (upcycling). `Lazy` describes such a view
+without reading it; what is read is the region that one device holds, in pieces, so that the host never holds more
+than one device's part of one leaf beside the parameters that are loaded already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  bfloat16 for numpy
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from moon_jax import config as config_lib
+from moon_jax.config import UserError
+from moon_jax.hub import keys
+
+Region = tuple[slice, ...]
+
+FLOATS = ("F32", "BF16", "F16", "F64")
+LM_HEAD = "lm_head.weight"
+"""The head over the vocabulary: an embedder has no use for it, and it is left behind."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """An array that is read by region. `read` takes a slice with explicit start and stop for each axis."""
+
+    shape: tuple[int, ...]
+    read: Callable[[Region], np.ndarray]
+
+
+def transposed(source: Lazy) -> Lazy:
+    """The last two axes swapped."""
+
+    def read(region: Region) -> np.ndarray:
+        *lead, rows, columns = region
+        return source.read((*lead, columns, rows)).swapaxes(-1, -2)
+
+    *lead, rows, columns = source.shape
+    return Lazy((*lead, columns, rows), read)
+
+
+def patch_kernel(source: Lazy) -> Lazy:
+    """[Dv,3,frames,h,w] → [frames,3·h·w,Dv]; small, so read whole."""
+    width, channels, frames, high, wide = source.shape
+
+    def read(region: Region) -> np.ndarray:
+        whole = source.read(tuple(slice(0, size) for size in source.shape))
+        return whole.transpose(2, 1, 3, 4, 0).reshape(frames, -1, width)[region]
+
+    return Lazy((frames, channels * high * wide, width), read)
+
+
+def joined(parts: list[Lazy]) -> Lazy:
+    """Concatenated along the last axis; the parts are of one shape."""
+    width = parts[0].shape[-1]
+
+    def read(region: Region) -> np.ndarray:
+        *lead, last = region
+        found = []
+        for number, part in enumerate(parts):
+            start, stop = (min(max(edge - number * width, 0), width) for edge in (last.start, last.stop))
+            if start < stop:
+                found.append(part.read((*lead, slice(start, stop))))
+        return found[0] if len(found) == 1 else np.concatenate(found, axis=-1)
+
+    return Lazy((*parts[0].shape[:-1], len(parts) * width), read)
+
+
+def stacked(parts: list[Lazy]) -> Lazy:
+    """A new first axis."""
+
+    def read(region: Region) -> np.ndarray:
+        first, *rest = region
+        return np.stack([parts[number].read(tuple(rest)) for number in range(first.start, first.stop)])
+
+    return Lazy((len(parts), *parts[0].shape), read)
+
+
+def redrawn(source: Lazy, axis: int, share: float, seed: tuple[int, ...], units: tuple[int, ...]) -> Lazy:
+    """`share` of the slices along `axis` drawn anew, normal with the mean and deviation of what they replace.
+
+    Args:
+        seed: of the values.
+        units: of the choice of slices: equal ones choose alike, as an expert's three matrices must.
+    """
+    size = source.shape[axis]
+    chosen = np.sort(np.random.default_rng(units).permutation(size)[: round(share * size)])
+    if not len(chosen):
+        return source
+
+    def read(region: Region) -> np.ndarray:
+        inside = (chosen >= region[axis].start) & (chosen < region[axis].stop)
+        fresh = _fresh(source, axis, tuple(chosen.tolist()), seed)
+        array = source.read(region).astype(np.float32)
+        into, other = [slice(None)] * len(region), list(region)
+        into[axis], other[axis] = chosen[inside] - region[axis].start, inside
+        array[tuple(into)] = fresh[tuple(other)]
+        return array
+
+    return Lazy(source.shape, read)
+
+
+@functools.lru_cache(maxsize=1)  # a leaf is read in pieces, one expert after the other
+def _fresh(source: Lazy, axis: int, chosen: tuple[int, ...], seed: tuple[int, ...]) -> np.ndarray:
+    whole = source.read(tuple(slice(0, length) for length in source.shape))
+    old = np.take(whole, chosen, axis).astype(np.float32)
+    return np.random.default_rng(seed).normal(old.mean(), old.std(), old.shape).astype(np.float32)
+
+
+class Files:
+    """The tensors of a folder's safetensors files, by name without `model.`. Nothing is unpickled."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+        """
+        Raises:
+            UserError: no safetensors there, or a file that cannot be read.
+        """
+        self.folder = folder
+        self._slices: dict[str, tuple[str, Any]] = {}
+        for name in self._names():
+            try:
+                handle = stack.enter_context(safe_open(folder / name, framework="np"))
+                for key in handle.keys():  # noqa: SIM118  not a dict
+                    self._slices[key.removeprefix("model.")] = (name, handle.get_slice(key))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{folder / name}: not a readable safetensors file ({error}); fetch it again") from None
+
+    def _names(self) -> list[str]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
+            for name in names:
+                if not isinstance(name, str) or Path(name).name != name:
+                    raise UserError(f"{index}: names {name!r}, which is no file of this folder")
+                if not (self.folder / name).is_file():
+                    raise UserError(f"{self.folder}: {name} is missing, which its index names; fetch it again")
+            return names
+        if (self.folder / "model.safetensors").is_file():
+            return ["model.safetensors"]
+        raise UserError(f"{self.folder}: no model.safetensors and no index of several; other formats are not read")
+
+    def names(self) -> set[str]:
+        return set(self._slices)
+
+    def __getitem__(self, name: str) -> Lazy:
+        """
+        Raises:
+            UserError: not a tensor of floats.
+        """
+        file, part = self._slices[name]
+        if part.get_dtype() not in FLOATS:
+            raise UserError(
+                f"{self.folder / file}: {name} is of type {part.get_dtype()}; quantised weights are not read"
+            )
+        return Lazy(tuple(part.get_shape()), lambda region: part[region])
+
+
+def is_upcycled(config: config_lib.Config, names: set[str]) -> bool:
+    """Whether the weights are dense where the config wants experts."""
+    return config.experts.count > 0 and not any(".mlp.experts." in name for name in names)
+
+
+def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
+    """Path → leaf of the encoder's parameters, from the weights of a folder; dense ones are upcycled.
+
+    Upcycling (arXiv 2212.05055) gives every expert the dense feed-forward. The gates of a token add up to one, so the
+    function is unchanged, whatever the router says; it starts from N(0, `experts.router_init`), since a zero one would
+    send every token to the first K experts. `experts.redrawn` draws part of each expert anew (arXiv 2502.19261).
+
+    Raises:
+        UserError: a weight that is missing or left over, or whose shape is not the config's; names it.
+    """
+    held = files.names()
+    upcycled = is_upcycled(config, held)
+    used: set[str] = set()
+    missing: list[str] = []
+
+    def take(name: str, axes: int | None = None) -> Lazy | None:
+        used.add(name)
+        if name not in held:
+            missing.append(name)
+            return None
+        lazy = files[name]
+        if axes not in (None, len(lazy.shape)):
+            raise UserError(f"{files.folder}: {name} has shape {lazy.shape}, and {axes} axes are expected")
+        return lazy
+
+    def experts_of(row: keys.Row) -> Lazy | None:
+        """A leaf of the experts of one layer, made of the dense feed-forward."""
+        layer = int(row.theirs.split(".")[2])
+        if row.ours.endswith("router"):
+            shape = (config.language.width, config.experts.count)
+            rng = np.random.default_rng((config.seed, layer))
+            kernel = rng.normal(0.0, config.experts.router_init, shape).astype(np.float32)
+            return Lazy(shape, kernel.__getitem__)
+        names = ("gate_proj", "up_proj") if row.ours.endswith("gate_up") else ("down_proj",)
+        parts = [take(f"language_model.layers.{layer}.mlp.{name}.weight", 2) for name in names]
+        if None in parts:
+            return None
+        if len({part.shape for part in parts}) > 1:
+            raise UserError(f"{files.folder}: gate and up of layer {layer} differ in shape")
+        inner = 1 if row.ours.endswith("gate_up") else 0  # the axis of F, once transposed
+
+        def expert(number: int) -> Lazy:
+            seed = (config.seed, layer, number)
+            matrices = [
+                redrawn(transposed(part), inner, config.experts.redrawn, (*seed, *name.encode()), seed)
+                for name, part in zip(names, parts, strict=True)
+            ]
+            return joined(matrices)
+
+        if not config.experts.redrawn:
+            return _repeated(expert(0), config.experts.count)
+        return stacked([expert(number) for number in range(config.experts.count)])
+
+    if upcycled and config.experts.width != config.language.mlp_width:
+        raise UserError(
+            f"config.experts.width: {config.experts.width}, and the weights of {files.folder} are dense; upcycling copies"
+            f" their feed-forward: give --config.experts.width={config.language.mlp_width}"
+        )
+    turned = {keys.KEEP: (None, lambda lazy: lazy), keys.TRANSPOSE: (2, transposed), keys.PATCH: (5, patch_kernel)}
+    leaves: dict[str, list[Lazy] | Lazy] = {}
+    for row in keys.table(config):
+        if upcycled and "/experts/" in row.ours:
+            lazy = experts_of(row)
+        else:
+            axes, turn = turned[row.turning]
+            lazy = take(row.theirs, axes)
+            if lazy is not None:
+                lazy = turn(_oriented(lazy, row, config))
+        if lazy is None:
+            continue
+        if row.place is None:
+            leaves[row.ours] = lazy
+        else:
+            layers = leaves.setdefault(row.ours, [])
+            if layers and layers[0].shape != lazy.shape:
+                raise UserError(f"{files.folder}: {row.theirs} has shape {lazy.shape}, other layers {layers[0].shape}")
+            layers.append(lazy)
+    if missing:
+        raise UserError(f"{files.folder}: {_listed(missing)} missing; the folder is not whole, or not of this config")
+    left = sorted(held - used - {LM_HEAD})
+    if left:
+        raise UserError(f"{files.folder}: {_listed(left)} left over; the config has no place for it")
+    return {path: stacked(leaf) if isinstance(leaf, list) else leaf for path, leaf in leaves.items()}
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more weights are" if names[1:] else " is")
+
+
+def _oriented(lazy: Lazy, row: keys.Row, config: config_lib.Config) -> Lazy:
+    """Experts as published, [E,D,2F] and [E,F,D]; transformers saves [E,2F,D] and [E,D,F]."""
+    width, inner = config.language.width, config.experts.width
+    swapped = {"experts/gate_up": (2 * inner, width), "experts/down": (width, inner)}
+    return transposed(lazy) if lazy.shape[1:] == swapped.get("/".join(row.ours.split("/")[-2:])) else lazy
+
+
+def _repeated(source: Lazy, count: int) -> Lazy:
+    """`count` times the same, along a new first axis."""
+
+    def read(region: Region) -> np.ndarray:
+        first, *rest = region
+        array = source.read(tuple(rest))
+        return np.broadcast_to(array, (first.stop - first.start, *array.shape))
+
+    return Lazy((count, *source.shape), read)
+
+
+def _pieces(shape: tuple[int, ...], region: Region, largest: int) -> Iterator[Region]:
+    """`region` in pieces of at most `largest` elements, cut along the first axes."""
+    size = int(np.prod([part.stop - part.start for part in region]))
+    axis = next((axis for axis, part in enumerate(region) if part.stop - part.start > 1), None)
+    if size <= largest or axis is None:
+        yield region
+        return
+    part = region[axis]
+    step = max(1, (part.stop - part.start) * largest // size)
+    for start in range(part.start, part.stop, step):
+        piece = (*region[:axis], slice(start, min(start + step, part.stop)), *region[axis + 1 :])
+        yield from _pieces(shape, piece, largest)
+
+
+def read_region(source: Lazy, region: Region, dtype: np.dtype) -> np.ndarray:
+    """That region as a new array, read in pieces of a sixteenth, each cast before the next is read."""
+    out = np.empty([part.stop - part.start for part in region], dtype)
+    for piece in _pieces(source.shape, region, max(1, out.size // 16)):
+        into = tuple(
+            slice(part.start - whole.start, part.stop - whole.start) for part, whole in zip(piece, region, strict=True)
+        )
+        out[into] = source.read(piece)
+    return out
+
+
+def place(source: Lazy, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A leaf on its devices, as `like` has shape, dtype and sharding; one device's part at a time."""
+    regions: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, like.shape, strict=True))
+        regions.setdefault(bounds, []).append(device)
+    parts = {}
+    for bounds, devices in regions.items():
+        array = read_region(source, tuple(slice(*edges) for edges in bounds), like.dtype)
+        for device in devices:
+            parts[device] = jax.block_until_ready(jax.device_put(array, device))
+        del array
+    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, list(parts.values()))
+
+
+def load(
+    folder: Path,
+    config: config_lib.Config,
+    like: Any,
+    track: Callable[[Iterable, int], Iterable] = lambda work, total: work,
+) -> Any:
+    """The encoder's parameters from a folder, upcycled where the config wants experts and the folder is dense.
+
+    Args:
+        like: abstract parameters with shardings: the target's dtypes and places.
+        track: wraps the iterable of leaves, whose number it is told, to show progress.
+
+    Raises:
+        UserError: a weight that is missing, left over or of the wrong shape.
+    """
+    targets = keys.flatten(like)
+    with contextlib.ExitStack() as stack:
+        found = sources(config, Files(folder, stack))
+        for path, target in targets.items():
+            if found[path].shape != target.shape:
+                theirs = next(row.theirs for row in keys.table(config) if row.ours == path)
+                raise UserError(
+                    f"{folder}: {theirs} gives {path} the shape {found[path].shape}, and the config {target.shape}"
+                )
+        return keys.unflatten({path: place(found[path], targets[path]) for path in track(targets, len(targets))})
