@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import functools
 import logging
 import os
 import sys
@@ -22,7 +23,9 @@ MOON2.0 in JAX: one model embeds a product from its text, its image or both into
 examples:
   moon-jax quickstart                                              the whole method on a rendered catalogue
   moon-jax quickstart --data catalogue/ --workdir runs/first       on your own
-  moon-jax quickstart --help
+  moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
+  moon-jax export --model runs/2b --output served --verify
+  moon-jax train --help
 """
 
 QUICKSTART = """\
@@ -39,6 +42,33 @@ examples:
   moon-jax quickstart --workdir runs/nested '--config.objective.matryoshka=(32,64)'
 
 --config.a.b=VALUE changes any option of the config; moon_jax/config.py has them all with their meaning.
+"""
+
+
+TRAIN = """\
+Trains a config on a catalogue; the same command again resumes. With --init the run begins from public weights of Qwen3-VL,
+2B to 30B-A3B or Qwen3-VL-Embedding; where the config wants experts and the weights are dense, every expert begins as a copy
+of the dense feed-forward. Sizes, pooling and template are those of the weights, unless the config says otherwise.
+
+examples:
+  moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
+  moon-jax train --config moon2_qwen3vl_2b --init models/Qwen3-VL-Embedding-2B --data catalogue/ --workdir runs/emb
+  moon-jax train --config quickstart --data catalogue/ --workdir runs/scratch --steps 500
+  moon-jax train --config moon2_qwen3vl_8b --init models/Qwen3-VL-8B-Instruct --data catalogue/ --workdir runs/8b \\
+    --config.mesh.fsdp=8 --config.experts.redrawn=0.5
+
+--init takes a folder, or hf://owner/name[@revision] of the Hugging Face hub; nothing else asks the network.
+--config.a.b=VALUE changes any option of the config; moon_jax/config.py has them all with their meaning.
+"""
+
+EXPORT = """\
+Writes a model as a Hugging Face folder, qwen3_vl_moe where it has experts and qwen3_vl where it has none: for transformers,
+sentence-transformers and the servers built on them. --verify embeds a text, an image and both with transformers on this
+machine, and fails where they differ from ours (it needs: pip install -e '.[hf]').
+
+examples:
+  moon-jax export --model moon-jax-quickstart --output served
+  moon-jax export --model runs/2b --output served --dtype bfloat16 --verify
 """
 
 
@@ -69,6 +99,19 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     quickstart.add_argument("--steps", type=int, help="training steps, in place of the config's")
     quickstart.add_argument("--config", help="a config that is shipped (quickstart, the default), or a file")
+    train = commands.add_parser(
+        "train", help="train a config, from public weights or from scratch", description=TRAIN, **layout
+    )
+    train.add_argument("--config", required=True, help="a config that is shipped, or a file")
+    train.add_argument("--data", help="as for quickstart")
+    train.add_argument("--workdir", required=True, help="where the run lives")
+    train.add_argument("--init", help="a Hugging Face folder or hf://owner/name to begin from; default: random weights")
+    train.add_argument("--steps", type=int, help="training steps, in place of the config's")
+    export = commands.add_parser("export", help="write a Hugging Face folder", description=EXPORT, **layout)
+    export.add_argument("--model", required=True, help="a workdir, a Hugging Face folder, or hf://owner/name")
+    export.add_argument("--output", required=True, help="a folder that is new or empty")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: the parameters' own")
+    export.add_argument("--verify", action="store_true", help="compare embeddings with transformers")
     parsed, rest = parser.parse_known_args(arguments)
     flags = [f"--{name}" for name in vars(parsed) if name != "command"]
     for argument in rest:
@@ -90,15 +133,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with interrupt.remembered():
             parsed, overrides = parse(arguments)
-            run_quickstart(parsed, overrides)
+            COMMANDS[parsed.command](parsed, overrides)
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        return _fail(_refused(error, parsed.workdir))
+        return _fail(_refused(error, parsed))
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from here")
+        goes_on = "nothing was written; the same command starts anew"
+        _fail(f"interrupted; {goes_on if parsed.command == 'export' else 'the same command goes on from here'}")
         return 130
     return 0
 
@@ -108,7 +152,7 @@ def _fail(message: str) -> int:
     return 2
 
 
-ROOM = "make room, then give the same command again: it goes on from the newest checkpoint"
+ROOM = "make room, then give the same command again"
 PERMISSION = "ask for permission, or give another place"
 REMEDIES = {
     errno.ENOSPC: ROOM,
@@ -122,24 +166,72 @@ REMEDIES = {
 """What the system refuses for the user to mend. Any other OSError is a bug of ours, and shows its stack."""
 
 
-def _refused(error: OSError, workdir: str) -> str:
-    # What fails in the middle of a file does not say which: it is ours, in the workdir.
-    return f"{error.filename or f'--workdir {workdir}'}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"
+def _refused(error: OSError, parsed: argparse.Namespace) -> str:
+    # What fails in the middle of a file does not say which: it is ours, where we write.
+    flag = "output" if parsed.command == "export" else "workdir"
+    place = error.filename or f"--{flag} {getattr(parsed, flag)}"
+    return f"{place}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"
+
+
+def _configured(parsed: argparse.Namespace, overrides: list[str], name: str, init: str = "") -> config_lib.Config:
+    """The config of a run: the defaults, what the model to begin from decides, the config's differences, the flags."""
+    for flag in ("data", "workdir"):
+        if getattr(parsed, flag) == "":
+            raise UserError(f"--{flag}: empty; give a path, or leave the flag out")
+    if parsed.steps is not None and parsed.steps < 1:
+        raise UserError(f"--steps {parsed.steps}: give 1 or more")
+    base = {}
+    if init:
+        from moon_jax.hub import folder
+
+        base = folder.settings(folder.locate(init)) | {"training.init": init}
+    config = config_lib.load(name, base)
+    given = {"data.path": parsed.data, "training.steps": parsed.steps}
+    config = config_lib.replace(config, {name: value for name, value in given.items() if value})
+    return config_lib.override(config, overrides)
+
+
+def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Trains, and nothing else."""
+    config = _configured(parsed, overrides, parsed.config, parsed.init or "")
+    from moon_jax.training import loop
+
+    interrupt.check()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    loop.train(config, Path(parsed.workdir))
+
+
+def run_export(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Writes the folder; with --verify holds it against transformers."""
+    options = config_lib.parse_overrides(overrides)
+    output = Path(parsed.output)
+    from moon_jax.hub import export
+    from moon_jax.serving import embedder
+    from moon_jax.training import watch
+
+    export.refuse_taken(output)
+    interrupt.check()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    report = watch.Watch()
+    trained = embedder.read(parsed.model, options, functools.partial(report.track, "loading"))
+    export.export(trained, output, parsed.dtype or "", functools.partial(report.track, "writing"))
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    report.line(f"{output}: {size / 1e6:,.1f} MB")
+    if parsed.verify:
+        from moon_jax.evaluation import verify
+
+        del trained
+        with report.busy("embedding with transformers"):
+            cosines = verify.verify(output)
+        names = ("text", "image", "both")
+        told = ", ".join(f"{name} {cosine:.7f}" for name, cosine in zip(names, cosines, strict=True))
+        report.line(f"cosines of our embeddings and transformers': {told}")
+        verify.check(cosines)
 
 
 def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Trains, judges, embeds; training is skipped or resumed where its result stands already."""
-    for flag in ("data", "workdir"):
-        if getattr(parsed, flag) == "":
-            raise UserError(f"--{flag}: empty; give a path, or leave the flag out")
-    config = config_lib.load(parsed.config or "quickstart")
-    if parsed.data:
-        config = config_lib.replace(config, {"data.path": parsed.data})
-    if parsed.steps is not None:
-        if parsed.steps < 1:
-            raise UserError(f"--steps {parsed.steps}: give 1 or more")
-        config = config_lib.replace(config, {"training.steps": parsed.steps})
-    config = config_lib.override(config, overrides)
+    config = _configured(parsed, overrides, parsed.config or "quickstart")
     workdir = Path(parsed.workdir)
 
     # Importing JAX takes seconds; mistakes on the command line are told before.
@@ -164,6 +256,9 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
         for line in lines:
             report.line(line)
     report.line(f"done in {time.monotonic() - began:.0f} s")
+
+
+COMMANDS = {"quickstart": run_quickstart, "train": run_train, "export": run_export}
 
 
 def console() -> None:

@@ -341,8 +341,11 @@ def check(config: Config) -> Config:
     return config
 
 
-def resolve(differences: Any) -> Config:
+def resolve(differences: Any, base: dict[str, Any] | None = None) -> Config:
     """The defaults with an `ml_collections.ConfigDict` (or nested dict) of differences applied.
+
+    Args:
+        base: options by dotted name that stand between the two, such as the sizes of a model to begin from.
 
     Raises:
         UserError: also for a difference that restates its default.
@@ -355,7 +358,7 @@ def resolve(differences: Any) -> Config:
         return flat
 
     values = flatten(differences)
-    config = replace(Config(), values)
+    config = replace(Config(), (base or {}) | values)
     defaults = leaves(Config())
     for name, value in leaves(config).items():
         if name in values and value == defaults[name]:
@@ -363,10 +366,13 @@ def resolve(differences: Any) -> Config:
     return config
 
 
-def load(source: str) -> Config:
+def load(source: str, base: dict[str, Any] | None = None) -> Config:
     """A config by the name of a file in moon_jax/configs, or by path: Python with `get_config()`, or a config.json.
 
     A Python config is code and is run: load only what you trust.
+
+    Args:
+        base: see `resolve`; a config.json holds every option, and leaves it no place.
     """
     shipped = Path(__file__).parent / "configs"
     path = Path(source) if source.endswith((".py", ".json")) else shipped / f"{source}.py"
@@ -384,11 +390,16 @@ def load(source: str) -> Config:
     except Exception as error:  # it is the user's code
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"--config {source}: get_config() there gives no ConfigDict ({what})") from None
-    return resolve(differences)
+    return resolve(differences, base)
 
 
 def override(config: Config, arguments: list[str]) -> Config:
     """`config` with command-line overrides, each `--config.a.b=value` (a Python literal, else a string)."""
+    return replace(config, parse_overrides(arguments))
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """Options by dotted name from command-line overrides."""
     values = {}
     for argument in arguments:
         name, separator, text = argument.removeprefix("--config.").partition("=")
@@ -398,7 +409,7 @@ def override(config: Config, arguments: list[str]) -> Config:
             values[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             values[name] = text
-    return replace(config, values)
+    return values
 
 
 def to_json(config: Config) -> str:

@@ -132,6 +132,6 @@ class TrainState:
     """All that training carries from step to step. The data position and the randomness follow from (seed, step)."""
 
     step: Array  # i32[]
-    params: Any  # {"encoder": …, "alignment": {"dual" f32[L,E,M], "log_temperature" f32[2]}}
+    params: Any  # {"encoder": …, "alignment": {"dual" f32[L,E,M] if L > 0, "log_temperature" f32[2]}}
     opt_state: Any
     bad_steps: Array  # i32[]: steps skipped because the loss or a gradient was not finite

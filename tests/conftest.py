@@ -104,6 +104,19 @@ def records(count: int) -> list[dict]:
     return made
 
 
+def random_params(config: config_lib.Config, tokenizer: text.Tokenizer, seed: int = 0):
+    """The encoder's parameters in numpy, all of them random: norms and biases too."""
+    from moon_jax.serving.embedder import abstract_params
+
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape)
+        return (1 + 0.2 * noise if path[-1].key == "scale" else 0.15 * noise).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config, tokenizer)["encoder"])
+
+
 @pytest.fixture(scope="session")
 def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with products.parquet: 60 products, some without image or title."""

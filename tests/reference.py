@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -23,6 +24,29 @@ from moon_jax.serving.embedder import abstract_params
 from moon_jax.training.checkpoints import on_one_device
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[hf]'")
+
+
+def _import_torchvision() -> None:
+    """torchvision's wheel fails to import beside a torch without its operators, and transformers with it.
+
+    No test calls them: declared, they let the import pass.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        import torchvision  # noqa: F401
+
+
+_KEPT: list[object] = []  # a library's operators go when it does
+_import_torchvision()
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[hf]'")
 
 # Qwen's: words take one sign before them, digits stand alone, line ends end a piece.

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
                 rope_theta=10_000.0,
                 rope_sections=(6, 5, 5),
             ),
-            experts=dict(count=4, width=128),
+            experts=dict(count=4, width=120),
             data=dict(batch=128, text_tokens=16, visual_tokens=9, min_visual_tokens=5),
             training=dict(
                 steps=160,

@@ -77,7 +77,7 @@ class Tokenizer:
         """The template of that name in `config.TEMPLATES`, or of that text.
 
         Raises:
-            UserError: its ends and a text do not get the tokens that they get as one string, which is what servers read.
+            UserError: with a text between them its ends get other tokens than alone; servers read all as one string.
         """
         # Here special tokens are meant.
         self.base.encode_special_tokens = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ LEAST = 0.9999
 """A cosine below it means that another model would be served than was trained."""
 
 
-def products() -> list[Product]:
-    """A text, a 3:4 image, and both."""
+def products(fits: Callable[[str], bool]) -> list[Product]:
+    """A text, a 3:4 image, and both. The text is cut to what `fits`: servers do not cut a title, we do."""
     rows, columns = np.mgrid[0:160, 0:120]
     waves = [127 + 120 * np.sin(rows / 9 + k) * np.cos(columns / (7 + k)) for k in range(3)]
     picture = Image.fromarray(np.stack(waves, -1).astype(np.uint8))
-    title = "Red canvas sneaker, size 42"
+    words = "red canvas sneaker with white laces, size 42".split()
+    title = next(" ".join(words[:count]) for count in range(len(words), 0, -1) if fits(" ".join(words[:count])))
     return [Product(text=title), Product(images=(picture,)), Product(text=title, images=(picture,))]
 
 
@@ -39,8 +41,11 @@ def verify(folder: Path) -> list[float]:
         raise UserError(
             f"--verify compares with transformers, and {error.name} is missing: pip install -e '.[hf]'"
         ) from None
-    asked = products()
-    ours = serving.load(folder, {"training.dtype": "float32"}).encode(asked)
+    embedder = serving.load(folder, {"training.dtype": "float32"})
+    longest = embedder.config.data.text_tokens
+    asked = products(lambda title: len(embedder.reader.tokenizer.encode([title], longest + 1)[0]) <= longest)
+    ours = embedder.encode(asked)
+    del embedder
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
@@ -57,7 +62,6 @@ def verify(folder: Path) -> list[float]:
 
 def _inputs(product: Product, tokenizer: Any, images: Any, template: str) -> dict[str, Any]:
     """What Qwen3VLProcessor makes of one message; it would want torchvision as well."""
-    import torch
 
     content: list[dict[str, Any]] = [{"type": "image"} for _ in product.images]
     content += [{"type": "text", "text": product.text}] if product.text else []

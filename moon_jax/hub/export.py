@@ -34,7 +34,7 @@ class Trained:
 
     Attributes:
         encoder: its parameters, as deep dicts of arrays.
-        alignment: {"dual" f32[L,E,M], "log_temperature" f32[2]}, or None where none was trained.
+        alignment: {"dual" f32[L,E,M] if L > 0, "log_temperature" f32[2]}, or None where none was trained.
         tokenizer: path of its tokenizer.json.
         fingerprint, step: of the Embedder.
         base: what the run began from, hf://owner/name or a path; empty for random weights.
@@ -77,6 +77,17 @@ def export(
         config = config_lib.replace(config, {"training.param_dtype": dtype})
     part = output.with_name(output.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
+    try:
+        _write(trained, config, part, track)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    if output.exists():
+        output.rmdir()
+    part.rename(output)
+
+
+def _write(trained: Trained, config: config_lib.Config, part: Path, track: Callable[[Iterable, int], Iterable]) -> None:
     for folder in (part, part / "1_Pooling", part / "2_Normalize", part / SIDECAR):
         folder.mkdir(parents=True)
 
@@ -97,9 +108,6 @@ def export(
     if trained.alignment is not None:
         flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in trained.alignment.items()}
         save_file(flat, part / SIDECAR / "alignment.safetensors")
-    if output.exists():
-        output.rmdir()
-    part.rename(output)
 
 
 def refuse_taken(output: Path) -> None:
@@ -358,9 +366,10 @@ def model_card(trained: Trained) -> str:
     else:
         lines.append("* **Data**: not recorded.")
     lines += [
-        f"* **Input**: images first, then the text, within the template `{config.data.template}`; {config.language.pooling}"
-        f" pooling. Trained with at most {config.data.images} image(s) of {config.data.visual_tokens} visual tokens and"
-        f" {config.data.text_tokens} tokens of text: moon_jax cuts longer texts, servers do not.",
+        f"* **Input**: images first, then the text, within the template `{config.data.template}`;"
+        f" {config.language.pooling} pooling. Trained with at most {config.data.images} image(s) of"
+        f" {config.data.visual_tokens} visual tokens, and {config.data.text_tokens} tokens of text: moon_jax cuts longer"
+        " texts, servers do not.",
         "* **Left out**: the head over the vocabulary. This model does not generate.",
         f"* **Space**: `{trained.fingerprint}`; vectors of another one do not compare.",
         "",

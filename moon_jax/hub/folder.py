@@ -30,7 +30,6 @@ CARRIED = (
     "data.text_tokens",
     "data.visual_tokens",
     "data.min_visual_tokens",
-    "training.param_dtype",
 )
 """Options that an exported folder's sidecar decides."""
 
@@ -91,12 +90,14 @@ def settings(folder: Path) -> dict[str, Any]:
     held = read_json(path)
     if held["model_type"] not in KINDS:
         raise UserError(f"{path}: a model of type {held['model_type']!r}; read are {' and '.join(KINDS)}")
-    text, vision = held.get("text_config", {}), held.get("vision_config", {})
+    text, vision = (held.get(name) or {} for name in ("text_config", "vision_config"))
     try:
         found = _vision(vision) | _language(text) | (_experts(text) if held["model_type"] == "qwen3_vl_moe" else {})
         wanted = _same(held, text, vision)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error!r} is missing, or not what a {held['model_type']} has") from None
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is missing, which a {held['model_type']} has") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not the config of a {held['model_type']} ({error})") from None
     for name, (value, expected) in wanted.items():
         if value != expected:
             raise UserError(f"{path}: {name} is {value!r}; moon_jax has {expected!r} only")
@@ -104,15 +105,19 @@ def settings(folder: Path) -> dict[str, Any]:
     if not sidecar.is_file():
         return found | _pixels(folder, vision) | _pooling(folder)
     ours = config_lib.leaves(config_lib.read_json(sidecar))
+    # Which layers hold experts may be said in two ways; the weights have the last word.
     for name, value in found.items():
-        if ours[name] != value:
+        if ours[name] != value and name not in ("experts.every", "experts.dense_layers"):
             raise UserError(f"{sidecar}: {name} is {ours[name]!r} there, and {value!r} by {path}")
     return found | {name: ours[name] for name in CARRIED}
 
 
 def config(folder: Path, options: dict[str, Any]) -> config_lib.Config:
     """The config under which the folder's model is used as it is, with `options` changed."""
-    return config_lib.replace(config_lib.Config(), {"experts.count": 0} | settings(folder) | options)
+    dtype = {}
+    if (folder / SIDECAR).is_dir():  # exported parameters are loaded bit by bit
+        dtype["training.param_dtype"] = config_lib.read_json(folder / SIDECAR / "config.json").training.param_dtype
+    return config_lib.replace(config_lib.Config(), {"experts.count": 0} | settings(folder) | dtype | options)
 
 
 def tokenizer(folder: Path) -> Path:
@@ -190,7 +195,7 @@ def _same(held: dict[str, Any], text: dict[str, Any], vision: dict[str, Any]) ->
 
 
 def _pixels(folder: Path, vision: dict[str, Any]) -> dict[str, Any]:
-    """The pixel budget, as far as the default allows: Qwen's own, 16,384 visual tokens an image, is not for catalogues."""
+    """The pixel budget, as far as the default allows: Qwen's own is 16,384 visual tokens an image."""
     held = read_json(folder / "preprocessor_config.json")
     held = held or read_json(folder / "processor_config.json").get("image_processor", {})
     half = [0.5, 0.5, 0.5]

@@ -229,8 +229,8 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
 
     if upcycled and config.experts.width != config.language.mlp_width:
         raise UserError(
-            f"config.experts.width: {config.experts.width}, and the weights of {files.folder} are dense; upcycling copies"
-            f" their feed-forward: give --config.experts.width={config.language.mlp_width}"
+            f"config.experts.width: {config.experts.width}, and the weights of {files.folder} are dense;"
+            f" upcycling copies their feed-forward: give --config.experts.width={config.language.mlp_width}"
         )
     turned = {keys.KEEP: (None, lambda lazy: lazy), keys.TRANSPOSE: (2, transposed), keys.PATCH: (5, patch_kernel)}
     leaves: dict[str, list[Lazy] | Lazy] = {}

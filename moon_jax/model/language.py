@@ -1,7 +1,8 @@
 """Qwen3-VL's decoder: grouped-query attention with QK-norm and interleaved M-RoPE, SwiGLU, and the paper's
 modality-driven mixture of experts in the feed-forward of configured layers.
 
-Layers come in equal periods (`config.period`), in which the same layers hold experts; periods are stacked and scanned. Weights and layout are those of `qwen3_vl` and `qwen3_vl_moe` checkpoints.
+Layers come in equal periods (`config.period`), in which the same layers hold experts; periods are stacked and
+scanned. Weights and layout are those of `qwen3_vl` and `qwen3_vl_moe` checkpoints.
 """
 
 from __future__ import annotations

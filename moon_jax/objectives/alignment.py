@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from moon_jax import config as config_lib
 from moon_jax import similarity
 from moon_jax.objectives import balance, filtering, weighting
-from moon_jax.types import VIEWS, Array, Batch, EncoderOutput, Objectives
+from moon_jax.types import OBJECTIVES, VIEWS, Array, Batch, EncoderOutput, Objectives
 
 T, I, MM = range(len(VIEWS))
 
@@ -81,7 +81,7 @@ def objectives(
 
     Args:
         output: of the batch's rows, R = 3B.
-        alignment: {"dual": W* f32[L,E,M], "log_temperature": f32[2], of ε and ε̃}.
+        alignment: {"dual": W* f32[L,E,M], absent where no layer holds experts, "log_temperature": f32[2], of ε and ε̃}.
         batch: for identities and weights.
         config: `objective`, `experts` and the warm-up of `training` are read.
         step: i32[], steps done; sets m̄, and when L_sparsity begins.
@@ -150,11 +150,10 @@ def objectives(
         served.append((pair * exists[:, None]).sum(1) / jnp.maximum(exists.sum(), 1))
 
     loss, count = jnp.stack(losses), jnp.stack(counts)
-    value, weights = weighting.weighted_sum(
-        alignment["dual"], jnp.stack(served, axis=1), loss, count, options.weighting
-    )
+    dual = alignment.get("dual", jnp.zeros((0, config.experts.count, len(OBJECTIVES))))
+    value, weights = weighting.weighted_sum(dual, jnp.stack(served, axis=1), loss, count, options.weighting)
     balanced = balance.load_balance(output.load, output.prob, output.valid, config.experts.per_token)
-    sparsity = weighting.sparsity(alignment["dual"])
+    sparsity = weighting.sparsity(dual)
     # Before the end of the warm-up the entropy of p says nothing but W*'s initial noise.
     warm = step >= config_lib.warmup_steps(config.training)
     total = value + options.balance * balanced + jnp.where(warm, options.sparsity, 0.0) * sparsity

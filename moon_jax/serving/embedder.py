@@ -12,7 +12,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -283,11 +282,12 @@ def _from_folder(model: str, options: dict[str, Any], track: Callable[[Iterable,
     like = abstract_params(config, Tokenizer.load(path))["encoder"]
     encoder = weights.load(folder, config, jax.tree.map(checkpoints.on_one_device, like), track)
     sidecar = folder / folder_lib.SIDECAR
+    alignment = sidecar / "alignment.safetensors"
     about = folder_lib.read_json(sidecar / "model.json")
     return Trained(
         config=config,
         encoder=encoder,
-        alignment=load_file(sidecar / "alignment.safetensors") if sidecar.is_dir() else None,
+        alignment=load_file(alignment) if alignment.is_file() else None,
         tokenizer=path,
         fingerprint=_fingerprint(config, encoder, path),
         step=about.get("step", 0),

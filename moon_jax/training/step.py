@@ -67,12 +67,13 @@ def initial_state(config: config_lib.Config, rows: Rows, encoder: Any = None) ->
         encoder: parameters to begin from, in place of random ones.
     """
     encoder_rng, dual_rng = jax.random.split(jax.random.key(config.seed))
-    shape = (sum(config_lib.sparse_layers(config)), config.experts.count, len(OBJECTIVES))
-    dual = config.objective.dual_init * jax.random.normal(dual_rng, shape)
-    params = {
-        "encoder": initialize(config, encoder_rng, rows) if encoder is None else encoder,
-        "alignment": {"dual": dual, "log_temperature": jnp.log(jnp.array(config.objective.temperature))},
-    }
+    alignment = {"log_temperature": jnp.log(jnp.array(config.objective.temperature))}
+    layers = sum(config_lib.sparse_layers(config))
+    if layers:
+        shape = (layers, config.experts.count, len(OBJECTIVES))
+        alignment["dual"] = config.objective.dual_init * jax.random.normal(dual_rng, shape)
+    encoder = initialize(config, encoder_rng, rows) if encoder is None else encoder
+    params = {"encoder": encoder, "alignment": alignment}
     opt_state = make_optimizer(config.training).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), jnp.int32))
 

@@ -15,7 +15,7 @@ from moon_jax.hub import keys
 from moon_jax.model import router
 from moon_jax.model.encoder import Encoder
 from tests.conftest import tiny
-from tests.reference import hidden_states, our_params, pictures, published, qwen_tokenizer, torch, torch_inputs
+from tests.reference import our_params, pictures, published, qwen_tokenizer, torch, torch_inputs
 
 ATOL = 1e-5
 

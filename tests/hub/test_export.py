@@ -1,0 +1,407 @@
+"""Out of moon_jax and into transformers and sentence-transformers: what is served is what was trained."""
+
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import moon_jax
+from moon_jax import cli
+from moon_jax import config as config_lib
+from moon_jax.config import UserError
+from moon_jax.evaluation import verify
+from moon_jax.hub import export, keys
+from moon_jax.serving import embedder as serving
+from tests.conftest import ROOT, overrides, random_params, tiny
+
+CONFIGS = {
+    "experts": tiny(data__visual_tokens=24, data__text_tokens=40),
+    "dense": tiny(experts__count=0, data__visual_tokens=24, data__text_tokens=40),
+    "some layers": tiny(
+        language__layers=4, experts__every=2, experts__dense_layers=(1,), data__visual_tokens=24, data__text_tokens=40
+    ),
+    "as Qwen3-VL-Embedding": tiny(
+        experts__count=0,
+        language__pooling="last",
+        data__template="qwen3_vl_embedding",
+        data__visual_tokens=24,
+        data__text_tokens=40,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer():
+    from tests.reference import qwen_tokenizer
+
+    return qwen_tokenizer()
+
+
+def trained(config, tokenizer, folder, **differences):
+    path = folder / "tokenizer.json"
+    tokenizer.save(path)
+    layers = sum(config_lib.sparse_layers(config))
+    rng = np.random.default_rng(1)
+    alignment = {
+        "dual": rng.normal(size=(layers, config.experts.count, 5)).astype(np.float32),
+        "log_temperature": np.log([0.05, 0.07]).astype(np.float32),
+    }
+    encoder = random_params(config, tokenizer)
+    given = dict(config=config, encoder=encoder, alignment=alignment, tokenizer=path, fingerprint="f00d", step=12)
+    return export.Trained(**(given | differences))
+
+
+@pytest.fixture(scope="module")
+def case(request, tmp_path_factory, tokenizer, chat_tokenizer):
+    """The exported folder of a config, and what went into it. `experts` has a tokenizer that moon_jax trained."""
+    config = CONFIGS[request.param]
+    folder = tmp_path_factory.mktemp("exported")
+    model = trained(config, tokenizer if request.param == "experts" else chat_tokenizer, folder)
+    export.export(model, folder / "model")
+    return model, folder / "model"
+
+
+def jpeg_of_3_by_4():
+    rows, columns = np.mgrid[0:80, 0:60]
+    pixels = np.stack([127 + 90 * np.sin(rows / (5 + k)) * np.cos(columns / 9) for k in range(3)], -1)
+    stream = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def pil_processor(folder):
+    """transformers' processor, with its image processor that resizes as Pillow does, and so as moon_jax."""
+    from tests.reference import transformers
+
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    processor.image_processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
+    return processor
+
+
+ITEMS = [
+    {"image": jpeg_of_3_by_4(), "text": " Red canvas sneaker, size 42 "},
+    {"image": jpeg_of_3_by_4()},
+    "blue mug, 红色",
+    "b",
+]
+
+
+@pytest.mark.parametrize("case", CONFIGS, indirect=True)
+def test_load_is_bit_equal(case):
+    model, folder = case
+    read = serving.read(folder)
+    assert read.config.language == model.config.language and read.config.vision == model.config.vision
+    assert config_lib.sparse_layers(read.config) == config_lib.sparse_layers(model.config)
+    assert read.config.data.template == model.config.data.template
+    assert read.config.data.visual_tokens == model.config.data.visual_tokens
+    jax.tree.map(np.testing.assert_array_equal, read.encoder, model.encoder)
+    jax.tree.map(np.testing.assert_array_equal, read.alignment, model.alignment)
+    assert (read.step, read.tokenizer.read_bytes()) == (12, model.tokenizer.read_bytes())
+
+
+@pytest.mark.parametrize("case", CONFIGS, indirect=True)
+def test_transformers_own_processor_and_model_embed_alike(case):
+    _, folder = case
+    from tests.reference import torch, transformers
+
+    assert verify.verify(folder) == pytest.approx([1, 1, 1], abs=1e-6)
+    processor = pil_processor(folder)
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(processor).__name__ == "Qwen3VLProcessor"
+    embedder = moon_jax.load(folder)
+    for item in ITEMS:
+        item = {"text": item} if isinstance(item, str) else item
+        content = [{"type": "text", "text": item["text"]}] if "text" in item else []
+        # After the text: the template puts images first.
+        content += [{"type": "image", "image": Image.open(io.BytesIO(item["image"]))}] if "image" in item else []
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            hidden = model(**inputs).last_hidden_state[0]
+        last = embedder.config.language.pooling == "last"
+        expected = torch.nn.functional.normalize(hidden[-1] if last else hidden.mean(0), dim=0).numpy()
+        np.testing.assert_allclose(embedder.encode(item)[0], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", ["experts", "as Qwen3-VL-Embedding"], indirect=True)
+def test_sentence_transformers_embed_alike(case):
+    """A 3:4 JPEG with a title, an image, a text; alone and in one batch. torchvision resizes there, Pillow here."""
+    _, folder = case
+    pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[hf]'")
+    library = pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
+    pytest.importorskip("torchvision", reason="torchvision, which its image processor wants, is not installed")
+    items = [
+        item if isinstance(item, str) else item | {"image": Image.open(io.BytesIO(item["image"]))} for item in ITEMS
+    ]
+    model = library.SentenceTransformer(str(folder), local_files_only=True, device="cpu")
+    ours = moon_jax.load(folder).encode(ITEMS)
+    for theirs in (model.encode(items), np.concatenate([model.encode([item]) for item in items])):
+        np.testing.assert_allclose(np.linalg.norm(theirs, axis=1), 1, atol=1e-5)
+        assert ((ours * theirs).sum(1) >= 0.9999).all()
+
+
+@pytest.mark.parametrize("case", CONFIGS, indirect=True)
+def test_the_chat_template_renders_exactly_the_view(case):
+    model, folder = case
+    from tests.reference import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    template = (folder / "chat_template.jinja").read_text()
+    before, after = config_lib.TEMPLATES[model.config.data.template].split("{}")
+    image, text = {"type": "image"}, {"type": "text", "text": "\n red {mug} <b> "}
+    frame = "<|vision_start|><|image_pad|><|vision_end|>"
+
+    def render(content):
+        messages = [{"role": "user", "content": content}]
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+
+    assert render([text, image, image]) == f"{before}{frame}{frame}red {{mug}} <b>{after}"
+    assert render([image]) == f"{before}{frame}{after}"
+    assert render([text]) == render(text["text"]) == f"{before}red {{mug}} <b>{after}"
+    with pytest.raises(Exception, match="trained without further instructions"):
+        messages = [{"role": "system", "content": "You are"}, {"role": "user", "content": "red mug"}]
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    # The processor finds the same template by itself.
+    if model.config.experts.count:
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        assert processor.chat_template == template.removesuffix("\n") or processor.chat_template == template
+
+
+def test_the_layout_is_the_published_one(tmp_path, tokenizer):
+    config = tiny(language__layers=3, experts__dense_layers=(1,))
+    export.export(trained(config, tokenizer, tmp_path), tmp_path / "model")
+    held = load_file(tmp_path / "model" / "model.safetensors")
+    width, inner, count = config.language.width, config.experts.width, config.experts.count
+    layer = "model.language_model.layers.0.mlp"
+    assert held[f"{layer}.experts.gate_up_proj"].shape == (count, width, 2 * inner)
+    assert held[f"{layer}.experts.down_proj"].shape == (count, inner, width)
+    assert held[f"{layer}.gate.weight"].shape == (count, width)
+    assert held["model.language_model.layers.1.mlp.gate_proj.weight"].shape == (config.language.mlp_width, width)
+    assert held["model.visual.patch_embed.proj.weight"].shape == (16, 3, 2, 8, 8)
+    assert all(name.startswith(("model.visual.", "model.language_model.")) for name in held)
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    text = written["text_config"]
+    assert written["model_type"] == "qwen3_vl_moe" and written["tie_word_embeddings"] is True
+    assert (text["norm_topk_prob"], text["decoder_sparse_step"], text["mlp_only_layers"]) == (True, 1, [1])
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 10_000.0
+    assert text["rope_scaling"]["mrope_section"] == text["rope_parameters"]["mrope_section"] == [2, 2, 2]
+    pixels = json.loads((tmp_path / "model" / "preprocessor_config.json").read_text())
+    assert pixels["size"] == {"shortest_edge": 2 * 256, "longest_edge": 6 * 256}
+    bert = json.loads((tmp_path / "model" / "sentence_bert_config.json").read_text())
+    assert set(bert["modality_config"]) == {"text", "image", "message"}
+
+
+def test_several_files_have_an_index(tmp_path, tokenizer):
+    config = tiny()
+    model = trained(config, tokenizer, tmp_path)
+    tensors = [(name, array) for name, array in export._tensors(model, keys.table(config), "float32")]
+    export.write_weights(tmp_path, tensors, file_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 3 and sorted(set(index["weight_map"].values())) == files
+    assert index["metadata"]["total_size"] == sum(array.nbytes for _, array in tensors)
+    held = {}
+    for file in files:
+        part = load_file(tmp_path / file)
+        assert all(index["weight_map"][name] == file for name in part)
+        held |= part
+    for name, array in tensors:
+        np.testing.assert_array_equal(held[name], array)
+
+
+@pytest.mark.parametrize("own", ["bfloat16", "float32"])
+def test_bfloat16_goes_out_and_in(tmp_path, tokenizer, own):
+    config = tiny(training__param_dtype=own)
+    model = trained(config, tokenizer, tmp_path)
+    export.export(model, tmp_path / "model", dtype="bfloat16")
+    held = load_file(tmp_path / "model" / "model.safetensors")
+    assert {array.dtype for array in held.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    read = serving.read(tmp_path / "model")
+    for ours, leaf in zip(jax.tree.leaves(read.encoder), jax.tree.leaves(model.encoder), strict=True):
+        assert ours.dtype == "bfloat16"
+        np.testing.assert_array_equal(np.asarray(ours), leaf.astype(ml_dtypes.bfloat16))
+    assert (
+        jax.tree.leaves(serving.read(tmp_path / "model", {"training.param_dtype": "float32"}).encoder)[0].dtype
+        == "float32"
+    )
+
+
+def test_what_transformers_saves_is_read(tmp_path):
+    """It writes experts transposed, another spelling of the config, and no `model.` before the base model's weights."""
+    from tests.reference import qwen_tokenizer, reference_model, torch
+
+    config, tokenizer = tiny(), qwen_tokenizer()
+    model = reference_model(config, tokenizer)
+    for name, part in (("whole", model), ("base", model.model)):
+        part.save_pretrained(tmp_path / name)
+        tokenizer.save(tmp_path / name / "tokenizer.json")
+        found = keys.flatten(serving.read(tmp_path / name).encoder)
+        theirs = model.model.state_dict()
+        for row in keys.table(config):
+            leaf = found[row.ours] if row.place is None else found[row.ours][row.place]
+            array = theirs[row.theirs].numpy()
+            array = array.transpose(0, 2, 1) if ".experts." in row.theirs else array
+            np.testing.assert_array_equal(keys.to_theirs(np.asarray(leaf), row.turning), array, err_msg=row.theirs)
+    assert torch is not None
+
+
+def test_a_router_term_for_the_modality_is_refused_with_the_reason(tmp_path, tokenizer):
+    model = trained(tiny(), tokenizer, tmp_path)
+    model.encoder["decoder"]["periods"]["layer_0"]["experts"]["router_term"] = np.zeros((3, 4), np.float32)
+    with pytest.raises(UserError, match="router_term: cannot be exported: its router sees the token alone") as error:
+        export.export(model, tmp_path / "model")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "model").exists() and not (tmp_path / "model.part").exists()
+
+
+def test_what_is_there_is_kept(tmp_path, tokenizer):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious").write_text("x")
+    with pytest.raises(UserError, match=r"--output .*model: there is something already"):
+        export.export(trained(tiny(), tokenizer, tmp_path), tmp_path / "model")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["precious"]
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, tokenizer):
+    model = trained(tiny(), tokenizer, tmp_path)
+
+    def broken(rows, total):
+        del total
+        yield from list(rows)[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export.export(model, tmp_path / "model", track=broken)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize("width", [24, 12])
+def test_widths_whose_layouts_look_alike_are_refused(width):
+    with pytest.raises(UserError, match="experts.width must be neither language.width nor half of it"):
+        tiny(experts__width=width)
+
+
+def test_the_card_tells_base_licence_data_and_metrics(tmp_path, tokenizer):
+    data = dict(synthetic=True, train=3607, triplets=3607, val=393, fingerprint="abcd")
+    row = {"R@1": 1.5, "R@5": 5.0, "R@10": 10.0, "chance@10": 2.5, "queries": 393, "candidates": 400}
+    model = trained(
+        tiny(),
+        tokenizer,
+        tmp_path,
+        base="hf://Qwen/Qwen3-VL-2B-Instruct@main",
+        licence="apache-2.0",
+        data=data,
+        metrics={"retrieval": {"products": {"t→i": row}}},
+    )
+    card = export.model_card(model)
+    assert (
+        card.startswith("---\n") and "license: apache-2.0" in card and "base_model: Qwen/Qwen3-VL-2B-Instruct\n" in card
+    )
+    assert "| t→i | 1.5 | 5.0 | 10.0 | 2.5 | 393 | 400 |" in card
+    assert "synthetic, rendered products: 3,607 products" in card and "`abcd`" in card
+    scratch = export.model_card(dataclasses.replace(model, base="", licence="", data={}, metrics={}))
+    assert "none, random weights" in scratch and "not recorded" in scratch and "Not evaluated" in scratch
+    local = export.model_card(dataclasses.replace(model, base="/home/someone/secret/Qwen3-VL-2B"))
+    assert "secret" not in local and "Qwen3-VL-2B" in local
+
+
+WITHOUT_TORCH = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "torchvision", "sentence_transformers"):
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from moon_jax import cli
+import moon_jax
+assert cli.main(sys.argv[3:]) == 0
+assert cli.main(["export", "--model", sys.argv[1], "--output", sys.argv[2]]) == 0
+print(moon_jax.load(sys.argv[2]).encode("red mug").shape)
+assert cli.main(["export", "--model", sys.argv[1], "--output", sys.argv[2] + "2", "--verify"]) == 2
+"""
+
+
+def test_public_weights_to_trained_to_served(tmp_path, catalogue):
+    """The whole way, through the command line and without torch: a folder, upcycled, trained, exported, embedded."""
+    from tests.reference import published, qwen_tokenizer
+
+    sizes = dict(experts__width=tiny().language.mlp_width, data__path=str(catalogue), training__steps=2)
+    config = tiny(**sizes, training__save_every=2)
+    published(tmp_path / "public", tiny(**sizes, experts__count=0), qwen_tokenizer())
+    (tmp_path / "public" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (tmp_path / "config.py").write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({})\n"
+    )
+    workdir, output = tmp_path / "run", tmp_path / "served"
+    # What the folder decides is not given: sizes, experts aside.
+    given = [item for item in overrides(config) if not item.startswith(("--config.vision", "--config.language"))]
+    train = ["train", "--config", str(tmp_path / "config.py"), "--init", str(tmp_path / "public"), "--data"]
+    train += [str(catalogue), "--workdir", str(workdir), *given]
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(workdir), str(output), *train],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "(1, 24)" in result.stdout and "loading" in result.stdout
+    assert "moon-jax: --verify compares with transformers, and torch is missing: pip install" in result.stderr
+    assert json.loads((workdir / "base.json").read_text())["licence"] == "apache-2.0"
+    card = (output / "README.md").read_text()
+    assert "license: apache-2.0" in card and "public" in card and str(tmp_path) not in card
+    for path in output.rglob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
+    embedder = moon_jax.load(workdir)
+    assert embedder.fingerprint == moon_jax.load(output).fingerprint
+    assert embedder.config.language.layers == 2 and embedder.config.experts.count == 4
+    assert cli.main(["export", "--model", str(workdir), "--output", str(tmp_path / "again"), "--verify"]) == 0
+
+    # Verification sees another model: one expert's matrix is doubled on disk.
+    path = output / "model.safetensors"
+    held = load_file(path)
+    name = "model.language_model.layers.1.mlp.experts.down_proj"
+    held[name] = 2 * held[name]
+    ours = verify.serving.load(output)
+    save_file(held, path, metadata={"format": "pt"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify.serving, "load", lambda *_: ours)
+        with pytest.raises(UserError, match="transformers embeds otherwise: cosine"):
+            verify.check(verify.verify(output))
+
+
+def test_the_folder_is_the_base_and_the_run_resumes_without_it(tmp_path, catalogue):
+    from tests.reference import published, qwen_tokenizer
+
+    sizes = dict(experts__count=0, training__steps=3, training__save_every=1, data__path=str(catalogue))
+    config = tiny(**sizes, training__init=str(tmp_path / "public"))
+    published(tmp_path / "public", config, qwen_tokenizer())
+    with pytest.raises(UserError, match=r"config.language.layers: 4, and .*public has 2"):
+        moon_jax.train(config_lib.replace(config, {"language.layers": 4}), tmp_path / "other")
+    assert not (tmp_path / "other" / "checkpoints").exists()
+    moon_jax.train(config_lib.replace(config, {"training.learning_rate": 0.0}), tmp_path / "still")
+    start, _ = serving.read(tmp_path / "public"), None
+    held = serving.read(tmp_path / "still")
+    jax.tree.map(np.testing.assert_array_equal, start.encoder, held.encoder)  # it began from those weights
+    moon_jax.train(config, tmp_path / "run")
+    whole = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    # Killed after the first step, and resumed where the folder is gone.
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / str(step))
+    (tmp_path / "public").rename(tmp_path / "moved")
+    moon_jax.train(config, tmp_path / "again")
+    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == whole
+    with pytest.raises(UserError, match="public: no such folder"):
+        moon_jax.train(config, tmp_path / "new")

@@ -1,0 +1,253 @@
+"""What a Hugging Face folder says, and what is refused of it."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import moon_jax
+from moon_jax import config as config_lib
+from moon_jax.config import UserError
+from moon_jax.hub import folder
+from tests.conftest import ROOT
+from tests.hub.test_published import PUBLISHED
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder with the config of the published 2B."""
+    shutil.copy(PUBLISHED / "2b.json", tmp_path / "config.json")
+    return tmp_path
+
+
+def edit(path, *keys, **values):
+    held = json.loads(path.read_text())
+    part = held
+    for key in keys:
+        part = part[key]
+    part.update(values)
+    path.write_text(json.dumps(held))
+
+
+def test_sizes_are_the_folders(published):
+    found = folder.settings(published)
+    ours = config_lib.leaves(config_lib.Config())  # whose defaults are the 2B's
+    for name, value in found.items():
+        assert ours[name] == value, name
+    assert sum(name.startswith(("vision.", "language.")) for name in found) == 19
+    assert folder.config(published, {}).experts.count == 0
+
+
+def test_both_spellings_of_the_rope_settings(published):
+    before = folder.settings(published)
+    path = published / "config.json"
+    held = json.loads(path.read_text())
+    language = held["text_config"]
+    language["rope_parameters"] = language.pop("rope_scaling") | {"rope_theta": language.pop("rope_theta")}
+    path.write_text(json.dumps(held))
+    assert folder.settings(published) == before
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "message"),
+    [
+        ((), {"model_type": "qwen2_vl"}, "a model of type 'qwen2_vl'; read are qwen3_vl and qwen3_vl_moe"),
+        ((), {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (("text_config",), {"hidden_act": "gelu"}, "text_config.hidden_act is 'gelu'; moon_jax has 'silu' only"),
+        (("text_config",), {"attention_bias": True}, "attention_bias"),
+        (("text_config", "rope_scaling"), {"rope_type": "yarn"}, "rope_type is 'yarn'"),
+        (("text_config", "rope_scaling"), {"mrope_interleaved": False}, "mrope_interleaved"),
+        (("text_config",), {"norm_topk_prob": False}, "norm_topk_prob"),
+        (("vision_config",), {"out_hidden_size": 99}, "out_hidden_size is 99; moon_jax has 2048 only"),
+        ((), {"vision_config": {}}, "'depth' is missing"),
+        ((), {"text_config": None}, "'hidden_size' is missing|'vocab_size' is missing|not the config"),
+        (("text_config",), {"num_attention_heads": 15}, "language.heads must be a multiple"),
+    ],
+)
+def test_another_model_is_refused_by_name(published, keys, values, message):
+    edit(published / "config.json", *keys, **values)
+    with pytest.raises(UserError, match=message) as error:
+        folder.config(published, {})
+    assert "\n" not in str(error.value)
+
+
+def test_experts_are_the_folders(tmp_path):
+    shutil.copy(PUBLISHED / "30b_a3b.json", tmp_path / "config.json")
+    experts = folder.config(tmp_path, {}).experts
+    assert (experts.count, experts.per_token, experts.width, experts.every) == (128, 8, 768, 1)
+    edit(tmp_path / "config.json", "text_config", mlp_only_layers=[3, 1], decoder_sparse_step=2)
+    config = folder.config(tmp_path, {})
+    sparse = config_lib.sparse_layers(config)
+    assert not any(sparse[:5]) and all(sparse[5::2]) and not any(sparse[::2])
+    with pytest.raises(UserError, match=r"config.experts.count: 8, and .* has 128"):
+        folder.check(config_lib.replace(config, {"experts.count": 8}), tmp_path)
+
+
+def test_a_dense_folder_may_be_upcycled_and_other_sizes_may_not(published):
+    folder.check(config_lib.Config(), published)  # 8 experts in every layer
+    with pytest.raises(UserError, match=r"config.language.layers: 14, and .* has 28"):
+        folder.check(config_lib.replace(config_lib.Config(), {"language.layers": 14}), published)
+
+
+def test_the_pixel_budget_is_the_folders_up_to_the_default(published):
+    path = published / "preprocessor_config.json"
+    tokens = lambda: [folder.settings(published)[f"data.{name}visual_tokens"] for name in ("", "min_")]  # noqa: E731
+    assert tokens() == [256, 4]
+    path.write_text(json.dumps({"size": {"longest_edge": 16777216, "shortest_edge": 65536}}))  # Qwen3-VL's
+    assert tokens() == [256, 64]
+    path.write_text(json.dumps({"min_pixels": 4096, "max_pixels": 131072}))
+    assert tokens() == [128, 4]
+    path.unlink()
+    nested = {"image_processor": {"size": {"longest_edge": 65536, "shortest_edge": 4096}}}
+    (published / "processor_config.json").write_text(json.dumps(nested))
+    assert tokens() == [64, 4]
+    path.write_text(json.dumps({"image_mean": [0.48, 0.45, 0.40]}))
+    with pytest.raises(UserError, match=r"image_mean \[0.48, 0.45, 0.4\]; moon_jax has \[0.5, 0.5, 0.5\] only"):
+        folder.settings(published)
+
+
+CHAT = "{% for message in messages %}<|im_start|>{{ message.role }}…"
+
+
+def embedding_folder(path, pooling, prompts=None, generation=None, chat=CHAT):
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": chat}))
+    if prompts is not None:
+        (path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    if generation is not None:
+        kwargs = {"processing_kwargs": {"chat_template": {"add_generation_prompt": generation}}}
+        (path / "sentence_bert_config.json").write_text(json.dumps(kwargs))
+
+
+LAST = {"word_embedding_dimension": 2048, "pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}
+
+
+@pytest.mark.parametrize(
+    ("pooling", "options", "expected"),
+    [
+        (LAST, {}, ("last", "qwen3_vl_embedding")),
+        ({"pooling_mode": "lasttoken"}, {"generation": True}, ("last", "qwen3_vl_embedding")),
+        (
+            {"pooling_mode": "lasttoken"},
+            {"prompts": {"prompts": {"document": "Represent it."}, "default_prompt_name": "document"}},
+            (
+                "last",
+                "<|im_start|>system\nRepresent it.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+            ),
+        ),
+        ({"pooling_mode": "mean"}, {}, ("mean", "<|im_start|>user\n{}<|im_end|>\n")),
+    ],
+)
+def test_pooling_and_template_come_from_the_folder(published, pooling, options, expected):
+    embedding_folder(published, pooling, **options)
+    found = folder.settings(published)
+    assert (found["language.pooling"], found["data.template"]) == expected
+    # As the documentation of Qwen3-VL-Embedding renders it.
+    if expected[1] == "qwen3_vl_embedding":
+        assert config_lib.TEMPLATES["qwen3_vl_embedding"].format("red mug") == (
+            "<|im_start|>system\nRepresent the user's input.<|im_end|>\n"
+            "<|im_start|>user\nred mug<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("pooling", "chat", "message"),
+    [
+        ({"pooling_mode": "max"}, CHAT, "pools by max"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_lasttoken": True}, CHAT, "moon_jax pools by mean or by last"),
+        (LAST, "[INST]", "chat template is not Qwen's"),
+    ],
+)
+def test_another_pooling_is_refused(published, pooling, chat, message):
+    embedding_folder(published, pooling, chat=chat)
+    with pytest.raises(UserError, match=message):
+        folder.settings(published)
+
+
+def test_a_model_that_is_no_embedder_is_pooled_as_the_paper_has_it(published):
+    config = folder.config(published, {})
+    assert (config.language.pooling, config.data.template) == ("mean", "bare")
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [("---\nlicense: apache-2.0\ntags: []\n---\n# Qwen", "apache-2.0"), ("# none\nlicense: mit", ""), (None, "")],
+)
+def test_the_licence_is_the_cards(tmp_path, card, expected):
+    if card:
+        (tmp_path / "README.md").write_text(card)
+    assert folder.licence(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nowhere/at-all", "nowhere/at-all: no such folder; a model of the Hugging Face hub is written hf://nowhere"),
+        ("hf://only-a-name", "is written hf://owner/name"),
+        ("hf://../../etc/passwd", "is written hf://owner/name"),
+    ],
+)
+def test_a_model_that_is_not_there(monkeypatch, tmp_path, model, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        moon_jax.load(model)
+    assert "\n" not in str(error.value)
+
+
+HUB = """
+import huggingface_hub.constants as constants
+from moon_jax.hub import folder
+from moon_jax.config import UserError
+found = folder.locate("hf://owner/name")
+print(sorted(path.name for path in found.iterdir()))
+try:
+    folder.locate("hf://owner/other")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_hub_id_is_its_snapshot(tmp_path):
+    """Hugging Face's own client with a cache that holds one repository, and no network."""
+    commit = "0" * 40
+    repository = tmp_path / "hub" / "models--owner--name"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    result = subprocess.run(
+        [sys.executable, "-c", HUB],
+        env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.stderr == ""
+    held, refused = result.stdout.splitlines()
+    assert held == "['config.json']"
+    assert refused.startswith("hf://owner/other: the hub does not give it (")
+
+
+def test_no_network_is_asked_unless_a_hub_id_is_given(published):
+    """`hf://` alone imports the hub's client."""
+    code = (
+        "import sys; from pathlib import Path; from moon_jax.hub import folder;"
+        f"folder.config(folder.locate({str(published)!r}), {{}}); print('huggingface_hub' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout == "False\n"
+
+
+def test_a_config_differs_from_the_folder_it_begins_from(published):
+    embedding_folder(published, LAST)
+    config = config_lib.load("moon2_qwen3vl_2b", folder.settings(published))
+    assert (config.language.pooling, config.data.template, config.training.dtype) == (
+        "last",
+        "qwen3_vl_embedding",
+        "bfloat16",
+    )
+    assert config.experts.count == 8 and np.isclose(config.training.learning_rate, 1e-5)

@@ -1,0 +1,294 @@
+"""Tensors on disk → leaves on devices: regions, shardings, dtypes, upcycling, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from moon_jax import config as config_lib
+from moon_jax import sharding
+from moon_jax.config import UserError
+from moon_jax.data import rows as rows_lib
+from moon_jax.hub import keys, weights
+from moon_jax.model.encoder import Encoder
+from moon_jax.serving.embedder import abstract_params
+from moon_jax.training.checkpoints import on_one_device
+from moon_jax.training.loop import abstract_state
+from tests.conftest import random_params, tiny
+
+
+def whole(lazy):
+    return lazy.read(tuple(slice(0, size) for size in lazy.shape))
+
+
+def lazy_of(array):
+    return weights.Lazy(array.shape, array.__getitem__)
+
+
+def cases():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 6, 8)).astype(np.float32)
+    kernel = rng.normal(size=(5, 3, 2, 4, 4)).astype(np.float32)
+    drawn = weights.redrawn(lazy_of(a), 1, 0.5, (0, 1), (2,))
+    return {
+        "transposed": (weights.transposed(lazy_of(a)), a.T),
+        "joined": (weights.joined([lazy_of(a), lazy_of(b)]), np.concatenate([a, b], 1)),
+        "stacked": (weights.stacked([lazy_of(a), lazy_of(b)]), np.stack([a, b])),
+        "patches": (weights.patch_kernel(lazy_of(kernel)), kernel.transpose(2, 1, 3, 4, 0).reshape(2, 48, 5)),
+        "of all": (
+            weights.stacked([weights.joined([weights.transposed(lazy_of(a)), weights.transposed(lazy_of(b))])]),
+            np.concatenate([a.T, b.T], 1)[None],
+        ),
+        "redrawn": (drawn, whole(drawn)),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_region_is_that_part_of_the_whole(name):
+    lazy, expected = cases()[name]
+    assert lazy.shape == expected.shape
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        edges = [np.sort(rng.choice(size + 1, 2, replace=False)) for size in lazy.shape]
+        region = tuple(slice(int(start), int(stop)) for start, stop in edges)
+        np.testing.assert_array_equal(lazy.read(region), expected[region])
+        np.testing.assert_array_equal(weights.read_region(lazy, region, np.dtype(np.float32)), expected[region])
+
+
+def test_redrawn_changes_that_share_of_the_units_and_nothing_else():
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(3.0, 0.5, size=(40, 60)).astype(np.float32)
+    columns = whole(weights.redrawn(lazy_of(matrix), 1, 0.5, (7,), (3,)))
+    rows = whole(weights.redrawn(lazy_of(matrix.T), 0, 0.5, (8,), (3,)))
+    changed = (columns != matrix).any(0)
+    assert changed.sum() == 30 and (columns != matrix)[:, changed].all()
+    # Equal `units` choose the same: an expert's gate, up and down lose the same inner units.
+    np.testing.assert_array_equal((rows != matrix.T).any(1), changed)
+    assert abs(columns[:, changed].mean() - 3.0) < 0.1 and abs(columns[:, changed].std() - 0.5) < 0.05
+    np.testing.assert_array_equal(columns, whole(weights.redrawn(lazy_of(matrix), 1, 0.5, (7,), (3,))))
+    assert weights.redrawn(source := lazy_of(matrix), 1, 0.0, (7,), (3,)) is source
+
+
+def write(folder, config, params):
+    """A folder's weights in one file, under published names."""
+    flat = keys.flatten(jax.tree.map(np.asarray, params))
+    held = {
+        f"model.{row.theirs}": np.ascontiguousarray(
+            keys.to_theirs(flat[row.ours] if row.place is None else flat[row.ours][row.place], row.turning)
+        )
+        for row in keys.table(config)
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(held, folder / "model.safetensors")
+    return held
+
+
+def load(folder, config, tokenizer):
+    return weights.load(folder, config, jax.tree.map(on_one_device, abstract_params(config, tokenizer)["encoder"]))
+
+
+MESHES = {"fsdp and tensor": dict(fsdp=2, tensor=2), "experts": dict(expert=4, fsdp=2), "replicated": {}}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("every", [1, 2])
+def test_leaves_land_in_their_sharding(tmp_path, tokenizer, mesh, every):
+    config = tiny(language__layers=4, experts__every=every, **{f"mesh__{k}": v for k, v in MESHES[mesh].items()})
+    params = random_params(config, tokenizer)
+    write(tmp_path, config, params)
+    devices = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(devices):
+        rows = rows_lib.pack([[]] * 8, rows_lib.Layout.of(config), tokenizer.pad)
+        like = abstract_state(config, rows, devices).params["encoder"]
+        found = weights.load(tmp_path, config, like)
+    for path, leaf in keys.flatten(found).items():
+        assert leaf.sharding == keys.flatten(like)[path].sharding, path
+        np.testing.assert_array_equal(leaf, keys.flatten(params)[path], err_msg=path)
+    sharded = [leaf for leaf in jax.tree.leaves(found) if not leaf.sharding.is_fully_replicated]
+    assert bool(sharded) == (mesh != "replicated")
+
+
+@pytest.mark.parametrize(("held", "wanted"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float32")])
+def test_weights_take_the_dtype_of_the_config(tmp_path, tokenizer, held, wanted):
+    config = tiny(experts__count=0, training__param_dtype=wanted)
+    params = jax.tree.map(lambda leaf: leaf.astype(held), random_params(config, tokenizer))
+    write(tmp_path, config, params)
+    found = load(tmp_path, config, tokenizer)
+    for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
+        assert leaf.dtype == wanted
+        np.testing.assert_array_equal(np.asarray(leaf), expected.astype(wanted))
+
+
+def test_no_piece_read_is_a_large_part_of_the_leaf(tmp_path, tokenizer, monkeypatch):
+    """The host holds one device's part of one leaf, and pieces of it: a sixteenth, rounded up to a row."""
+    config = tiny(language__layers=4, mesh__fsdp=8)
+    write(tmp_path, config, random_params(config, tokenizer))
+    pieces = []
+    plain = weights.Files.__getitem__
+
+    def spied(files, name):
+        lazy = plain(files, name)
+
+        def read(region):
+            array = lazy.read(region)
+            pieces.append((name, array.size))
+            return array
+
+        return weights.Lazy(lazy.shape, read)
+
+    monkeypatch.setattr(weights.Files, "__getitem__", spied)
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        rows = rows_lib.pack([[]] * 8, rows_lib.Layout.of(config), tokenizer.pad)
+        like = abstract_state(config, rows, mesh).params["encoder"]
+        weights.load(tmp_path, config, like)
+    embedding = [size for name, size in pieces if name.endswith("embed_tokens.weight")]
+    part = config.language.vocab * config.language.width // 8
+    assert len(embedding) >= 8 * 16 and max(embedding) <= part // 16 + config.language.width
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        dict(experts__count=4, experts__per_token=2),
+        dict(experts__count=4, experts__per_token=1, experts__every=2),
+        dict(experts__count=3, experts__per_token=3, experts__dense_layers=(0, 3)),
+        dict(experts__count=1, experts__per_token=1),
+    ],
+    ids=str,
+)
+def test_an_upcycled_model_is_the_dense_one_at_step_0(tmp_path, tokenizer, differences):
+    sizes = dict(language__layers=4, experts__width=tiny().language.mlp_width)
+    dense = tiny(**sizes, experts__count=0)
+    write(tmp_path, dense, random_params(dense, tokenizer))
+    config = tiny(**sizes, **differences)
+    rng = np.random.default_rng(0)
+    products = [[rows_lib.segments(rng.integers(0, 300, 9).astype(np.int32), (), tokenizer, 2)[0]] for _ in range(3)]
+    rows = rows_lib.pack([[parts] for parts in products], rows_lib.Layout.of(config), tokenizer.pad)
+
+    def embed(config):
+        params = load(tmp_path, config, tokenizer)
+        return jax.jit(Encoder(config).apply)({"params": params}, rows).embedding
+
+    expected = embed(dense)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(embed(config), expected, atol=1e-6)
+    if config.experts.count > 1:  # and part of it drawn anew, it is another one
+        other = embed(config_lib.replace(config, {"experts.redrawn": 0.5}))
+        assert np.abs(other - expected).max() > 1e-2
+
+
+def test_upcycling_is_seeded_and_the_same_on_any_mesh(tmp_path, tokenizer):
+    sizes = dict(experts__width=tiny().language.mlp_width, experts__redrawn=0.5)
+    dense = tiny(**sizes, experts__count=0)
+    write(tmp_path, dense, random_params(dense, tokenizer))
+    config = tiny(**sizes, mesh__expert=4, mesh__tensor=2)
+    one = load(tmp_path, config, tokenizer)
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        rows = rows_lib.pack([[]] * 8, rows_lib.Layout.of(config), tokenizer.pad)
+        many = weights.load(tmp_path, config, abstract_state(config, rows, mesh).params["encoder"])
+    jax.tree.map(np.testing.assert_array_equal, one, many)
+    experts = one["decoder"]["periods"]["layer_0"]["experts"]
+    assert np.abs(experts["router"]).min() > 0  # a zero router would tie the experts
+    assert 0.015 < float(jnp.std(experts["router"])) < 0.025
+    # Experts differ from one another, each in half of its inner units, the same ones in gate, up and down.
+    gate_up, down = np.asarray(experts["gate_up"]), np.asarray(experts["down"])
+    plain = load(tmp_path, config_lib.replace(config, {"experts.redrawn": 0.0}), tokenizer)
+    plain = plain["decoder"]["periods"]["layer_0"]["experts"]
+    fresh = (gate_up != plain["gate_up"]).any(2)  # [layers, E, 2F]
+    width = config.experts.width
+    assert (fresh[..., :width].sum(-1) == width // 2).all()
+    np.testing.assert_array_equal(fresh[..., :width], fresh[..., width:])
+    np.testing.assert_array_equal(fresh[..., :width], (down != plain["down"]).any(-1))
+    assert (fresh[0, 0] != fresh[0, 1]).any()
+    other = load(tmp_path, config_lib.replace(config, {"seed": 1}), tokenizer)
+    assert (np.asarray(other["decoder"]["periods"]["layer_0"]["experts"]["router"]) != experts["router"]).any()
+
+
+def damaged(held, damage):
+    held = dict(held)
+    name = "model.language_model.layers.1.self_attn.q_proj.weight"
+    if damage == "missing":
+        del held[name]
+    elif damage == "left over":
+        held["model.language_model.layers.2.self_attn.q_proj.weight"] = held[name]
+    elif damage == "shape":
+        held[name] = held[name][:-1]
+    elif damage == "axes":
+        held[name] = held[name][None]
+    elif damage == "all of a shape":
+        for layer in range(2):
+            key = f"model.language_model.layers.{layer}.self_attn.q_proj.weight"
+            held[key] = held[key][:-1]
+    elif damage == "integers":
+        held[name] = held[name].astype(np.int8)
+    elif damage == "head":
+        held["lm_head.weight"] = np.ones((300, 24), np.float32)
+    return held
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", "layers.1.self_attn.q_proj.weight is missing"),
+        ("left over", "layers.2.self_attn.q_proj.weight is left over"),
+        ("shape", r"layers.1.self_attn.q_proj.weight has shape \(24, 47\), other layers \(24, 48\)"),
+        ("axes", "layers.1.self_attn.q_proj.weight has shape .* 2 axes are expected"),
+        (
+            "all of a shape",
+            r"layers.0.self_attn.q_proj.weight gives .* the shape \(2, 24, 47\), and the config \(2, 24, 48\)",
+        ),
+        ("integers", "layers.1.self_attn.q_proj.weight is of type I8; quantised"),
+        ("head", ""),
+    ],
+)
+def test_a_leaf_missing_left_over_or_of_another_shape_is_named(tmp_path, tokenizer, damage, message):
+    config = tiny(experts__count=0)
+    held = write(tmp_path, config, random_params(config, tokenizer))
+    save_file(damaged(held, damage), tmp_path / "model.safetensors")
+    if not message:  # the head is left behind
+        load(tmp_path, config, tokenizer)
+        return
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path, config, tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_upcycling_needs_the_width_of_the_dense_feed_forward(tmp_path, tokenizer):
+    dense = tiny(experts__count=0)
+    write(tmp_path, dense, random_params(dense, tokenizer))
+    with pytest.raises(UserError, match=r"config.experts.width: 20, .* give --config.experts.width=40"):
+        load(tmp_path, tiny(), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no model.safetensors and no index"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "is no file of this folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "is no file of this folder"),
+        ({"weight_map": {"a": 3}}, "not an index|is no file"),
+        ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors is missing"),
+        ({"weights": {}}, "not an index"),
+        ([], "not an index"),
+        ("cut", "not a readable safetensors file"),
+        ("pickle", "no model.safetensors and no index"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, tokenizer, content, message):
+    config = tiny(experts__count=0)
+    if content == "cut":
+        write(tmp_path, config, random_params(config, tokenizer))
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+    elif content == "pickle":
+        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    elif content is not None:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path, config, tokenizer)
+    assert "\n" not in str(error.value)
