@@ -19,9 +19,11 @@ setup(
     install_requires=[
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
+        "huggingface_hub>=1.0",
         # jax 0.11 needs Python 3.12; pip picks the newest that the interpreter can run.
         "jax>=0.10.2,<0.12",
         "matplotlib>=3.9",
+        "ml_dtypes>=0.5",
         "ml_collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.8,<0.3",
@@ -29,6 +31,7 @@ setup(
         "pillow>=11",
         "pyarrow>=18",
         "rich>=13",
+        "safetensors>=0.6",
         "tensorboardX>=2.6.2",
         "tokenizers>=0.22",
     ],

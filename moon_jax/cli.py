@@ -46,9 +46,10 @@ examples:
 
 
 TRAIN = """\
-Trains a config on a catalogue; the same command again resumes. With --init the run begins from public weights of Qwen3-VL,
-2B to 30B-A3B or Qwen3-VL-Embedding; where the config wants experts and the weights are dense, every expert begins as a copy
-of the dense feed-forward. Sizes, pooling and template are those of the weights, unless the config says otherwise.
+Trains a config on a catalogue; the same command again resumes. With --init the run begins from public weights, of
+Qwen3-VL 2B to 30B-A3B or of Qwen3-VL-Embedding. Where the config wants experts and the weights are dense, every
+expert begins as a copy of the dense feed-forward. Sizes, pooling and template are those of the weights, unless the
+config says otherwise.
 
 examples:
   moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
@@ -62,9 +63,9 @@ examples:
 """
 
 EXPORT = """\
-Writes a model as a Hugging Face folder, qwen3_vl_moe where it has experts and qwen3_vl where it has none: for transformers,
-sentence-transformers and the servers built on them. --verify embeds a text, an image and both with transformers on this
-machine, and fails where they differ from ours (it needs: pip install -e '.[hf]').
+Writes a model as a Hugging Face folder, qwen3_vl_moe where it has experts and qwen3_vl where it has none, for
+transformers, sentence-transformers and the servers built on them. --verify embeds a text, an image and both with
+transformers on this machine, and fails where they differ from ours (it needs: pip install -e '.[hf]').
 
 examples:
   moon-jax export --model moon-jax-quickstart --output served
@@ -182,13 +183,24 @@ def _configured(parsed: argparse.Namespace, overrides: list[str], name: str, ini
         raise UserError(f"--steps {parsed.steps}: give 1 or more")
     base = {}
     if init:
-        from moon_jax.hub import folder
-
-        base = folder.settings(folder.locate(init)) | {"training.init": init}
+        base = _begun(init, Path(parsed.workdir)) | {"training.init": init}
     config = config_lib.load(name, base)
     given = {"data.path": parsed.data, "training.steps": parsed.steps}
     config = config_lib.replace(config, {name: value for name, value in given.items() if value})
     return config_lib.override(config, overrides)
+
+
+def _begun(init: str, workdir: Path) -> dict[str, object]:
+    """The options that the model to begin from decides. A run that goes on does not need its folder any more."""
+    from moon_jax.hub import folder
+
+    try:
+        return folder.settings(folder.locate(init))
+    except UserError:
+        if not (workdir / "config.json").is_file():
+            raise
+    held = config_lib.leaves(config_lib.read_json(workdir / "config.json"))
+    return {name: held[name] for name in held if name.startswith(("vision.", "language.")) or name in folder.CARRIED}
 
 
 def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:

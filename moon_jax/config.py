@@ -28,7 +28,8 @@ def printable(text: str) -> str:
 TEMPLATES = {
     "bare": "{}",
     "qwen3_vl_embedding": (
-        "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nRepresent the user's input.<|im_end|>\n"
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     ),
 }
 """Named values of `data.template`: what stands around a view, whose own tokens take the place of {}."""

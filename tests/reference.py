@@ -32,7 +32,7 @@ def _import_torchvision() -> None:
     No test calls them: declared, they let the import pass.
     """
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except ModuleNotFoundError:
         return
     except RuntimeError:

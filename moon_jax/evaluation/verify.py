@@ -23,7 +23,7 @@ def products(fits: Callable[[str], bool]) -> list[Product]:
     rows, columns = np.mgrid[0:160, 0:120]
     waves = [127 + 120 * np.sin(rows / 9 + k) * np.cos(columns / (7 + k)) for k in range(3)]
     picture = Image.fromarray(np.stack(waves, -1).astype(np.uint8))
-    words = "red canvas sneaker with white laces, size 42".split()
+    words = ["red", "canvas", "sneaker", "with", "white", "laces,", "size", "42"]
     title = next(" ".join(words[:count]) for count in range(len(words), 0, -1) if fits(" ".join(words[:count])))
     return [Product(text=title), Product(images=(picture,)), Product(text=title, images=(picture,))]
 
@@ -41,11 +41,7 @@ def verify(folder: Path) -> list[float]:
         raise UserError(
             f"--verify compares with transformers, and {error.name} is missing: pip install -e '.[hf]'"
         ) from None
-    embedder = serving.load(folder, {"training.dtype": "float32"})
-    longest = embedder.config.data.text_tokens
-    asked = products(lambda title: len(embedder.reader.tokenizer.encode([title], longest + 1)[0]) <= longest)
-    ours = embedder.encode(asked)
-    del embedder
+    asked, ours = _ours(folder)
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
@@ -58,6 +54,14 @@ def verify(folder: Path) -> list[float]:
         pooled = torch.nn.functional.normalize(states[-1] if last else states.mean(0), dim=0)
         cosines.append(float(pooled.numpy() @ vector))
     return cosines
+
+
+def _ours(folder: Path) -> tuple[list[Product], np.ndarray]:
+    """The products, and our embeddings of them; the model is let go before transformers loads it."""
+    embedder = serving.load(folder, {"training.dtype": "float32"})
+    tokenizer, longest = embedder.reader.tokenizer, embedder.config.data.text_tokens
+    asked = products(lambda title: len(tokenizer.encode([title], longest + 1)[0]) <= longest)
+    return asked, embedder.encode(asked)
 
 
 def _inputs(product: Product, tokenizer: Any, images: Any, template: str) -> dict[str, Any]:

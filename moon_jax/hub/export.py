@@ -368,8 +368,8 @@ def model_card(trained: Trained) -> str:
     lines += [
         f"* **Input**: images first, then the text, within the template `{config.data.template}`;"
         f" {config.language.pooling} pooling. Trained with at most {config.data.images} image(s) of"
-        f" {config.data.visual_tokens} visual tokens, and {config.data.text_tokens} tokens of text: moon_jax cuts longer"
-        " texts, servers do not.",
+        f" {config.data.visual_tokens} visual tokens, and {config.data.text_tokens} tokens of text: moon_jax cuts"
+        " longer texts, servers do not.",
         "* **Left out**: the head over the vocabulary. This model does not generate.",
         f"* **Space**: `{trained.fingerprint}`; vectors of another one do not compare.",
         "",

@@ -287,7 +287,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("width", [24, 12])
 def test_widths_whose_layouts_look_alike_are_refused(width):
-    with pytest.raises(UserError, match="experts.width must be neither language.width nor half of it"):
+    with pytest.raises(UserError, match=r"experts\.width must be neither language\.width nor half of it"):
         tiny(experts__width=width)
 
 
