@@ -183,9 +183,9 @@ def _configured(parsed: argparse.Namespace, overrides: list[str], name: str, ini
         raise UserError(f"--steps {parsed.steps}: give 1 or more")
     base = {}
     if init:
-        base = _begun(init, Path(parsed.workdir)) | {"training.init": init}
+        base = _begun(init, Path(parsed.workdir))
     config = config_lib.load(name, base)
-    given = {"data.path": parsed.data, "training.steps": parsed.steps}
+    given = {"data.path": parsed.data, "training.steps": parsed.steps, "training.init": init}
     config = config_lib.replace(config, {name: value for name, value in given.items() if value})
     return config_lib.override(config, overrides)
 

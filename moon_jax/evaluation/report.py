@@ -200,9 +200,10 @@ def learned(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
         heavy, light = max(weights, key=weights.get), min(weights, key=weights.get)
         if len(lines) > 1 and first["total"] is not None and last["total"] is not None:
             said.append(f"the loss went from {first['total']:.2f} at step {first['step']} to {last['total']:.2f}")
-        said.append(
+        weighs = (
             f"the objective that weighs most is {heavy} (ω {weights[heavy]:.2f}), least {light} ({weights[light]:.2f})"
         )
+        said.append(weighs if last["experts"] else f"without experts every objective weighs ω {weights[heavy]:.2f}")
         if last["phi_below_threshold"] is not None:
             said.append(f"the filter weighs {100 * last['phi_below_threshold']:.0f}% of the last batch's triplets down")
         if last["experts"]:
@@ -236,12 +237,15 @@ def last_screen(
         "log": "run.log",
     }
     yield "where things are", [f"{what + ':':13}{workdir / place}" for what, place in places.items() if place]
-    quote = shlex.quote
+    quote, lines = shlex.quote, _lines(workdir)
+    dense = bool(lines) and not lines[-1]["experts"]
+    without_experts = shlex.join([*again, "--workdir", f"{workdir}-dense", "--config.experts.count=0"])
     tries = {
         "your catalogue": f"moon-jax quickstart --data YOUR_FOLDER --workdir {quote(str(workdir.parent / 'own'))}"
         if prepared.synthetic
         else "",
-        "no experts": shlex.join([*again, "--workdir", f"{workdir}-dense", "--config.experts.count=0"]),
+        "no experts": "" if dense else without_experts,
+        "to serve it": shlex.join(["moon-jax", "export", "--model", str(workdir), "--output", f"{workdir}-served"]),
         "in Python": f"import moon_jax; moon_jax.load({str(workdir)!r}).encode('red mug')",
         "the curves": f"pip install tensorboard; tensorboard --logdir {quote(str(workdir / 'tensorboard'))}",
     }

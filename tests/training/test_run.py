@@ -18,6 +18,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 import moon_jax
+from moon_jax import cli
 from moon_jax.config import UserError
 from moon_jax.data import sources
 from moon_jax.evaluation import retrieval
@@ -79,6 +80,7 @@ def test_the_last_screen_says_what_where_and_what_next(finished, catalogue):
     assert f"log:         {workdir / 'run.log'}" in places and "quarantine" not in places
     again = shlex.join(["moon-jax", "quickstart", "--data", str(catalogue), *overrides(CONFIG)])
     assert f"{again} --workdir {workdir}-dense --config.experts.count=0" in tries
+    assert f"moon-jax export --model {workdir} --output {workdir}-served" in tries
     # Nothing moves and nothing is coloured where nobody watches.
     assert "\x1b" not in printed and "\r" not in printed
 
@@ -301,10 +303,22 @@ def test_without_data_it_renders_its_own_and_says_so(tmp_path):
     assert (workdir / "catalogue" / "synthetic.parquet").stat().st_mtime_ns == rendered
 
 
+def test_a_dense_run_goes_the_whole_way(catalogue, tmp_path, capsys):
+    """Without experts there is no W*: nothing to checkpoint, to show, or to suggest leaving out."""
+    config = tiny(experts__count=0, training__steps=2)
+    given = ["--data", str(catalogue), "--workdir", str(tmp_path / "w"), *overrides(config)]
+    assert cli.main(["quickstart", *given]) == 0
+    printed = capsys.readouterr().out
+    assert "without experts every objective weighs ω 0.20" in printed and "no experts:" not in printed
+    assert (tmp_path / "w" / "checkpoints" / "2").is_dir()
+    assert cli.main(["quickstart", *given]) == 0
+    assert "is trained already" in capsys.readouterr().out
+
+
 def test_no_model_is_one_line(finished, tmp_path):
     for place, message in (
-        (tmp_path, "no config.json and no tokenizer.json there; give the workdir of a training run"),
-        (tmp_path / "nowhere", "no such folder; give the workdir"),
+        (tmp_path, "no config.json and no tokenizer.json there; give a workdir or a Hugging Face folder"),
+        (tmp_path / "nowhere", "no such folder; give a workdir"),
         (finished[0] / "checkpoints", f"no config.json and no tokenizer.json there; try {finished[0]}"),
     ):
         with pytest.raises(UserError) as error:
