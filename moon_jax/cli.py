@@ -226,17 +226,23 @@ def run_export(parsed: argparse.Namespace, overrides: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     report = watch.Watch()
     trained = embedder.read(parsed.model, options, functools.partial(report.track, "loading"))
-    export.export(trained, output, parsed.dtype or "", functools.partial(report.track, "writing"))
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    report.line(f"{output}: {size / 1e6:,.1f} MB")
+    dtype = parsed.dtype or trained.config.training.param_dtype
     if parsed.verify:
         from moon_jax.evaluation import verify
 
+        with report.busy("embedding a text, an image and both"):
+            asked, ours = verify.ours(trained, dtype)
+    export.export(trained, output, dtype, functools.partial(report.track, "writing"))
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    report.line(f"{output}: {size / 1e6:,.1f} MB")
+    if parsed.verify:
+        last = trained.config.language.pooling == "last"
         del trained
-        with report.busy("embedding with transformers"):
-            cosines = verify.verify(output)
-        names = ("text", "image", "both")
-        told = ", ".join(f"{name} {cosine:.7f}" for name, cosine in zip(names, cosines, strict=True))
+        with report.busy("embedding them with transformers"):
+            cosines = (ours * verify.theirs(output, asked, last)).sum(axis=1)
+        told = ", ".join(
+            f"{name} {cosine:.7f}" for name, cosine in zip(("text", "image", "both"), cosines, strict=True)
+        )
         report.line(f"cosines of our embeddings and transformers': {told}")
         verify.check(cosines)
 

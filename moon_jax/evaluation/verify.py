@@ -1,4 +1,4 @@
-"""An exported folder held against transformers: the same products, its processor and model, their embeddings."""
+"""A model held against what transformers makes of its exported folder: embeddings of the same products."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
+from moon_jax import config as config_lib
 from moon_jax.config import UserError
-from moon_jax.hub import folder as folder_lib
-from moon_jax.serving import embedder as serving
+from moon_jax.data.text import Tokenizer
+from moon_jax.hub.export import Trained
+from moon_jax.serving.embedder import Embedder
 from moon_jax.types import Product
 
 LEAST = 0.9999
@@ -28,40 +31,49 @@ def products(fits: Callable[[str], bool]) -> list[Product]:
     return [Product(text=title), Product(images=(picture,)), Product(text=title, images=(picture,))]
 
 
-def verify(folder: Path) -> list[float]:
-    """Cosines between our embeddings and transformers' of a text, an image and both, computed in float32.
+def ours(trained: Trained, dtype: str) -> tuple[list[Product], np.ndarray]:
+    """The products, and the model's embeddings of them before it is exported.
+
+    Args:
+        dtype: that the weights are exported in; computed is in float32.
 
     Raises:
-        UserError: torch or transformers is not installed.
+        UserError: torch or transformers, which `theirs` needs, is not installed.
     """
     try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"--verify compares with transformers, and {error.name} is missing: pip install -e '.[hf]'"
-        ) from None
-    asked, ours = _ours(folder)
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        need = f"--verify compares with transformers, and {error.name} is missing: pip install -e '.[hf]'"
+        raise UserError(need) from None
+    config = config_lib.replace(trained.config, {"training.dtype": "float32"})
+    tokenizer, longest = Tokenizer.load(trained.tokenizer), config.data.text_tokens
+    encoder = jax.tree.map(lambda leaf: leaf.astype(dtype), trained.encoder)
+    embedder = Embedder(config, encoder, tokenizer, trained.fingerprint, trained.step)
+    asked = products(lambda title: len(tokenizer.encode([title], longest + 1)[0]) <= longest)
+    return asked, embedder.encode(asked)
+
+
+def theirs(folder: Path, asked: list[Product], last: bool) -> np.ndarray:
+    """transformers' embeddings of the products in float32, f32[products,D].
+
+    Args:
+        last: whether the last token is pooled, or the mean of all.
+    """
+    import torch
+    import transformers
+
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    last = folder_lib.settings(folder)["language.pooling"] == "last"
-    cosines = []
-    for product, vector in zip(asked, ours, strict=True):
+    template = (folder / "chat_template.jinja").read_text("utf-8")
+    vectors = []
+    for product in asked:
         with torch.no_grad():
-            hidden = model(**_inputs(product, tokenizer, images, (folder / "chat_template.jinja").read_text("utf-8")))
-        states = hidden.last_hidden_state[0]
-        pooled = torch.nn.functional.normalize(states[-1] if last else states.mean(0), dim=0)
-        cosines.append(float(pooled.numpy() @ vector))
-    return cosines
-
-
-def _ours(folder: Path) -> tuple[list[Product], np.ndarray]:
-    """The products, and our embeddings of them; the model is let go before transformers loads it."""
-    embedder = serving.load(folder, {"training.dtype": "float32"})
-    tokenizer, longest = embedder.reader.tokenizer, embedder.config.data.text_tokens
-    asked = products(lambda title: len(tokenizer.encode([title], longest + 1)[0]) <= longest)
-    return asked, embedder.encode(asked)
+            states = model(**_inputs(product, tokenizer, images, template)).last_hidden_state[0]
+        pooled = states[-1] if last else states.mean(0)
+        vectors.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
+    return np.stack(vectors)
 
 
 def _inputs(product: Product, tokenizer: Any, images: Any, template: str) -> dict[str, Any]:
@@ -87,9 +99,9 @@ def _inputs(product: Product, tokenizer: Any, images: Any, template: str) -> dic
     }
 
 
-def check(cosines: list[float]) -> None:
+def check(cosines: np.ndarray) -> None:
     """Raises UserError for embeddings that are not those of transformers."""
-    if min(cosines) < LEAST:
+    if not np.min(cosines) >= LEAST:
         raise UserError(
-            f"transformers embeds otherwise: cosine {min(cosines):.6f}, below {LEAST}; do not serve this folder"
+            f"transformers embeds otherwise: cosine {np.min(cosines):.6f}, below {LEAST}; do not serve this folder"
         )

@@ -346,7 +346,7 @@ def model_card(trained: Trained) -> str:
         "# A product embedder",
         "",
         f"One model that embeds a product from its text, its images or both into one space of {config.language.width}"
-        f" dimensions (Qwen3-VL, {kind}), trained by MOON2.0 (arXiv 2511.12449) with moon_jax.",
+        f" dimensions (Qwen3-VL, {kind}), by MOON2.0 (arXiv 2511.12449) in moon_jax.",
         "",
         "```python",
         "from sentence_transformers import SentenceTransformer",
@@ -355,7 +355,9 @@ def model_card(trained: Trained) -> str:
         "```",
         "",
         f"* **Base**: {base or 'none, random weights'}; its licence: {trained.licence or 'not stated there'}.",
-        f"* **Training**: {trained.step:,} steps of {config.data.batch} triplets.",
+        f"* **Training**: {trained.step:,} steps of {config.data.batch} triplets."
+        if trained.step
+        else "* **Training**: none by moon_jax.",
     ]
     if data:
         made = "synthetic, rendered products" if data["synthetic"] else "a catalogue of its owner's"

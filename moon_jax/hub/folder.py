@@ -86,7 +86,8 @@ def settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not is_folder(folder):
-        raise UserError(f"{path}: no config of a Hugging Face model there")
+        hint = "; a workdir becomes a folder by moon-jax export" if (folder / "checkpoints").is_dir() else ""
+        raise UserError(f"{path}: no config of a Hugging Face model there{hint}")
     held = read_json(path)
     if held["model_type"] not in KINDS:
         raise UserError(f"{path}: a model of type {held['model_type']!r}; read are {' and '.join(KINDS)}")
@@ -265,9 +266,19 @@ def check(wanted: config_lib.Config, folder: Path) -> None:
     Raises:
         UserError: names the first size that differs.
     """
-    ours, theirs = config_lib.leaves(wanted), settings(folder)
+    theirs = config(folder, {})
     # Dense weights are upcycled where the config wants experts; else the folder's experts are the config's.
-    groups = ("vision.", "language.") + (("experts.",) if theirs.get("experts.count") else ())
-    for name, value in theirs.items():
-        if name.startswith(groups) and name != "language.pooling" and ours[name] != value:
-            raise UserError(f"config.{name}: {ours[name]!r}, and {folder} has {value!r}; give a config that fits it")
+    experts = ("experts.count", "experts.per_token", "experts.width") if theirs.experts.count else ()
+    held = config_lib.leaves(theirs)
+    for name, value in config_lib.leaves(wanted).items():
+        sized = name.startswith(("vision.", "language.")) and name != "language.pooling"
+        if (sized or name in experts) and value != held[name]:
+            raise UserError(
+                f"config.{name}: {value!r}, and {folder} has {held[name]!r}; give a config that fits it, or leave it to"
+                " --init, which takes sizes from the folder"
+            )
+    if experts and config_lib.sparse_layers(wanted) != config_lib.sparse_layers(theirs):
+        raise UserError(
+            f"config.experts.every and dense_layers: other layers than in {folder} hold experts; there they are"
+            f" {theirs.experts.every} and {theirs.experts.dense_layers}"
+        )

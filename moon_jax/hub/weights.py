@@ -131,10 +131,13 @@ class Files:
         for name in self._names():
             try:
                 handle = stack.enter_context(safe_open(folder / name, framework="np"))
-                for key in handle.keys():  # noqa: SIM118  not a dict
-                    self._slices[key.removeprefix("model.")] = (name, handle.get_slice(key))
+                parts = {key.removeprefix("model."): handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{folder / name}: not a readable safetensors file ({error}); fetch it again") from None
+            for key, part in parts.items():
+                if key in self._slices:
+                    raise UserError(f"{folder}: {key} stands in both {self._slices[key][0]} and {name}")
+                self._slices[key] = (name, part)
 
     def _names(self) -> list[str]:
         index = self.folder / "model.safetensors.index.json"
@@ -227,6 +230,8 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             return _repeated(expert(0), config.experts.count)
         return stacked([expert(number) for number in range(config.experts.count)])
 
+    if config.experts.redrawn and not upcycled:
+        raise UserError(f"config.experts.redrawn: {files.folder} is not upcycled, and nothing can be drawn anew in it")
     if upcycled and config.experts.width != config.language.mlp_width:
         raise UserError(
             f"config.experts.width: {config.experts.width}, and the weights of {files.folder} are dense;"

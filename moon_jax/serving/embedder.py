@@ -301,7 +301,8 @@ def _fingerprint(config: config_lib.Config, encoder: Any, tokenizer: Path) -> st
     digest = hashlib.blake2b(tokenizer.read_bytes(), digest_size=8)
     digest.update(repr((config.language.pooling, config.data.template)).encode())
     for leaf in jax.tree.leaves(encoder):
-        digest.update(np.asarray(leaf).tobytes())
+        for part in leaf if leaf.ndim > 1 else [leaf]:  # a stack of layers is fetched one by one
+            digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
 
 

@@ -113,7 +113,10 @@ def test_transformers_own_processor_and_model_embed_alike(case):
     _, folder = case
     from tests.reference import torch, transformers
 
-    assert verify.verify(folder) == pytest.approx([1, 1, 1], abs=1e-6)
+    model, _ = case
+    asked, ours = verify.ours(model, "float32")
+    last = model.config.language.pooling == "last"
+    assert (ours * verify.theirs(folder, asked, last)).sum(1) == pytest.approx([1, 1, 1], abs=1e-6)
     processor = pil_processor(folder)
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(processor).__name__ == "Qwen3VLProcessor"
@@ -369,16 +372,16 @@ def test_public_weights_to_trained_to_served(tmp_path, catalogue):
     assert cli.main(["export", "--model", str(workdir), "--output", str(tmp_path / "again"), "--verify"]) == 0
 
     # Verification sees another model: one expert's matrix is doubled on disk.
-    path = output / "model.safetensors"
-    held = load_file(path)
+    again = tmp_path / "again" / "model.safetensors"
+    held = load_file(again)
     name = "model.language_model.layers.1.mlp.experts.down_proj"
     held[name] = 2 * held[name]
-    ours = verify.serving.load(output)
-    save_file(held, path, metadata={"format": "pt"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify.serving, "load", lambda *_: ours)
-        with pytest.raises(UserError, match="transformers embeds otherwise: cosine"):
-            verify.check(verify.verify(output))
+    save_file(held, again, metadata={"format": "pt"})
+    asked, ours = verify.ours(serving.read(workdir), "float32")
+    with pytest.raises(UserError, match="transformers embeds otherwise: cosine"):
+        verify.check((ours * verify.theirs(tmp_path / "again", asked, last=False)).sum(axis=1))
+    with pytest.raises(UserError, match="transformers embeds otherwise: cosine nan"):
+        verify.check(np.array([1.0, np.nan, 1.0]))
 
 
 def test_the_folder_is_the_base_and_the_run_resumes_without_it(tmp_path, catalogue):
