@@ -86,6 +86,22 @@ def test_experts_are_the_folders(tmp_path):
         folder.check(config_lib.replace(config, {"experts.count": 8}), tmp_path)
 
 
+def test_the_same_layers_may_be_said_in_two_ways(tmp_path):
+    shutil.copy(PUBLISHED / "30b_a3b.json", tmp_path / "config.json")
+    edit(tmp_path / "config.json", "text_config", mlp_only_layers=list(range(0, 48, 2)))
+    config = folder.config(tmp_path, {})
+    folder.check(config_lib.replace(config, {"experts.every": 2, "experts.dense_layers": ()}), tmp_path)
+    with pytest.raises(UserError, match=r"config.experts.every and dense_layers: other layers than in"):
+        folder.check(config_lib.replace(config, {"experts.dense_layers": ()}), tmp_path)
+
+
+def test_a_workdir_is_no_folder(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(config_lib.to_json(config_lib.Config()))
+    with pytest.raises(UserError, match="no config of a Hugging Face model there; a workdir becomes a folder by moon-jax"):
+        folder.settings(tmp_path)
+
+
 def test_a_dense_folder_may_be_upcycled_and_other_sizes_may_not(published):
     folder.check(config_lib.Config(), published)  # 8 experts in every layer
     with pytest.raises(UserError, match=r"config.language.layers: 14, and .* has 28"):

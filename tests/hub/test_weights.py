@@ -265,6 +265,24 @@ def test_upcycling_needs_the_width_of_the_dense_feed_forward(tmp_path, tokenizer
         load(tmp_path, tiny(), tokenizer)
 
 
+def test_nothing_is_drawn_anew_where_nothing_is_upcycled(tmp_path, tokenizer):
+    config = tiny(experts__redrawn=0.5)
+    write(tmp_path, config, random_params(config, tokenizer))
+    with pytest.raises(UserError, match=r"config.experts.redrawn: .* is not upcycled"):
+        load(tmp_path, config, tokenizer)
+
+
+def test_a_weight_that_stands_in_two_files_is_named(tmp_path, tokenizer):
+    config = tiny(experts__count=0)
+    held = write(tmp_path, config, random_params(config, tokenizer))
+    name = "model.language_model.norm.weight"
+    save_file({name: held[name]}, tmp_path / "other.safetensors")
+    index = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"language_model.norm.weight stands in both model.safetensors and other"):
+        load(tmp_path, config, tokenizer)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
