@@ -8,6 +8,7 @@ import errno
 import functools
 import logging
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -46,7 +47,7 @@ examples:
 
 
 TRAIN = """\
-Trains a config on a catalogue; the same command again resumes. With --init the run begins from public weights, of
+Trains a config on a catalogue, without judging the model; the same command again resumes. With --init the run begins from public weights, of
 Qwen3-VL 2B to 30B-A3B or of Qwen3-VL-Embedding. Where the config wants experts and the weights are dense, every
 expert begins as a copy of the dense feed-forward. Sizes, pooling and template are those of the weights, unless the
 config says otherwise.
@@ -104,7 +105,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "train", help="train a config, from public weights or from scratch", description=TRAIN, **layout
     )
     train.add_argument("--config", required=True, help="a config that is shipped, or a file")
-    train.add_argument("--data", help="as for quickstart")
+    train.add_argument(
+        "--data", help="a .parquet or .jsonl file of products, or a folder of them; default: rendered ones"
+    )
     train.add_argument("--workdir", required=True, help="where the run lives")
     train.add_argument("--init", help="a Hugging Face folder or hf://owner/name to begin from; default: random weights")
     train.add_argument("--steps", type=int, help="training steps, in place of the config's")
@@ -117,10 +120,14 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     flags = [f"--{name}" for name in vars(parsed) if name != "command"]
     for argument in rest:
         if not argument.startswith("--config.") or "=" not in argument:
-            close = difflib.get_close_matches(argument.partition("=")[0], flags, n=1)
-            hint = (
-                f"the closest flag is {close[0]}" if close else "options of the config are written --config.a.b=value"
-            )
+            given = argument.partition("=")[0]
+            close = difflib.get_close_matches(given, flags, n=1)
+            others = [name for name, one in commands.choices.items() if given in one.format_usage()]
+            hint = "options of the config are written --config.a.b=value"
+            if given.startswith("--") and others:
+                hint = f"moon-jax {others[0]} has this flag"
+            elif close:
+                hint = f"the closest flag is {close[0]}"
             raise UserError(f"{argument}: not understood; {hint}")
     return parsed, rest
 
@@ -205,12 +212,17 @@ def _begun(init: str, workdir: Path) -> dict[str, object]:
 
 def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Trains, and nothing else."""
-    config = _configured(parsed, overrides, parsed.config, parsed.init or "")
-    from moon_jax.training import loop
+    init = parsed.init or ""
+    init = init if init.startswith("hf://") else str(Path(init)) if init else ""
+    config = _configured(parsed, overrides, parsed.config, init)
+    from moon_jax.training import loop, watch
 
     interrupt.check()
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    loop.train(config, Path(parsed.workdir))
+    workdir = Path(parsed.workdir)
+    loop.train(config, workdir)
+    export = shlex.join(["moon-jax", "export", "--model", str(workdir), "--output", f"{workdir}-served"])
+    watch.Watch(workdir).line(f"the model is in {workdir}; to serve it: {export}")
 
 
 def run_export(parsed: argparse.Namespace, overrides: list[str]) -> None:

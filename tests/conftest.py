@@ -26,6 +26,13 @@ CACHE = ROOT / ".jax_cache" / f"{sys.version_info.major}.{sys.version_info.minor
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+
+def environment() -> dict[str, str]:
+    """For a process that tests start: one device, and the same compilation cache."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    return {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | cache
+
+
 COLOURS = {"red": (200, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 200), "yellow": (220, 210, 40)}
 THINGS = ("shirt", "shoe", "bag", "hat", "watch")
 

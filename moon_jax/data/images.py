@@ -91,8 +91,8 @@ class Patches:
 def decode(source: Any, max_pixels: int) -> Image.Image:
     """An RGB image from encoded bytes, a path, or a `PIL.Image.Image`.
 
-    Orientation tags are honoured; grey, palette, CMYK and transparent images become RGB as `convert("RGB")` does,
-    which is what transformers and the servers built on it do.
+    Orientation tags are honoured. Grey, palette and CMYK images become RGB; what is transparent lies on white, as
+    transformers' image processors have it.
 
     Raises:
         BadImage: missing, empty, truncated, of an unknown format, or of more than `max_pixels` pixels.
@@ -110,7 +110,11 @@ def decode(source: Any, max_pixels: int) -> Image.Image:
             raise BadImage(f"a {type(source).__name__} is no image; give bytes, a path or a PIL image")
         if image.width * image.height > max_pixels:
             raise BadImage(f"{image.width} x {image.height} pixels, above data.max_pixels = {max_pixels}")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except BadImage:
         raise
     except UnidentifiedImageError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -75,21 +76,24 @@ def export(
     config = trained.config
     if dtype:
         config = config_lib.replace(config, {"training.param_dtype": dtype})
-    part = output.with_name(output.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = output.absolute().with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}; give a folder that can be made") from None
     try:
         _write(trained, config, part, track)
+        if output.exists():
+            output.rmdir()
+        part.rename(output)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    if output.exists():
-        output.rmdir()
-    part.rename(output)
 
 
 def _write(trained: Trained, config: config_lib.Config, part: Path, track: Callable[[Iterable, int], Iterable]) -> None:
-    for folder in (part, part / "1_Pooling", part / "2_Normalize", part / SIDECAR):
-        folder.mkdir(parents=True)
+    for folder in ("1_Pooling", "2_Normalize", SIDECAR):
+        (part / folder).mkdir()
 
     shutil.copyfile(trained.tokenizer, part / "tokenizer.json")
     tokenizer = Tokenizer.load(trained.tokenizer)
@@ -104,10 +108,13 @@ def _write(trained: Trained, config: config_lib.Config, part: Path, track: Calla
     shown = config_lib.replace(config, {"data.path": "", "data.tokenizer": "", "training.init": ""})
     (part / SIDECAR / "config.json").write_text(config_lib.to_json(shown), encoding="utf-8")
     about = {"fingerprint": trained.fingerprint, "step": trained.step, "base": _public(trained.base)}
+    about |= {"data": trained.data, "metrics": trained.metrics}
     (part / SIDECAR / "model.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     if trained.alignment is not None:
         flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in trained.alignment.items()}
         save_file(flat, part / SIDECAR / "alignment.safetensors")
+    for path in part.rglob("*.safetensors"):  # which come readable by their owner only
+        shutil.copymode(part / "config.json", path)
 
 
 def refuse_taken(output: Path) -> None:
@@ -354,7 +361,9 @@ def model_card(trained: Trained) -> str:
         'vectors = model.encode([{"image": "shoe.jpg", "text": "red canvas sneaker"}, "red shoe"])',
         "```",
         "",
-        f"* **Base**: {base or 'none, random weights'}; its licence: {trained.licence or 'not stated there'}.",
+        f"* **Base**: {base}; its licence: {trained.licence or 'not stated there'}."
+        if base
+        else "* **Base**: none, random weights.",
         f"* **Training**: {trained.step:,} steps of {config.data.batch} triplets."
         if trained.step
         else "* **Training**: none by moon_jax.",

@@ -36,10 +36,16 @@ CARRIED = (
 
 def is_folder(path: Path) -> bool:
     """Whether this is a Hugging Face folder; a workdir of ours has a config.json as well."""
+    return not (path / "checkpoints").is_dir() and (
+        "model_type" in _json_or_nothing(path / "config.json") or any(path.glob("*.safetensors"))
+    )
+
+
+def _json_or_nothing(path: Path) -> dict[str, Any]:
     try:
-        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+        return read_json(path)
+    except UserError:
+        return {}
 
 
 def locate(model: str | Path) -> Path:
@@ -51,8 +57,7 @@ def locate(model: str | Path) -> Path:
     model = str(model)
     if not model.startswith(HUB):
         if not Path(model).is_dir():
-            hint = f"; a model of the Hugging Face hub is written {HUB}{model}" if model.count("/") == 1 else ""
-            raise UserError(f"{model}: no such folder{hint}")
+            raise UserError(f"{model}: {not_there(model)}")
         return Path(model)
     name, _, revision = model.removeprefix(HUB).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -63,7 +68,16 @@ def locate(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{model}: the hub does not give it ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0]
+        raise UserError(f"{model}: the hub does not give it ({why}); without a network, give a folder") from None
+
+
+def not_there(model: str) -> str:
+    """What is wrong with a model that is no folder, and what may have been meant."""
+    if Path(model).is_file():
+        return f"a file; give the folder that it lies in, {Path(model).parent}"
+    name = re.fullmatch(r"(?:https?://huggingface\.co/)?([\w.-]+/[\w.-]+)/?", model)
+    return "no such folder" + (f"; a model of the Hugging Face hub is written {HUB}{name[1]}" if name else "")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -85,12 +99,11 @@ def settings(folder: Path) -> dict[str, Any]:
         UserError: a model that is not of Qwen3-VL's kind, or differs from it in what moon_jax has no option for.
     """
     path = folder / "config.json"
-    if not is_folder(folder):
-        hint = "; a workdir becomes a folder by moon-jax export" if (folder / "checkpoints").is_dir() else ""
-        raise UserError(f"{path}: no config of a Hugging Face model there{hint}")
+    if (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}: a workdir; moon-jax export makes a Hugging Face folder of it")
     held = read_json(path)
-    if held["model_type"] not in KINDS:
-        raise UserError(f"{path}: a model of type {held['model_type']!r}; read are {' and '.join(KINDS)}")
+    if held.get("model_type") not in KINDS:
+        raise UserError(f"{path}: a model of type {held.get('model_type')!r}; read are {' and '.join(KINDS)}")
     text, vision = (held.get(name) or {} for name in ("text_config", "vision_config"))
     try:
         found = _vision(vision) | _language(text) | (_experts(text) if held["model_type"] == "qwen3_vl_moe" else {})
@@ -115,10 +128,9 @@ def settings(folder: Path) -> dict[str, Any]:
 
 def config(folder: Path, options: dict[str, Any]) -> config_lib.Config:
     """The config under which the folder's model is used as it is, with `options` changed."""
-    dtype = {}
-    if (folder / SIDECAR).is_dir():  # exported parameters are loaded bit by bit
-        dtype["training.param_dtype"] = config_lib.read_json(folder / SIDECAR / "config.json").training.param_dtype
-    return config_lib.replace(config_lib.Config(), {"experts.count": 0} | settings(folder) | dtype | options)
+    sidecar = folder / SIDECAR / "config.json"
+    base = config_lib.read_json(sidecar) if sidecar.is_file() else config_lib.Config()
+    return config_lib.replace(base, {"experts.count": 0} | settings(folder) | options)
 
 
 def tokenizer(folder: Path) -> Path:
@@ -238,7 +250,10 @@ def _pooling(folder: Path) -> dict[str, Any]:
     for name in ("chat_template.json", "tokenizer_config.json"):
         chat = chat or str(read_json(folder / name).get("chat_template") or "")
     if "<|im_start|>" not in chat:
-        raise UserError(f"{folder}: an embedding model whose chat template is not Qwen's cannot be read")
+        raise UserError(
+            f"{folder}: an embedding model whose chat template is not Qwen's cannot be read; if moon_jax exported it, its"
+            f" folder {SIDECAR}/ is missing"
+        )
     prompts = read_json(folder / "config_sentence_transformers.json")
     prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"))
     chat_options = (read_json(folder / "sentence_bert_config.json").get("processing_kwargs") or {}).get("chat_template")

@@ -326,6 +326,12 @@ def place(source: Lazy, like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_single_device_arrays(like.shape, like.sharding, list(parts.values()))
 
 
+def check(folder: Path, config: config_lib.Config) -> None:
+    """Raises what `load` raises for a weight that is missing or left over; reads names and shapes only."""
+    with contextlib.ExitStack() as stack:
+        sources(config, Files(folder, stack))
+
+
 def load(
     folder: Path,
     config: config_lib.Config,

@@ -247,15 +247,13 @@ def read(
 
 
 def _from_workdir(workdir: Path, options: dict[str, Any]) -> Trained:
+    if not workdir.is_dir():
+        raise UserError(f"{workdir}: {folder_lib.not_there(str(workdir))}; give a workdir or a Hugging Face folder")
     missing = [name for name in ("config.json", "tokenizer.json") if not (workdir / name).is_file()]
     if missing:
-        what = f"no {' and no '.join(missing)} there" if workdir.is_dir() else "no such folder"
-        hint = "; give a workdir or a Hugging Face folder"
-        if (workdir.parent / missing[0]).is_file():
-            hint = f"; try {workdir.parent}"
-        elif str(workdir).count("/") == 1 and not workdir.is_dir():
-            hint = f"; a model of the Hugging Face hub is written {folder_lib.HUB}{workdir}"
-        raise UserError(f"{workdir}: {what}{hint}")
+        within = (workdir.parent / missing[0]).is_file()
+        hint = f"try {workdir.parent}" if within else "give a workdir or a Hugging Face folder"
+        raise UserError(f"{workdir}: no {' and no '.join(missing)} there; {hint}")
     config = config_lib.replace(config_lib.read_json(workdir / "config.json"), options)
     path = workdir / "tokenizer.json"
     like = jax.tree.map(checkpoints.on_one_device, abstract_params(config, Tokenizer.load(path)))
@@ -293,6 +291,8 @@ def _from_folder(model: str, options: dict[str, Any], track: Callable[[Iterable,
         step=about.get("step", 0),
         base=about.get("base", "") if about else model,
         licence=folder_lib.licence(folder),
+        data=about.get("data", {}),
+        metrics=about.get("metrics", {}),
     )
 
 

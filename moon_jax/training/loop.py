@@ -81,6 +81,7 @@ def open_base(config: config_lib.Config, workdir: Path, report: watch.Watch) -> 
         return None
     base = folder.locate(config.training.init)
     folder.check(config, base)
+    weights.check(base, config)
     theirs = folder.config(base, {})
     for name in ("language.pooling", "data.template"):
         mine, other = (config_lib.leaves(one)[name] for one in (config, theirs))
@@ -199,7 +200,7 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
             state = create(encoder)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         report.line(
-            f"{parameters:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s);"
+            f"{parameters:,} parameters{'' if config.training.init else ' drawn at random'} on {mesh.size} {jax.devices()[0].platform} device(s);"
             f" compiled in {compiling:.1f} s"
         )
 

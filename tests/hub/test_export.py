@@ -21,7 +21,7 @@ from moon_jax.config import UserError
 from moon_jax.evaluation import verify
 from moon_jax.hub import export, keys
 from moon_jax.serving import embedder as serving
-from tests.conftest import ROOT, overrides, random_params, tiny
+from tests.conftest import ROOT, environment, overrides, random_params, tiny
 
 CONFIGS = {
     "experts": tiny(data__visual_tokens=24, data__text_tokens=40),
@@ -354,6 +354,7 @@ def test_public_weights_to_trained_to_served(tmp_path, catalogue):
     train += [str(catalogue), "--workdir", str(workdir), *given]
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, str(workdir), str(output), *train],
+        env=environment(),
         capture_output=True,
         text=True,
         cwd=ROOT,

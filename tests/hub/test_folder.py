@@ -98,7 +98,9 @@ def test_the_same_layers_may_be_said_in_two_ways(tmp_path):
 def test_a_workdir_is_no_folder(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(config_lib.to_json(config_lib.Config()))
-    with pytest.raises(UserError, match="no config of a Hugging Face model there; a workdir becomes a folder by moon-jax"):
+    with pytest.raises(
+        UserError, match="no config of a Hugging Face model there; a workdir becomes a folder by moon-jax"
+    ):
         folder.settings(tmp_path)
 
 

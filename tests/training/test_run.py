@@ -1,7 +1,6 @@
 """Whole runs of the quickstart as users start them: processes, real signals, files."""
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -18,12 +17,11 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 import moon_jax
-from moon_jax import cli
 from moon_jax.config import UserError
 from moon_jax.data import sources
 from moon_jax.evaluation import retrieval
 from moon_jax.types import VIEWS
-from tests.conftest import CACHE, COLOURS, jpeg, overrides, tiny
+from tests.conftest import COLOURS, environment, jpeg, overrides, tiny
 
 CONFIG = tiny(training__steps=40, training__save_every=6)
 
@@ -35,11 +33,6 @@ def command(catalogue, workdir, *more):
         *overrides(CONFIG),
         *more,
     ]
-
-
-def environment():
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-    return {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | cache
 
 
 def run(*arguments):
@@ -303,16 +296,14 @@ def test_without_data_it_renders_its_own_and_says_so(tmp_path):
     assert (workdir / "catalogue" / "synthetic.parquet").stat().st_mtime_ns == rendered
 
 
-def test_a_dense_run_goes_the_whole_way(catalogue, tmp_path, capsys):
+def test_a_dense_run_goes_the_whole_way(catalogue, tmp_path):
     """Without experts there is no W*: nothing to checkpoint, to show, or to suggest leaving out."""
-    config = tiny(experts__count=0, training__steps=2)
-    given = ["--data", str(catalogue), "--workdir", str(tmp_path / "w"), *overrides(config)]
-    assert cli.main(["quickstart", *given]) == 0
-    printed = capsys.readouterr().out
-    assert "without experts every objective weighs ω 0.20" in printed and "no experts:" not in printed
+    dense = (catalogue, tmp_path / "w", "--config.experts.count=0", "--config.training.steps=2")
+    done = run(*dense)
+    assert done.returncode == 0, done.stderr
+    assert "without experts every objective weighs ω 0.20" in done.stdout and "no experts:" not in done.stdout
     assert (tmp_path / "w" / "checkpoints" / "2").is_dir()
-    assert cli.main(["quickstart", *given]) == 0
-    assert "is trained already" in capsys.readouterr().out
+    assert moon_jax.load(tmp_path / "w").encode("red shoe").shape == (1, 24)
 
 
 def test_no_model_is_one_line(finished, tmp_path):
