@@ -47,10 +47,10 @@ examples:
 
 
 TRAIN = """\
-Trains a config on a catalogue, without judging the model; the same command again resumes. With --init the run begins from public weights, of
-Qwen3-VL 2B to 30B-A3B or of Qwen3-VL-Embedding. Where the config wants experts and the weights are dense, every
-expert begins as a copy of the dense feed-forward. Sizes, pooling and template are those of the weights, unless the
-config says otherwise.
+Trains a config on a catalogue, without judging the model; the same command again resumes. With --init the run begins
+from public weights, of Qwen3-VL 2B to 30B-A3B or of Qwen3-VL-Embedding. Where the config wants experts and the weights
+are dense, every expert begins as a copy of the dense feed-forward. Sizes, pooling and template are those of the
+weights, unless the config says otherwise.
 
 examples:
   moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
@@ -198,16 +198,14 @@ def _configured(parsed: argparse.Namespace, overrides: list[str], name: str, ini
 
 
 def _begun(init: str, workdir: Path) -> dict[str, object]:
-    """The options that the model to begin from decides. A run that goes on does not need its folder any more."""
+    """The options that the model to begin from decides. A run that goes on asks its own config, and needs no folder."""
     from moon_jax.hub import folder
 
-    try:
+    held = config_lib.leaves(config_lib.read_json(path)) if (path := workdir / "config.json").is_file() else {}
+    if held.get("training.init") != init:
         return folder.settings(folder.locate(init))
-    except UserError:
-        if not (workdir / "config.json").is_file():
-            raise
-    held = config_lib.leaves(config_lib.read_json(workdir / "config.json"))
-    return {name: held[name] for name in held if name.startswith(("vision.", "language.")) or name in folder.CARRIED}
+    groups = ("vision.", "language.", "experts.")
+    return {name: value for name, value in held.items() if name.startswith(groups) or name in folder.CARRIED}
 
 
 def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -227,8 +225,9 @@ def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
 def run_export(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Writes the folder; with --verify holds it against transformers."""
-    options = config_lib.parse_overrides(overrides)
-    output = Path(parsed.output)
+    if overrides:
+        raise UserError(f"{overrides[0]}: a model is exported as it was trained; leave this out")
+    output = Path(parsed.output).resolve()
     from moon_jax.hub import export
     from moon_jax.serving import embedder
     from moon_jax.training import watch
@@ -237,21 +236,21 @@ def run_export(parsed: argparse.Namespace, overrides: list[str]) -> None:
     interrupt.check()
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     report = watch.Watch()
-    trained = embedder.read(parsed.model, options, functools.partial(report.track, "loading"))
-    dtype = parsed.dtype or trained.config.training.param_dtype
+    trained = embedder.read(parsed.model, track=functools.partial(report.track, "loading"))
+    if parsed.dtype:
+        trained = embedder.cast(trained, parsed.dtype)
     if parsed.verify:
         from moon_jax.evaluation import verify
 
         with report.busy("embedding a text, an image and both"):
-            asked, ours = verify.ours(trained, dtype)
-    export.export(trained, output, dtype, functools.partial(report.track, "writing"))
+            asked, ours = verify.ours(trained)
+    export.export(trained, output, functools.partial(report.track, "writing"))
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     report.line(f"{output}: {size / 1e6:,.1f} MB")
     if parsed.verify:
-        last = trained.config.language.pooling == "last"
         del trained
         with report.busy("embedding them with transformers"):
-            cosines = (ours * verify.theirs(output, asked, last)).sum(axis=1)
+            cosines = (ours * verify.theirs(output, asked)).sum(axis=1)
         told = ", ".join(
             f"{name} {cosine:.7f}" for name, cosine in zip(("text", "image", "both"), cosines, strict=True)
         )

@@ -359,10 +359,11 @@ def resolve(differences: Any, base: dict[str, Any] | None = None) -> Config:
         return flat
 
     values = flatten(differences)
-    config = replace(Config(), (base or {}) | values)
+    base = base or {}
+    config = replace(Config(), base | values)
     defaults = leaves(Config())
     for name, value in leaves(config).items():
-        if name in values and value == defaults[name]:
+        if name in values and name not in base and value == defaults[name]:
             raise UserError(f"config.{name}: {value!r} is the default already; leave it out")
     return config
 

@@ -54,19 +54,29 @@ class Tokenizer:
         return cls(base, *ids)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path, vocab: int | None = None) -> Tokenizer:
+        """
+        Args:
+            vocab: rows of the token embedding that it is for.
+
+        Raises:
+            UserError: not a tokenizer of Qwen-VL's kind, or one with more tokens than that.
+        """
         try:
             base = BaseTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: not a readable tokenizer.json ({error})") from None
-        return cls.of(base, str(path))
+        tokenizer = cls.of(base, str(path))
+        if vocab is not None and tokenizer.size > vocab:
+            raise UserError(f"{path}: {tokenizer.size} tokens, more than config.language.vocab = {vocab}")
+        return tokenizer
 
     def save(self, path: str | Path) -> None:
         self.base.save(str(path))
 
     @property
     def size(self) -> int:
-        return self.base.get_vocab_size()
+        return max(self.base.get_vocab().values()) + 1
 
     def encode(self, texts: Iterable[str], longest: int) -> list[np.ndarray]:
         """i32[n] per text, n ≤ `longest`."""
@@ -74,7 +84,7 @@ class Tokenizer:
         return [np.array(item.ids[:longest], np.int32) for item in encoded]
 
     def template(self, name: str) -> Template:
-        """The template of that name in `config.TEMPLATES`, or of that text.
+        """The template of that name in `config.TEMPLATES`, or of that text, with what the tokenizer adds to any text.
 
         Raises:
             UserError: with a text between them its ends get other tokens than alone; servers read all as one string.
@@ -83,13 +93,19 @@ class Tokenizer:
         self.base.encode_special_tokens = False
         try:
             before, after = config_lib.TEMPLATES.get(name, name).split("{}")
-            prefix, suffix = (self._ids(part) for part in (before, after))
+            prefix, suffix = self._ids(before), self._ids(after)
+            ends = None
             for probe in ("red", "9", "-x", "é", "红"):
-                if self._ids(before + probe + after) != prefix + self._ids(probe) + suffix:
+                whole = self.base.encode(before + probe + after).ids
+                bare = prefix + self._ids(probe) + suffix
+                starts = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
+                found = (whole[: starts[0]], whole[starts[0] + len(bare) :]) if starts else None
+                if found is None or found != (ends or found):
                     raise UserError(f"config.data.template: {name!r} runs into the text with this tokenizer; take bare")
+                ends = found
         finally:
             self.base.encode_special_tokens = True
-        return Template(np.array(prefix, np.int32), np.array(suffix, np.int32))
+        return Template(np.array(ends[0] + prefix, np.int32), np.array(suffix + ends[1], np.int32))
 
     def _ids(self, text: str) -> list[int]:
         return self.base.encode(text, add_special_tokens=False).ids

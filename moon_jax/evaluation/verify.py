@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
+from moon_jax.data.images import ResizeRule
 from moon_jax.data.text import Tokenizer
 from moon_jax.hub.export import Trained
 from moon_jax.serving.embedder import Embedder
@@ -21,21 +23,22 @@ LEAST = 0.9999
 """A cosine below it means that another model would be served than was trained."""
 
 
-def products(fits: Callable[[str], bool]) -> list[Product]:
-    """A text, a 3:4 image, and both. The text is cut to what `fits`: servers do not cut a title, we do."""
-    rows, columns = np.mgrid[0:160, 0:120]
-    waves = [127 + 120 * np.sin(rows / 9 + k) * np.cos(columns / (7 + k)) for k in range(3)]
+def products(fits: Callable[[str], bool], pixels: int) -> list[Product]:
+    """A text, a 3:4 image of that many pixels, and both.
+
+    The text is cut to what `fits`: servers do not cut a title, we do.
+    """
+    high = math.ceil(math.sqrt(pixels * 4 / 3))
+    rows, columns = np.mgrid[0:high, 0 : math.ceil(high * 3 / 4)]
+    waves = [127 + 120 * np.sin(9 * rows / high + k) * np.cos((7 + k) * columns / high) for k in range(3)]
     picture = Image.fromarray(np.stack(waves, -1).astype(np.uint8))
     words = ["red", "canvas", "sneaker", "with", "white", "laces,", "size", "42"]
     title = next(" ".join(words[:count]) for count in range(len(words), 0, -1) if fits(" ".join(words[:count])))
     return [Product(text=title), Product(images=(picture,)), Product(text=title, images=(picture,))]
 
 
-def ours(trained: Trained, dtype: str) -> tuple[list[Product], np.ndarray]:
-    """The products, and the model's embeddings of them before it is exported.
-
-    Args:
-        dtype: that the weights are exported in; computed is in float32.
+def ours(trained: Trained) -> tuple[list[Product], np.ndarray]:
+    """The products, and the model's embeddings of them before it is exported, computed in float32.
 
     Raises:
         UserError: torch or transformers, which `theirs` needs, is not installed.
@@ -48,18 +51,16 @@ def ours(trained: Trained, dtype: str) -> tuple[list[Product], np.ndarray]:
         raise UserError(need) from None
     config = config_lib.replace(trained.config, {"training.dtype": "float32"})
     tokenizer, longest = Tokenizer.load(trained.tokenizer), config.data.text_tokens
-    encoder = jax.tree.map(lambda leaf: leaf.astype(dtype), trained.encoder)
-    embedder = Embedder(config, encoder, tokenizer, trained.fingerprint, trained.step)
-    asked = products(lambda title: len(tokenizer.encode([title], longest + 1)[0]) <= longest)
+    embedder = Embedder(config, trained.encoder, tokenizer, trained.fingerprint, trained.step)
+    # More pixels than the budget, so that the images are made smaller on both sides.
+    asked = products(
+        lambda title: len(tokenizer.encode([title], longest + 1)[0]) <= longest, 2 * ResizeRule.of(config).max_pixels
+    )
     return asked, embedder.encode(asked)
 
 
-def theirs(folder: Path, asked: list[Product], last: bool) -> np.ndarray:
-    """transformers' embeddings of the products in float32, f32[products,D].
-
-    Args:
-        last: whether the last token is pooled, or the mean of all.
-    """
+def theirs(folder: Path, asked: list[Product]) -> np.ndarray:
+    """transformers' embeddings of the products in float32, all else as the folder says. f32[products,D]."""
     import torch
     import transformers
 
@@ -67,6 +68,7 @@ def theirs(folder: Path, asked: list[Product], last: bool) -> np.ndarray:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
     template = (folder / "chat_template.jinja").read_text("utf-8")
+    last = json.loads((folder / "1_Pooling" / "config.json").read_text("utf-8"))["pooling_mode"] == "lasttoken"
     vectors = []
     for product in asked:
         with torch.no_grad():
@@ -90,7 +92,7 @@ def _inputs(product: Product, tokenizer: Any, images: Any, template: str) -> dic
             count = int(grid.prod()) // images.merge_size**2
             prompt = prompt.replace("<|image_pad|>", "<|placeholder|>" * count, 1)
         prompt = prompt.replace("<|placeholder|>", "<|image_pad|>")
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    encoded = tokenizer(prompt, return_tensors="pt")
     visual = encoded["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     return inputs | {
         "input_ids": encoded["input_ids"],

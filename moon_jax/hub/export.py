@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -58,14 +59,12 @@ class Trained:
 def export(
     trained: Trained,
     output: Path,
-    dtype: str = "",
     track: Callable[[Iterable, int], Iterable] = lambda work, total: work,
 ) -> None:
     """Writes the folder, whole or not at all: `qwen3_vl_moe` where a layer has experts, else `qwen3_vl`.
 
     Args:
         output: new, or an empty folder.
-        dtype: of the weights there, float32 or bfloat16; the parameters' own by default.
         track: wraps the iterable of tensors, whose number it is told, to show progress.
 
     Raises:
@@ -73,16 +72,13 @@ def export(
     """
     refuse_taken(output)
     check_expressible(trained)
-    config = trained.config
-    if dtype:
-        config = config_lib.replace(config, {"training.param_dtype": dtype})
     part = output.absolute().with_name(f".{output.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror}; give a folder that can be made") from None
     try:
-        _write(trained, config, part, track)
+        _write(trained, part, track)
         if output.exists():
             output.rmdir()
         part.rename(output)
@@ -91,14 +87,15 @@ def export(
         raise
 
 
-def _write(trained: Trained, config: config_lib.Config, part: Path, track: Callable[[Iterable, int], Iterable]) -> None:
+def _write(trained: Trained, part: Path, track: Callable[[Iterable, int], Iterable]) -> None:
+    config = trained.config
     for folder in ("1_Pooling", "2_Normalize", SIDECAR):
         (part / folder).mkdir()
 
     shutil.copyfile(trained.tokenizer, part / "tokenizer.json")
     tokenizer = Tokenizer.load(trained.tokenizer)
     rows = list(keys.table(config))
-    write_weights(part, _tensors(trained, track(rows, len(rows)), config.training.param_dtype))
+    write_weights(part, _tensors(trained, track(rows, len(rows))))
     for name, content in _jsons(config, tokenizer).items():
         (part / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (part / "chat_template.jinja").write_text(chat_template(config.data.template), encoding="utf-8")
@@ -134,13 +131,13 @@ def check_expressible(trained: Trained) -> None:
             raise UserError(f"{path}: cannot be exported: {reason}; train without it, or serve with moon_jax")
 
 
-def _tensors(trained: Trained, rows: Iterable[keys.Row], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(trained: Trained, rows: Iterable[keys.Row]) -> Iterator[tuple[str, np.ndarray]]:
     """Their name and array, one at a time on the host."""
     leaves = keys.flatten(trained.encoder)
     for row in rows:
         leaf = leaves[row.ours]
         array = np.asarray(jax.device_get(leaf if row.place is None else leaf[row.place]))
-        yield f"model.{row.theirs}", np.ascontiguousarray(keys.to_theirs(array, row.turning)).astype(dtype)
+        yield f"model.{row.theirs}", np.ascontiguousarray(keys.to_theirs(array, row.turning))
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], file_bytes: int = FILE_BYTES) -> None:
@@ -298,7 +295,9 @@ def _jsons(config: config_lib.Config, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def chat_template(template: str) -> str:
     """A Jinja template that renders exactly a view: images first, then the text, within `template`."""
-    prefix, suffix = (json.dumps(part) for part in config_lib.TEMPLATES.get(template, template).split("{}"))
+    prefix, suffix = (
+        json.dumps(part, ensure_ascii=False) for part in config_lib.TEMPLATES.get(template, template).split("{}")
+    )
     return (
         "{#- One product in one user message. moon_jax trained on these tokens and no others. -#}\n"
         f"{{{{- {prefix} -}}}}\n"
@@ -332,7 +331,7 @@ def chat_template(template: str) -> str:
 
 def _public(base: str) -> str:
     """What may be told of where a run began: a hub's name, not a path of this machine."""
-    return base if base.startswith("hf://") else Path(base).name
+    return re.sub(r"[^\w.@/:-]", "_", base if base.startswith("hf://") else Path(base).resolve().name if base else "")
 
 
 def model_card(trained: Trained) -> str:

@@ -15,13 +15,16 @@ from moon_jax import config as config_lib
 from moon_jax.config import UserError
 
 HUB = "hf://"
-FETCHED = ("*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE", "moon_jax/*")
-"""What is fetched of a repository: neither code nor pickles."""
-
 SIDECAR = "moon_jax"
 """The folder within an exported one that holds what Hugging Face's files have no place for."""
 
+FETCHED = ("*.json", "*.jinja", "README.md", "LICENSE", "model*.safetensors", f"{SIDECAR}/*.safetensors")
+"""What is fetched of a repository: neither code nor pickles, and weights but once."""
+
 KINDS = ("qwen3_vl", "qwen3_vl_moe")
+
+INSTRUCTION = "Represent the user's input."
+"""What Qwen3-VL-Embedding's own code tells the model where nothing is asked for."""
 
 CARRIED = (
     "language.pooling",
@@ -76,7 +79,7 @@ def not_there(model: str) -> str:
     """What is wrong with a model that is no folder, and what may have been meant."""
     if Path(model).is_file():
         return f"a file; give the folder that it lies in, {Path(model).parent}"
-    name = re.fullmatch(r"(?:https?://huggingface\.co/)?([\w.-]+/[\w.-]+)/?", model)
+    name = re.fullmatch(r"(?:https?:/+huggingface\.co/)?([\w.-]+/[\w.-]+)/?", model)
     return "no such folder" + (f"; a model of the Hugging Face hub is written {HUB}{name[1]}" if name else "")
 
 
@@ -87,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         value.items()
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON object ({error})") from None
     return value
 
@@ -104,15 +107,20 @@ def settings(folder: Path) -> dict[str, Any]:
     held = read_json(path)
     if held.get("model_type") not in KINDS:
         raise UserError(f"{path}: a model of type {held.get('model_type')!r}; read are {' and '.join(KINDS)}")
-    text, vision = (held.get(name) or {} for name in ("text_config", "vision_config"))
     try:
-        found = _vision(vision) | _language(text) | (_experts(text) if held["model_type"] == "qwen3_vl_moe" else {})
-        wanted = _same(held, text, vision)
+        return _settings(folder, held)
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing, which a {held['model_type']} has") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not the config of a {held['model_type']} ({error})") from None
-    for name, (value, expected) in wanted.items():
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: its JSON files are not those of a {held['model_type']} ({error})") from None
+
+
+def _settings(folder: Path, held: dict[str, Any]) -> dict[str, Any]:
+    """Raises nearly anything on files that are not what they should be."""
+    path = folder / "config.json"
+    text, vision = (held.get(name) or {} for name in ("text_config", "vision_config"))
+    found = _vision(vision) | _language(text) | (_experts(text) if held["model_type"] == "qwen3_vl_moe" else {})
+    for name, (value, expected) in _same(held, text, vision).items():
         if value != expected:
             raise UserError(f"{path}: {name} is {value!r}; moon_jax has {expected!r} only")
     sidecar = folder / SIDECAR / "config.json"
@@ -212,7 +220,17 @@ def _pixels(folder: Path, vision: dict[str, Any]) -> dict[str, Any]:
     held = read_json(folder / "preprocessor_config.json")
     held = held or read_json(folder / "processor_config.json").get("image_processor", {})
     half = [0.5, 0.5, 0.5]
-    expected = {"image_mean": half, "image_std": half, "patch_size": vision["patch_size"], "resample": 3}
+    expected = {
+        "image_mean": half,
+        "image_std": half,
+        "patch_size": vision["patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "resample": 3,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "rescale_factor": 1 / 255,
+    }
     for name, value in expected.items():
         if held.get(name, value) != value:
             raise UserError(
@@ -223,6 +241,8 @@ def _pixels(folder: Path, vision: dict[str, Any]) -> dict[str, Any]:
     default = config_lib.Data()
     most = held.get("max_pixels") or size.get("longest_edge") or default.visual_tokens * area
     least = held.get("min_pixels") or size.get("shortest_edge") or default.min_visual_tokens * area
+    if min(most, least) < 1:
+        raise UserError(f"{folder}: its pixel budget is {least} to {most}, and must be positive")
     tokens = max(1, min(most // area, default.visual_tokens))
     return {"data.visual_tokens": tokens, "data.min_visual_tokens": max(1, min(least // area, tokens))}
 
@@ -232,46 +252,59 @@ def _pooling(folder: Path) -> dict[str, Any]:
 
     Qwen3-VL-Embedding pools the last token of a chat whose system message is an instruction.
     """
-    path = folder / "1_Pooling" / "config.json"
+    jinja = folder / "chat_template.jinja"
+    chat = jinja.read_text(encoding="utf-8") if jinja.is_file() else ""
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        chat = chat or str(read_json(folder / name).get("chat_template") or "")
+    path = folder / _pooling_module(folder) / "config.json"
     held = read_json(path)
     if not held:
-        return {}
+        # A conversion without sentence-transformers' files is told by the instruction in its chat template.
+        return {"language.pooling": "last", "data.template": "qwen3_vl_embedding"} if INSTRUCTION in chat else {}
     mode = held.get("pooling_mode") or [
         name.removeprefix("pooling_mode_")
         for name, value in held.items()
-        if name.startswith("pooling_") and value is True
+        if name.startswith("pooling_mode_") and value is True
     ]
     modes = {"mean": "mean", "mean_tokens": "mean", "lasttoken": "last"}
     pooling = modes.get(mode if isinstance(mode, str) else "+".join(mode))
     if pooling is None:
         raise UserError(f"{path}: pools by {mode}; moon_jax pools by mean or by last token")
-    jinja = folder / "chat_template.jinja"
-    chat = jinja.read_text(encoding="utf-8") if jinja.is_file() else ""
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        chat = chat or str(read_json(folder / name).get("chat_template") or "")
     if "<|im_start|>" not in chat:
         raise UserError(
-            f"{folder}: an embedding model whose chat template is not Qwen's cannot be read; if moon_jax exported it, its"
-            f" folder {SIDECAR}/ is missing"
+            f"{folder}: an embedding model whose chat template is not Qwen's cannot be read; if moon_jax exported it,"
+            f" its folder {SIDECAR}/ is missing"
         )
     prompts = read_json(folder / "config_sentence_transformers.json")
     prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"))
     chat_options = (read_json(folder / "sentence_bert_config.json").get("processing_kwargs") or {}).get("chat_template")
     generation = (chat_options or {}).get("add_generation_prompt", pooling == "last")
     if pooling == "last" and not prompt:
-        prompt = "Represent the user's input."  # what Qwen's own code says where nothing is asked for
+        prompt = INSTRUCTION
     system = f"<|im_start|>system\n{prompt}<|im_end|>\n" if prompt else ""
     template = f"{system}<|im_start|>user\n{{}}<|im_end|>\n" + ("<|im_start|>assistant\n" if generation else "")
     named = next((name for name, text in config_lib.TEMPLATES.items() if text == template), template)
     return {"language.pooling": pooling, "data.template": named}
 
 
+def _pooling_module(folder: Path) -> str:
+    """The folder of sentence-transformers' pooling module."""
+    path = folder / "modules.json"
+    if path.is_file():
+        for module in json.loads(path.read_text(encoding="utf-8")):
+            if module["type"].endswith("Pooling"):
+                if Path(module["path"]).name != module["path"]:
+                    raise UserError(f"{path}: names {module['path']!r}, which is no folder of this one")
+                return module["path"]
+    return "1_Pooling"
+
+
 def licence(folder: Path) -> str:
     """The licence that the folder's model card states; empty where it states none."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    line = re.search(r"^license:\s*([\w.-]+)\s*$", found[1], re.MULTILINE) if found else None
+    found = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
+    line = re.search(r"^license:\s*[\"']?([\w.-]+)[\"']?\s*$", found[1], re.MULTILINE) if found else None
     return line[1] if line else ""
 
 

@@ -25,6 +25,7 @@ from moon_jax.config import UserError
 from moon_jax.hub import keys
 
 Region = tuple[slice, ...]
+Normal = Callable[[], tuple[float, float]]
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 LM_HEAD = "lm_head.weight"
@@ -87,35 +88,35 @@ def stacked(parts: list[Lazy]) -> Lazy:
     return Lazy((len(parts), *parts[0].shape), read)
 
 
-def redrawn(source: Lazy, axis: int, share: float, seed: tuple[int, ...], units: tuple[int, ...]) -> Lazy:
-    """`share` of the slices along `axis` drawn anew, normal with the mean and deviation of what they replace.
+def redrawn(
+    source: Lazy, axis: int, share: float, seed: tuple[int, ...], units: tuple[int, ...], normal: Normal
+) -> Lazy:
+    """`share` of the slices along `axis` drawn anew.
 
     Args:
-        seed: of the values.
+        seed: of the values; each slice has a generator of its own, so that a region needs its own slices only.
         units: of the choice of slices: equal ones choose alike, as an expert's three matrices must.
+        normal: gives mean and deviation of the values.
     """
-    size = source.shape[axis]
+    size, (other,) = source.shape[axis], (length for number, length in enumerate(source.shape) if number != axis)
     chosen = np.sort(np.random.default_rng(units).permutation(size)[: round(share * size)])
-    if not len(chosen):
-        return source
 
     def read(region: Region) -> np.ndarray:
-        inside = (chosen >= region[axis].start) & (chosen < region[axis].stop)
-        fresh = _fresh(source, axis, tuple(chosen.tolist()), seed)
-        array = source.read(region).astype(np.float32)
-        into, other = [slice(None)] * len(region), list(region)
-        into[axis], other[axis] = chosen[inside] - region[axis].start, inside
-        array[tuple(into)] = fresh[tuple(other)]
-        return array
+        array = np.array(source.read(region), np.float32).swapaxes(0, axis)  # the slices' axis first
+        along, across = region[axis], region[1 - axis]
+        for unit in chosen[(chosen >= along.start) & (chosen < along.stop)]:
+            mean, deviation = normal()
+            drawn = np.random.default_rng((*seed, int(unit))).standard_normal(other, np.float32)
+            array[unit - along.start] = mean + deviation * drawn[across]
+        return array.swapaxes(0, axis)
 
     return Lazy(source.shape, read)
 
 
-@functools.lru_cache(maxsize=1)  # a leaf is read in pieces, one expert after the other
-def _fresh(source: Lazy, axis: int, chosen: tuple[int, ...], seed: tuple[int, ...]) -> np.ndarray:
-    whole = source.read(tuple(slice(0, length) for length in source.shape))
-    old = np.take(whole, chosen, axis).astype(np.float32)
-    return np.random.default_rng(seed).normal(old.mean(), old.std(), old.shape).astype(np.float32)
+def statistics(source: Lazy) -> tuple[float, float]:
+    """Mean and deviation of a matrix, which is read whole."""
+    array = np.asarray(source.read(tuple(slice(0, size) for size in source.shape)), np.float32)
+    return float(array.mean()), float(array.std())
 
 
 class Files:
@@ -131,12 +132,12 @@ class Files:
         for name in self._names():
             try:
                 handle = stack.enter_context(safe_open(folder / name, framework="np"))
-                parts = {key.removeprefix("model."): handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
+                parts = [(key.removeprefix("model."), handle.get_slice(key)) for key in handle.keys()]  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{folder / name}: not a readable safetensors file ({error}); fetch it again") from None
-            for key, part in parts.items():
+            for key, part in parts:
                 if key in self._slices:
-                    raise UserError(f"{folder}: {key} stands in both {self._slices[key][0]} and {name}")
+                    raise UserError(f"{folder}: {key} stands twice, in {self._slices[key][0]} and in {name}")
                 self._slices[key] = (name, part)
 
     def _names(self) -> list[str]:
@@ -182,7 +183,8 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
 
     Upcycling (arXiv 2212.05055) gives every expert the dense feed-forward. The gates of a token add up to one, so the
     function is unchanged, whatever the router says; it starts from N(0, `experts.router_init`), since a zero one would
-    send every token to the first K experts. `experts.redrawn` draws part of each expert anew (arXiv 2502.19261).
+    send every token to the first K experts. `experts.redrawn` draws part of each expert anew (arXiv 2502.19261), with
+    the mean and deviation of its matrix.
 
     Raises:
         UserError: a weight that is missing or left over, or whose shape is not the config's; names it.
@@ -190,19 +192,18 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
     held = files.names()
     upcycled = is_upcycled(config, held)
     used: set[str] = set()
-    missing: list[str] = []
+    normal = functools.cache(lambda name: statistics(files[name]))
 
-    def take(name: str, axes: int | None = None) -> Lazy | None:
+    def take(name: str, axes: int | None = None) -> Lazy:
         used.add(name)
         if name not in held:
-            missing.append(name)
-            return None
+            raise UserError(f"{files.folder}: {name} is missing; the folder is not whole, or not of this config")
         lazy = files[name]
         if axes not in (None, len(lazy.shape)):
             raise UserError(f"{files.folder}: {name} has shape {lazy.shape}, and {axes} axes are expected")
         return lazy
 
-    def experts_of(row: keys.Row) -> Lazy | None:
+    def experts_of(row: keys.Row) -> Lazy:
         """A leaf of the experts of one layer, made of the dense feed-forward."""
         layer = int(row.theirs.split(".")[2])
         if row.ours.endswith("router"):
@@ -211,23 +212,30 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             kernel = rng.normal(0.0, config.experts.router_init, shape).astype(np.float32)
             return Lazy(shape, kernel.__getitem__)
         names = ("gate_proj", "up_proj") if row.ours.endswith("gate_up") else ("down_proj",)
-        parts = [take(f"language_model.layers.{layer}.mlp.{name}.weight", 2) for name in names]
-        if None in parts:
-            return None
+        names = [f"language_model.layers.{layer}.mlp.{name}.weight" for name in names]
+        parts = [take(name, 2) for name in names]
         if len({part.shape for part in parts}) > 1:
             raise UserError(f"{files.folder}: gate and up of layer {layer} differ in shape")
         inner = 1 if row.ours.endswith("gate_up") else 0  # the axis of F, once transposed
 
         def expert(number: int) -> Lazy:
-            seed = (config.seed, layer, number)
-            matrices = [
-                redrawn(transposed(part), inner, config.experts.redrawn, (*seed, *name.encode()), seed)
-                for name, part in zip(names, parts, strict=True)
-            ]
-            return joined(matrices)
+            units = (config.seed, layer, number)
+            return joined(
+                [
+                    redrawn(
+                        transposed(part),
+                        inner,
+                        config.experts.redrawn,
+                        (*units, *name.encode()),
+                        units,
+                        functools.partial(normal, name),
+                    )
+                    for name, part in zip(names, parts, strict=True)
+                ]
+            )
 
         if not config.experts.redrawn:
-            return _repeated(expert(0), config.experts.count)
+            return _repeated(joined([transposed(part) for part in parts]), config.experts.count)
         return stacked([expert(number) for number in range(config.experts.count)])
 
     if config.experts.redrawn and not upcycled:
@@ -244,11 +252,7 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             lazy = experts_of(row)
         else:
             axes, turn = turned[row.turning]
-            lazy = take(row.theirs, axes)
-            if lazy is not None:
-                lazy = turn(_oriented(lazy, row, config))
-        if lazy is None:
-            continue
+            lazy = turn(_oriented(take(row.theirs, axes), row, config))
         if row.place is None:
             leaves[row.ours] = lazy
         else:
@@ -256,16 +260,11 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             if layers and layers[0].shape != lazy.shape:
                 raise UserError(f"{files.folder}: {row.theirs} has shape {lazy.shape}, other layers {layers[0].shape}")
             layers.append(lazy)
-    if missing:
-        raise UserError(f"{files.folder}: {_listed(missing)} missing; the folder is not whole, or not of this config")
     left = sorted(held - used - {LM_HEAD})
     if left:
-        raise UserError(f"{files.folder}: {_listed(left)} left over; the config has no place for it")
+        more = f", with {len(left) - 1} more" if left[1:] else ""
+        raise UserError(f"{files.folder}: {left[0]} is left over{more}; the config has no place for it")
     return {path: stacked(leaf) if isinstance(leaf, list) else leaf for path, leaf in leaves.items()}
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more weights are" if names[1:] else " is")
 
 
 def _oriented(lazy: Lazy, row: keys.Row, config: config_lib.Config) -> Lazy:

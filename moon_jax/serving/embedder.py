@@ -48,7 +48,7 @@ def as_product(item: Any) -> Product:
         if item.text is not None and not isinstance(item.text, str):
             raise UserError(f"text: {item.text!r} is of type {type(item.text).__name__}, not text")
         images = item.images if isinstance(item.images, list | tuple) else (item.images,)
-        return dataclasses.replace(item, images=tuple(images))
+        return dataclasses.replace(item, text=(item.text or "").strip() or None, images=tuple(images))
     raise UserError(f"an item of type {type(item).__name__} cannot be embedded; give a Product, a string or a dict")
 
 
@@ -256,7 +256,8 @@ def _from_workdir(workdir: Path, options: dict[str, Any]) -> Trained:
         raise UserError(f"{workdir}: no {' and no '.join(missing)} there; {hint}")
     config = config_lib.replace(config_lib.read_json(workdir / "config.json"), options)
     path = workdir / "tokenizer.json"
-    like = jax.tree.map(checkpoints.on_one_device, abstract_params(config, Tokenizer.load(path)))
+    tokenizer = Tokenizer.load(path, config.language.vocab)
+    like = jax.tree.map(checkpoints.on_one_device, abstract_params(config, tokenizer))
     step, params = checkpoints.latest_params(workdir, like)
     base = folder_lib.read_json(workdir / "base.json")
     return Trained(
@@ -266,7 +267,7 @@ def _from_workdir(workdir: Path, options: dict[str, Any]) -> Trained:
         tokenizer=path,
         fingerprint=_fingerprint(config, params["encoder"], path),
         step=step,
-        base=base.get("model", ""),
+        base=base.get("model", "") + (f"@{base['commit']}" if "commit" in base and "@" not in base["model"] else ""),
         licence=base.get("licence", ""),
         data=folder_lib.read_json(workdir / "data" / "manifest.json"),
         metrics=folder_lib.read_json(workdir / "metrics.json"),
@@ -277,7 +278,7 @@ def _from_folder(model: str, options: dict[str, Any], track: Callable[[Iterable,
     folder = folder_lib.locate(model)
     config = folder_lib.config(folder, options)
     path = folder_lib.tokenizer(folder)
-    like = abstract_params(config, Tokenizer.load(path))["encoder"]
+    like = abstract_params(config, Tokenizer.load(path, config.language.vocab))["encoder"]
     encoder = weights.load(folder, config, jax.tree.map(checkpoints.on_one_device, like), track)
     sidecar = folder / folder_lib.SIDECAR
     alignment = sidecar / "alignment.safetensors"
@@ -288,18 +289,30 @@ def _from_folder(model: str, options: dict[str, Any], track: Callable[[Iterable,
         alignment=load_file(alignment) if alignment.is_file() else None,
         tokenizer=path,
         fingerprint=_fingerprint(config, encoder, path),
-        step=about.get("step", 0),
-        base=about.get("base", "") if about else model,
+        step=int(about.get("step", 0)),
+        base=str(about.get("base", "")) if about else model,
         licence=folder_lib.licence(folder),
         data=about.get("data", {}),
         metrics=about.get("metrics", {}),
     )
 
 
+def cast(trained: Trained, dtype: str) -> Trained:
+    """The model with parameters of another dtype, which is another model."""
+    config = config_lib.replace(trained.config, {"training.param_dtype": dtype})
+    encoder = jax.tree.map(lambda leaf: leaf.astype(dtype), trained.encoder)
+    fingerprint = _fingerprint(config, encoder, trained.tokenizer)
+    return dataclasses.replace(trained, config=config, encoder=encoder, fingerprint=fingerprint)
+
+
 def _fingerprint(config: config_lib.Config, encoder: Any, tokenizer: Path) -> str:
-    """Of all that decides the space: weights, tokenizer, pooling and template."""
+    """Of all that decides the space: tokenizer, architecture, pooling, template and weights.
+
+    Not of how much of an item is read (pixel budget, longest text): such vectors differ, and still compare.
+    """
     digest = hashlib.blake2b(tokenizer.read_bytes(), digest_size=8)
-    digest.update(repr((config.language.pooling, config.data.template)).encode())
+    groups = (config.vision, config.language, config.experts.per_token, config.data.template)
+    digest.update(repr((*groups, config_lib.sparse_layers(config))).encode())
     for leaf in jax.tree.leaves(encoder):
         for part in leaf if leaf.ndim > 1 else [leaf]:  # a stack of layers is fetched one by one
             digest.update(np.ascontiguousarray(part).tobytes())

@@ -111,10 +111,7 @@ def open_tokenizer(
             temporary = path.with_suffix(".tmp")
             text.train((title for title in titles if title), config.language.vocab).save(temporary)
             temporary.replace(path)
-    tokenizer = text.Tokenizer.load(path)
-    if tokenizer.size > config.language.vocab:
-        raise UserError(f"{path}: {tokenizer.size} tokens, more than config.language.vocab = {config.language.vocab}")
-    return tokenizer
+    return text.Tokenizer.load(path, config.language.vocab)
 
 
 def abstract_state(config: config_lib.Config, rows: object, mesh: jax.sharding.Mesh) -> TrainState:
@@ -154,6 +151,8 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
     tokenizer = open_tokenizer(config, workdir, prepared, base)
     if base:
         about = {"model": config.training.init, "licence": folder.licence(base)}
+        if config.training.init.startswith(folder.HUB):
+            about["commit"] = base.name  # of the hub's cache
         (workdir / "base.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     dataset = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))
 
@@ -199,8 +198,9 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
             )
             state = create(encoder)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+        drawn = "" if config.training.init else ", drawn at random,"
         report.line(
-            f"{parameters:,} parameters{'' if config.training.init else ' drawn at random'} on {mesh.size} {jax.devices()[0].platform} device(s);"
+            f"{parameters:,} parameters{drawn} on {mesh.size} {jax.devices()[0].platform} device(s);"
             f" compiled in {compiling:.1f} s"
         )
 

@@ -27,7 +27,12 @@ CONFIGS = {
     "experts": tiny(data__visual_tokens=24, data__text_tokens=40),
     "dense": tiny(experts__count=0, data__visual_tokens=24, data__text_tokens=40),
     "some layers": tiny(
-        language__layers=4, experts__every=2, experts__dense_layers=(1,), data__visual_tokens=24, data__text_tokens=40
+        language__norm_eps=1e-2,
+        language__layers=4,
+        experts__every=2,
+        experts__dense_layers=(1,),
+        data__visual_tokens=24,
+        data__text_tokens=40,
     ),
     "as Qwen3-VL-Embedding": tiny(
         experts__count=0,
@@ -78,6 +83,10 @@ def jpeg_of_3_by_4():
     return stream.getvalue()
 
 
+def opened(image):
+    return image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image))
+
+
 def pil_processor(folder):
     """transformers' processor, with its image processor that resizes as Pillow does, and so as moon_jax."""
     from tests.reference import transformers
@@ -90,6 +99,7 @@ def pil_processor(folder):
 ITEMS = [
     {"image": jpeg_of_3_by_4(), "text": " Red canvas sneaker, size 42 "},
     {"image": jpeg_of_3_by_4()},
+    {"image": Image.fromarray(np.full((16, 1600, 3), 90, np.uint8)), "text": "ribbon"},  # overruns the budget
     "blue mug, 红色",
     "b",
 ]
@@ -114,9 +124,8 @@ def test_transformers_own_processor_and_model_embed_alike(case):
     from tests.reference import torch, transformers
 
     model, _ = case
-    asked, ours = verify.ours(model, "float32")
-    last = model.config.language.pooling == "last"
-    assert (ours * verify.theirs(folder, asked, last)).sum(1) == pytest.approx([1, 1, 1], abs=1e-6)
+    asked, ours = verify.ours(model)
+    assert (ours * verify.theirs(folder, asked)).sum(1) == pytest.approx([1, 1, 1], abs=1e-6)
     processor = pil_processor(folder)
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(processor).__name__ == "Qwen3VLProcessor"
@@ -125,7 +134,7 @@ def test_transformers_own_processor_and_model_embed_alike(case):
         item = {"text": item} if isinstance(item, str) else item
         content = [{"type": "text", "text": item["text"]}] if "text" in item else []
         # After the text: the template puts images first.
-        content += [{"type": "image", "image": Image.open(io.BytesIO(item["image"]))}] if "image" in item else []
+        content += [{"type": "image", "image": opened(item["image"])}] if "image" in item else []
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
         )
@@ -143,9 +152,7 @@ def test_sentence_transformers_embed_alike(case):
     pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[hf]'")
     library = pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
     pytest.importorskip("torchvision", reason="torchvision, which its image processor wants, is not installed")
-    items = [
-        item if isinstance(item, str) else item | {"image": Image.open(io.BytesIO(item["image"]))} for item in ITEMS
-    ]
+    items = [item if isinstance(item, str) else item | {"image": opened(item["image"])} for item in ITEMS]
     model = library.SentenceTransformer(str(folder), local_files_only=True, device="cpu")
     ours = moon_jax.load(folder).encode(ITEMS)
     for theirs in (model.encode(items), np.concatenate([model.encode([item]) for item in items])):
@@ -180,6 +187,98 @@ def test_the_chat_template_renders_exactly_the_view(case):
         assert processor.chat_template == template.removesuffix("\n") or processor.chat_template == template
 
 
+@pytest.mark.parametrize("template", ["bare", "qwen3_vl_embedding"])
+def test_what_a_tokenizer_adds_to_every_text_is_read(tmp_path, template):
+    """Qwen's text embedders append <|endoftext|>: with the last token pooled, that one is the embedding."""
+    from tokenizers import processors
+
+    from tests.reference import qwen_tokenizer
+
+    tokenizer = qwen_tokenizer()
+    tokenizer.base.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.pad)]
+    )
+    config = tiny(experts__count=0, language__pooling="last", data__template=template, data__text_tokens=40)
+    model = trained(config, tokenizer, tmp_path)
+    assert tokenizer.template(template).suffix[-1] == tokenizer.pad
+    export.export(model, tmp_path / "model")
+    asked, ours = verify.ours(model)
+    assert (ours * verify.theirs(tmp_path / "model", asked)).sum(1) == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+def test_a_template_that_runs_into_the_text_is_refused(tokenizer):
+    """The quickstart's tokenizer puts a space before the first word of a text, and of a text only."""
+    with pytest.raises(UserError, match=r"config.data.template: 'find {}' runs into the text"):
+        tokenizer.template("find {}")
+
+
+def test_a_template_may_hold_any_sign(tmp_path):
+    from tests.reference import qwen_tokenizer, transformers
+
+    template = "😀 \"{{ x }}' %} \\ {}<|im_end|>\n".replace("{{ x }}", "x")
+    export.export(trained(tiny(data__template=template), qwen_tokenizer(), tmp_path), tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    chat = (tmp_path / "model" / "chat_template.jinja").read_text()
+    messages = [{"role": "user", "content": "mug"}]
+    rendered = tokenizer.apply_chat_template(messages, chat_template=chat, tokenize=False)
+    assert rendered == template.replace("{}", "mug")
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        {"experts.per_token": 1},
+        {"language.rope_theta": 99.0},
+        {"language.norm_eps": 1e-3},
+        {"language.pooling": "last"},
+        {"data.template": "<|image_pad|>{}"},
+        {"training.param_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_models_of_another_space_have_another_fingerprint(tmp_path, tokenizer, differences):
+    config = tiny()
+    export.export(trained(config, tokenizer, tmp_path), tmp_path / "model")
+    one, same = (serving.read(tmp_path / "model", extra) for extra in ({}, {"training.dtype": "bfloat16"}))
+    assert one.fingerprint == same.fingerprint
+    assert serving.read(tmp_path / "model", differences).fingerprint != one.fingerprint
+
+
+def test_a_tokenizer_of_more_tokens_than_the_vocabulary_is_refused(tmp_path, tokenizer):
+    model = trained(tiny(), tokenizer, tmp_path)
+    export.export(model, tmp_path / "model")
+    tokenizer = serving.Tokenizer.load(tmp_path / "model" / "tokenizer.json")
+    tokenizer.base.add_tokens([f"word{number}" for number in range(400)])
+    tokenizer.save(tmp_path / "model" / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer.json: \d+ tokens, more than config.language.vocab = 300"):
+        moon_jax.load(tmp_path / "model")
+
+
+def test_exported_again_it_tells_the_same(tmp_path, tokenizer):
+    model = trained(
+        tiny(), tokenizer, tmp_path, data=dict(synthetic=False, train=5, triplets=4, val=3, fingerprint="d")
+    )
+    export.export(model, tmp_path / "model")
+    export.export(serving.read(tmp_path / "model"), tmp_path / "again")
+    for name in ("config.json", "chat_template.jinja", "moon_jax/config.json", "model.safetensors"):
+        assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    assert "of 8 triplets" in (tmp_path / "again" / "README.md").read_text()
+    assert "5 products and 4 triplets" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_every_file_is_as_readable_as_the_others(tmp_path, tokenizer):
+    export.export(trained(tiny(), tokenizer, tmp_path), tmp_path / "model")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("place", ["tokenizer.json/model", "\0"])
+def test_an_output_that_cannot_be_made_is_one_line(tmp_path, tokenizer, place):
+    model = trained(tiny(), tokenizer, tmp_path)
+    with pytest.raises((UserError, ValueError), match=r"--output|null"):
+        export.export(model, tmp_path / place)
+
+
 def test_the_layout_is_the_published_one(tmp_path, tokenizer):
     config = tiny(language__layers=3, experts__dense_layers=(1,))
     export.export(trained(config, tokenizer, tmp_path), tmp_path / "model")
@@ -207,7 +306,7 @@ def test_the_layout_is_the_published_one(tmp_path, tokenizer):
 def test_several_files_have_an_index(tmp_path, tokenizer):
     config = tiny()
     model = trained(config, tokenizer, tmp_path)
-    tensors = [(name, array) for name, array in export._tensors(model, keys.table(config), "float32")]
+    tensors = [(name, array) for name, array in export._tensors(model, keys.table(config))]
     export.write_weights(tmp_path, tensors, file_bytes=20_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
@@ -226,22 +325,24 @@ def test_several_files_have_an_index(tmp_path, tokenizer):
 def test_bfloat16_goes_out_and_in(tmp_path, tokenizer, own):
     config = tiny(training__param_dtype=own)
     model = trained(config, tokenizer, tmp_path)
-    export.export(model, tmp_path / "model", dtype="bfloat16")
+    cast = serving.cast(model, "bfloat16")
+    export.export(cast, tmp_path / "model")
     held = load_file(tmp_path / "model" / "model.safetensors")
     assert {array.dtype for array in held.values()} == {np.dtype(ml_dtypes.bfloat16)}
     read = serving.read(tmp_path / "model")
     for ours, leaf in zip(jax.tree.leaves(read.encoder), jax.tree.leaves(model.encoder), strict=True):
         assert ours.dtype == "bfloat16"
         np.testing.assert_array_equal(np.asarray(ours), leaf.astype(ml_dtypes.bfloat16))
-    assert (
-        jax.tree.leaves(serving.read(tmp_path / "model", {"training.param_dtype": "float32"}).encoder)[0].dtype
-        == "float32"
-    )
+    wide = serving.read(tmp_path / "model", {"training.param_dtype": "float32"})
+    assert jax.tree.leaves(wide.encoder)[0].dtype == "float32"
+    # What was written is another model than the float32 one, and says so.
+    told = json.loads((tmp_path / "model" / "moon_jax" / "model.json").read_text())["fingerprint"]
+    assert told == cast.fingerprint == read.fingerprint and told in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_what_transformers_saves_is_read(tmp_path):
     """It writes experts transposed, another spelling of the config, and no `model.` before the base model's weights."""
-    from tests.reference import qwen_tokenizer, reference_model, torch
+    from tests.reference import qwen_tokenizer, reference_model
 
     config, tokenizer = tiny(), qwen_tokenizer()
     model = reference_model(config, tokenizer)
@@ -255,7 +356,6 @@ def test_what_transformers_saves_is_read(tmp_path):
             array = theirs[row.theirs].numpy()
             array = array.transpose(0, 2, 1) if ".experts." in row.theirs else array
             np.testing.assert_array_equal(keys.to_theirs(np.asarray(leaf), row.turning), array, err_msg=row.theirs)
-    assert torch is not None
 
 
 def test_a_router_term_for_the_modality_is_refused_with_the_reason(tmp_path, tokenizer):
@@ -378,11 +478,30 @@ def test_public_weights_to_trained_to_served(tmp_path, catalogue):
     name = "model.language_model.layers.1.mlp.experts.down_proj"
     held[name] = 2 * held[name]
     save_file(held, again, metadata={"format": "pt"})
-    asked, ours = verify.ours(serving.read(workdir), "float32")
+    asked, ours = verify.ours(serving.read(workdir))
     with pytest.raises(UserError, match="transformers embeds otherwise: cosine"):
-        verify.check((ours * verify.theirs(tmp_path / "again", asked, last=False)).sum(axis=1))
+        verify.check((ours * verify.theirs(tmp_path / "again", asked)).sum(axis=1))
     with pytest.raises(UserError, match="transformers embeds otherwise: cosine nan"):
         verify.check(np.array([1.0, np.nan, 1.0]))
+
+
+def test_from_an_own_export_through_the_command_line(tmp_path, catalogue, tokenizer):
+    """Begun by --init under a config.json, and resumed by the same command when the folder is gone."""
+    config = tiny(language__layers=4, experts__every=2, data__path=str(catalogue), training__steps=2)
+    config = config_lib.replace(config, {"training.save_every": 1, "training.learning_rate": 0.0})
+    export.export(trained(config, tokenizer, tmp_path), tmp_path / "own")
+    (tmp_path / "run.json").write_text(config_lib.to_json(config))
+    command = ["train", "--config", str(tmp_path / "run.json"), "--init", f"{tmp_path / 'own'}/"]
+    command += ["--data", str(catalogue), "--workdir", str(tmp_path / "run")]
+    assert cli.main(command) == 0
+    held = serving.read(tmp_path / "run")
+    start = serving.read(tmp_path / "own")
+    matrix = lambda one: np.asarray(one.encoder["vision"]["positions"])  # noqa: E731
+    np.testing.assert_array_equal(matrix(held), matrix(start))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    (tmp_path / "own").rename(tmp_path / "moved")
+    assert cli.main(command) == 0
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
 def test_the_folder_is_the_base_and_the_run_resumes_without_it(tmp_path, catalogue):

@@ -63,7 +63,10 @@ def test_both_spellings_of_the_rope_settings(published):
         (("text_config",), {"norm_topk_prob": False}, "norm_topk_prob"),
         (("vision_config",), {"out_hidden_size": 99}, "out_hidden_size is 99; moon_jax has 2048 only"),
         ((), {"vision_config": {}}, "'depth' is missing"),
-        ((), {"text_config": None}, "'hidden_size' is missing|'vocab_size' is missing|not the config"),
+        ((), {"text_config": None}, "are not those of a qwen3_vl"),
+        (("vision_config",), {"patch_size": 0}, "must be positive"),
+        (("text_config",), {"num_attention_heads": 0, "head_dim": None}, "are not those of a qwen3_vl"),
+        (("vision_config",), {"patch_size": "16"}, "are not those of a qwen3_vl|is not a whole number"),
         (("text_config",), {"num_attention_heads": 15}, "language.heads must be a multiple"),
     ],
 )
@@ -95,12 +98,18 @@ def test_the_same_layers_may_be_said_in_two_ways(tmp_path):
         folder.check(config_lib.replace(config, {"experts.dense_layers": ()}), tmp_path)
 
 
+def test_a_config_may_put_the_defaults_back(published, tmp_path_factory):
+    embedding_folder(published, LAST)
+    path = tmp_path_factory.mktemp("config") / "mean.py"
+    path.write_text("def get_config():\n    return {'language': {'pooling': 'mean'}, 'data': {'template': 'bare'}}\n")
+    config = config_lib.load(str(path), folder.settings(published))
+    assert (config.language.pooling, config.data.template) == ("mean", "bare")
+
+
 def test_a_workdir_is_no_folder(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(config_lib.to_json(config_lib.Config()))
-    with pytest.raises(
-        UserError, match="no config of a Hugging Face model there; a workdir becomes a folder by moon-jax"
-    ):
+    with pytest.raises(UserError, match="a workdir; moon-jax export makes a Hugging Face folder of it"):
         folder.settings(tmp_path)
 
 
@@ -124,6 +133,62 @@ def test_the_pixel_budget_is_the_folders_up_to_the_default(published):
     assert tokens() == [64, 4]
     path.write_text(json.dumps({"image_mean": [0.48, 0.45, 0.40]}))
     with pytest.raises(UserError, match=r"image_mean \[0.48, 0.45, 0.4\]; moon_jax has \[0.5, 0.5, 0.5\] only"):
+        folder.settings(published)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("preprocessor_config.json", {"size": [1]}, "are not those of a qwen3_vl"),
+        ("preprocessor_config.json", {"size": {"longest_edge": "9"}}, "are not those of a qwen3_vl"),
+        ("preprocessor_config.json", {"do_resize": False}, "do_resize False; moon_jax has True only"),
+        ("preprocessor_config.json", {"merge_size": 3}, "merge_size 3; moon_jax has 2 only"),
+        ("preprocessor_config.json", {"resample": 2}, "resample 2; moon_jax has 3 only"),
+        ("preprocessor_config.json", {"rescale_factor": 1}, "rescale_factor 1"),
+        ("preprocessor_config.json", {"max_pixels": -5}, "must be positive"),
+        ("processor_config.json", {"image_processor": None}, "are not those of a qwen3_vl"),
+        ("modules.json", [{"type": "x.Pooling", "path": "../2_Pooling"}], "is no folder of this one"),
+        ("modules.json", {"type": 3}, "are not those of a qwen3_vl"),
+        ("config.json", "[" * 200_000, "not a JSON object"),
+        ("config.json", "{", "not a JSON object"),
+        ("chat_template.jinja", b"\xff\xfe", "are not those of a qwen3_vl"),
+    ],
+    ids=str,
+)
+def test_malformed_files_are_one_line(published, name, content, message):
+    if name == "chat_template.jinja":
+        embedding_folder(published, LAST)
+    path = published / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        folder.config(published, {})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_only_what_is_read_is_fetched():
+    from huggingface_hub.utils import filter_repo_objects
+
+    held = ["config.json", "1_Pooling/config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    held += ["chat_template.jinja", "README.md", "moon_jax/alignment.safetensors"]
+    left = [
+        "modeling.py",
+        "moon_jax/evil.py",
+        "moon_jax/x.pkl",
+        "pytorch_model.bin",
+        "onnx/model.safetensors",
+        "a.gguf",
+    ]
+    assert list(filter_repo_objects(held + left, allow_patterns=list(folder.FETCHED))) == held
+
+
+def test_a_sidecar_that_contradicts_is_refused(published):
+    (published / "moon_jax").mkdir()
+    other = config_lib.replace(config_lib.Config(), {"experts.count": 0, "language.rope_theta": 10_000.0})
+    (published / "moon_jax" / "config.json").write_text(config_lib.to_json(other))
+    with pytest.raises(UserError, match=r"language.rope_theta is 10000.0 there, and 5000000.0 by"):
         folder.settings(published)
 
 
@@ -172,6 +237,21 @@ def test_pooling_and_template_come_from_the_folder(published, pooling, options, 
         )
 
 
+def test_pooling_is_found_where_modules_json_says_and_without_it(published):
+    embedding_folder(published, LAST)
+    (published / "1_Pooling").rename(published / "7_Pooling")
+    assert "language.pooling" not in folder.settings(published)
+    modules = [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "7_Pooling"}]
+    (published / "modules.json").write_text(json.dumps(modules))
+    assert folder.settings(published)["language.pooling"] == "last"
+    # A conversion that lost them: the instruction in the chat template gives it away.
+    shutil.rmtree(published / "7_Pooling")
+    (published / "modules.json").unlink()
+    (published / "chat_template.json").write_text(json.dumps({"chat_template": CHAT + " Represent the user's input."}))
+    found = folder.settings(published)
+    assert (found["language.pooling"], found["data.template"]) == ("last", "qwen3_vl_embedding")
+
+
 @pytest.mark.parametrize(
     ("pooling", "chat", "message"),
     [
@@ -193,7 +273,12 @@ def test_a_model_that_is_no_embedder_is_pooled_as_the_paper_has_it(published):
 
 @pytest.mark.parametrize(
     ("card", "expected"),
-    [("---\nlicense: apache-2.0\ntags: []\n---\n# Qwen", "apache-2.0"), ("# none\nlicense: mit", ""), (None, "")],
+    [
+        ("---\nlicense: apache-2.0\ntags: []\n---\n# Qwen", "apache-2.0"),
+        ("---\r\nlicense: 'mit'\r\n---\r\n", "mit"),
+        ("# none\nlicense: mit", ""),
+        (None, ""),
+    ],
 )
 def test_the_licence_is_the_cards(tmp_path, card, expected):
     if card:
@@ -205,6 +290,7 @@ def test_the_licence_is_the_cards(tmp_path, card, expected):
     ("model", "message"),
     [
         ("nowhere/at-all", "nowhere/at-all: no such folder; a model of the Hugging Face hub is written hf://nowhere"),
+        ("https://huggingface.co/Qwen/Qwen3-VL-2B-Instruct", "is written hf://Qwen/Qwen3-VL-2B-Instruct"),
         ("hf://only-a-name", "is written hf://owner/name"),
         ("hf://../../etc/passwd", "is written hf://owner/name"),
     ],

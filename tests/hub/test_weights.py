@@ -32,7 +32,7 @@ def cases():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 6, 8)).astype(np.float32)
     kernel = rng.normal(size=(5, 3, 2, 4, 4)).astype(np.float32)
-    drawn = weights.redrawn(lazy_of(a), 1, 0.5, (0, 1), (2,))
+    drawn = weights.redrawn(lazy_of(a), 1, 0.5, (0, 1), (2,), lambda: (0.0, 1.0))
     return {
         "transposed": (weights.transposed(lazy_of(a)), a.T),
         "joined": (weights.joined([lazy_of(a), lazy_of(b)]), np.concatenate([a, b], 1)),
@@ -61,15 +61,15 @@ def test_a_region_is_that_part_of_the_whole(name):
 def test_redrawn_changes_that_share_of_the_units_and_nothing_else():
     rng = np.random.default_rng(0)
     matrix = rng.normal(3.0, 0.5, size=(40, 60)).astype(np.float32)
-    columns = whole(weights.redrawn(lazy_of(matrix), 1, 0.5, (7,), (3,)))
-    rows = whole(weights.redrawn(lazy_of(matrix.T), 0, 0.5, (8,), (3,)))
+    normal = lambda: weights.statistics(lazy_of(matrix))  # noqa: E731
+    columns = whole(weights.redrawn(lazy_of(matrix), 1, 0.5, (7,), (3,), normal))
+    rows = whole(weights.redrawn(lazy_of(matrix.T), 0, 0.5, (8,), (3,), normal))
     changed = (columns != matrix).any(0)
     assert changed.sum() == 30 and (columns != matrix)[:, changed].all()
     # Equal `units` choose the same: an expert's gate, up and down lose the same inner units.
     np.testing.assert_array_equal((rows != matrix.T).any(1), changed)
     assert abs(columns[:, changed].mean() - 3.0) < 0.1 and abs(columns[:, changed].std() - 0.5) < 0.05
-    np.testing.assert_array_equal(columns, whole(weights.redrawn(lazy_of(matrix), 1, 0.5, (7,), (3,))))
-    assert weights.redrawn(source := lazy_of(matrix), 1, 0.0, (7,), (3,)) is source
+    np.testing.assert_array_equal(columns, whole(weights.redrawn(lazy_of(matrix), 1, 0.5, (7,), (3,), normal)))
 
 
 def write(folder, config, params):
@@ -197,6 +197,10 @@ def test_upcycling_is_seeded_and_the_same_on_any_mesh(tmp_path, tokenizer):
     assert 0.015 < float(jnp.std(experts["router"])) < 0.025
     # Experts differ from one another, each in half of its inner units, the same ones in gate, up and down.
     gate_up, down = np.asarray(experts["gate_up"]), np.asarray(experts["down"])
+    fresh_gate, fresh_up = np.split(gate_up, 2, axis=-1)
+    columns = [np.abs(fresh_gate[layer, 0] - fresh_up[layer, 0]).max(0) for layer in range(2)]
+    assert all((column > 1e-3).all() for column in columns)  # gate and up are not drawn alike
+    assert (experts["router"][0] != experts["router"][1]).all()  # nor are layers
     plain = load(tmp_path, config_lib.replace(config, {"experts.redrawn": 0.0}), tokenizer)
     plain = plain["decoder"]["periods"]["layer_0"]["experts"]
     fresh = (gate_up != plain["gate_up"]).any(2)  # [layers, E, 2F]
@@ -204,7 +208,14 @@ def test_upcycling_is_seeded_and_the_same_on_any_mesh(tmp_path, tokenizer):
     assert (fresh[..., :width].sum(-1) == width // 2).all()
     np.testing.assert_array_equal(fresh[..., :width], fresh[..., width:])
     np.testing.assert_array_equal(fresh[..., :width], (down != plain["down"]).any(-1))
-    assert (fresh[0, 0] != fresh[0, 1]).any()
+    assert (fresh[0, 0] != fresh[0, 1]).any() and (fresh[0, 0] != fresh[1, 0]).any()
+    drawn = fresh[0, 0, :width] & fresh[1, 0, :width]
+    noise = [
+        (gate_up[layer, 0, :, :width] - plain["gate_up"][layer, 0, :, :width].mean())[:, drawn] for layer in (0, 1)
+    ]
+    assert drawn.any() and (np.abs(noise[0] - noise[1]) > 1e-6).all()
+    wide = load(tmp_path, config_lib.replace(config, {"experts.router_init": 0.2}), tokenizer)
+    assert 0.15 < float(jnp.std(wide["decoder"]["periods"]["layer_0"]["experts"]["router"])) < 0.25
     other = load(tmp_path, config_lib.replace(config, {"seed": 1}), tokenizer)
     assert (np.asarray(other["decoder"]["periods"]["layer_0"]["experts"]["router"]) != experts["router"]).any()
 
@@ -279,7 +290,7 @@ def test_a_weight_that_stands_in_two_files_is_named(tmp_path, tokenizer):
     save_file({name: held[name]}, tmp_path / "other.safetensors")
     index = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"language_model.norm.weight stands in both model.safetensors and other"):
+    with pytest.raises(UserError, match=r"language_model.norm.weight stands twice, in model.safetensors and in other"):
         load(tmp_path, config, tokenizer)
 
 
