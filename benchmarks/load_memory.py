@@ -26,6 +26,7 @@ ROWS = {
     "upcycled": ["experts.count=4"],
     "upcycled, half redrawn": ["experts.count=4", "experts.redrawn=0.5"],
     "upcycled, eight devices": ["experts.count=4", "mesh.data=1", "mesh.fsdp=8"],
+    "redrawn, eight devices": ["experts.count=4", "experts.redrawn=0.5", "mesh.data=1", "mesh.fsdp=8"],
 }
 
 

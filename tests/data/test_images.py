@@ -18,6 +18,35 @@ def test_all_modes_become_rgb(mode):
     assert image.mode == "RGB" and image.size == (10, 12)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB", "I;16", "1", "CMYK"])
+def test_transparency_and_modes_are_transformers_image_processors(mode):
+    """Cut-out products lie on white, not on what their transparent pixels happen to hide."""
+    processors = pytest.importorskip("tests.reference", reason="torch is not installed").transformers
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (32, 48, 4), np.uint8))
+    stream = io.BytesIO()
+    if mode == "I;16":
+        Image.fromarray(rng.integers(0, 65536, (32, 48), np.uint16)).save(stream, "PNG")
+    elif mode == "P":
+        picture.convert("RGB").quantize(16).save(stream, "PNG", transparency=3)
+    elif mode in ("L", "RGB"):  # one colour is transparent
+        key = 7 if mode == "L" else tuple(int(value) for value in np.asarray(picture)[0, 0, :3])
+        picture.convert("RGB").convert(mode).save(stream, "PNG", transparency=key)
+    elif mode == "PA":
+        picture.convert("LA").save(stream, "PNG")
+    else:
+        picture.convert(mode).save(stream, "TIFF" if mode == "CMYK" else "PNG")
+    processor = processors.Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    theirs = processor(images=[Image.open(stream)], return_tensors="np")["pixel_values"].reshape(-1, 3, 2, 8, 8)[
+        :, :, 0
+    ]
+    rule = images.ResizeRule(8, 2, 1, 10**6, 10**6, within_budget=True)
+    ours = images.patchify(images.decode(stream.getvalue(), 10**6), rule).pixels
+    np.testing.assert_allclose(ours.reshape(theirs.shape) / 127.5 - 1, theirs, atol=1e-6)
+
+
 def test_orientation_tags_are_honoured():
     stream = io.BytesIO()
     exif = Image.Exif()

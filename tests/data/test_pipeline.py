@@ -51,6 +51,17 @@ def test_rows_hold_queries_then_positives_then_negatives(prepared, tokenizer):
     assert batch.rows.patches.dtype == np.uint8
 
 
+def test_a_template_stands_around_every_view_of_a_batch(prepared, tokenizer):
+    config = tiny(data__template="<|image_pad|>{}<|vision_end|>")
+    batch = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))[0]
+    rows, ends = batch.rows, (tokenizer.image_pad, tokenizer.vision_end)
+    for r, slot in zip(*np.nonzero(rows.view), strict=True):
+        first, stop = rows.span[r, slot]
+        assert (rows.tokens[r, first], rows.tokens[r, stop - 1]) == ends
+        assert rows.visual[r, first] == -1
+    assert (rows.view > 0).sum() > 3 * config.data.batch
+
+
 def test_queries_are_altered_and_items_are_not(prepared, tokenizer):
     config = tiny()
     batch = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))[0]

@@ -8,7 +8,9 @@ from PIL import Image
 
 from moon_jax.data import rows as rows_lib
 from moon_jax.data.images import ResizeRule, patchify
+from moon_jax.data.text import Template
 from moon_jax.model.encoder import Encoder, initialize
+from moon_jax.types import VIEWS
 from tests.conftest import tiny
 
 
@@ -109,6 +111,50 @@ def test_layout_of_a_row_by_hand():
         [5, 5, 5],
         [6, 6, 6],
     ]
+
+
+def test_a_template_by_hand():
+    """With nothing behind the view, i stays mm's prefix; else it gets a segment that shows the same visual tokens."""
+    image = rows_lib.Patches(np.zeros((8, 192), np.uint8), np.zeros((8, 2), np.int32), (2, 4))
+    text = np.array([7, 8], np.int32)
+    before = Template(np.array([50, 51], np.int32), np.zeros(0, np.int32))
+    around = Template(np.array([50, 51], np.int32), np.array([60], np.int32))
+
+    rows = rows_lib.pack(
+        [[rows_lib.segments(text, [image], Ids, 2, template=before)]], rows_lib.Layout.of(tiny(), before), 0
+    )
+    assert list(rows.tokens[0, :13]) == [50, 51, 7, 8, 50, 51, 1, 3, 3, 2, 7, 8, 0]
+    assert rows.span[0].tolist() == [[0, 4], [4, 10], [4, 12]]
+    assert rows.position[0, 4:12, 2].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+    rows = rows_lib.pack(
+        [[rows_lib.segments(text, [image], Ids, 2, template=around)]], rows_lib.Layout.of(tiny(), around), 0
+    )
+    view_t, view_i, view_mm = [50, 51, 7, 8, 60], [50, 51, 1, 3, 3, 2, 60], [50, 51, 1, 3, 3, 2, 7, 8, 60]
+    assert list(rows.tokens[0, :22]) == [*view_t, *view_i, *view_mm, 0]
+    assert list(rows.segment[0, :22]) == [1] * 5 + [2] * 7 + [3] * 9 + [0]
+    assert rows.span[0].tolist() == [[0, 5], [5, 12], [12, 21]]
+    assert rows.visual[0, 5:21].tolist() == [-1, -1, -1, 0, 1, -1, -1, -1, -1, -1, 0, 1, -1, -1, -1, -1]
+    assert (rows.patch_image[0] >= 0).sum() == 8 and rows.image_hw[0].tolist() == [[2, 4]]
+
+
+@pytest.mark.parametrize("suffix", [0, 1, 5])
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_largest_product_fits_the_layout_exactly(suffix, images):
+    config = tiny(data__images=images)
+    template = Template(np.full(4, 50, np.int32), np.full(suffix, 60, np.int32))
+    side = (2, 2 * config.data.visual_tokens)
+    image = lambda: rows_lib.Patches(np.zeros((24, 192), np.uint8), np.zeros((24, 2), np.int32), side)  # noqa: E731
+    text = np.arange(config.data.text_tokens, dtype=np.int32)
+    parts = rows_lib.segments(text, [image() for _ in range(images)], Ids, 2, template=template)
+    layout = rows_lib.Layout.of(config, template)
+    assert sum(len(part.tokens) for part in parts) == layout.length
+    rows_lib.pack([[parts]], layout, 0)
+    for view in VIEWS:
+        (part,) = rows_lib.segments(text, parts[-1].images, Ids, 2, (view,), template)
+        assert len(part.tokens) <= rows_lib.Layout.of(config, template, all_views=False).length
+        if view == "t":
+            assert len(part.tokens) == rows_lib.Layout.of(config, template, with_images=False).length
 
 
 def test_absent_views_are_absent():

@@ -17,6 +17,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 import moon_jax
+from moon_jax import cli
 from moon_jax.config import UserError
 from moon_jax.data import sources
 from moon_jax.evaluation import retrieval
@@ -304,6 +305,30 @@ def test_a_dense_run_goes_the_whole_way(catalogue, tmp_path):
     assert "without experts every objective weighs ω 0.20" in done.stdout and "no experts:" not in done.stdout
     assert (tmp_path / "w" / "checkpoints" / "2").is_dir()
     assert moon_jax.load(tmp_path / "w").encode("red shoe").shape == (1, 24)
+
+
+def test_blank_text_is_none(embedder):
+    image = jpeg((200, 30, 30), (20, 30), 0)
+    np.testing.assert_array_equal(
+        embedder.encode({"text": " \n", "image": image}), embedder.encode({"text": None, "image": image})
+    )
+
+
+def test_its_export_tells_data_and_scores(finished, tmp_path, capsys):
+    assert cli.main(["export", "--model", str(finished[0]), "--output", str(tmp_path / "served")]) == 0
+    assert f"{tmp_path / 'served'}: 0." in capsys.readouterr().out
+    card = (tmp_path / "served" / "README.md").read_text()
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    row = metrics["retrieval"]["products"]["t→i"]
+    assert f"| t→i | {row['R@1']:.1f} | {row['R@5']:.1f} | {row['R@10']:.1f} |" in card
+    assert "a catalogue of its owner's: 54 products" in card and metrics["model"] in card
+    assert "none, random weights" in card and "40 steps of 8 triplets" in card
+    items = ["red shoe", {"image": jpeg((200, 30, 30), (20, 30), 0)}]
+    np.testing.assert_array_equal(
+        moon_jax.load(tmp_path / "served").encode(items), moon_jax.load(finished[0]).encode(items)
+    )
+    with pytest.raises(UserError, match="a model is exported as it was trained"):
+        cli.run_export(cli.parse(["export", "--model", "m", "--output", "o"])[0], ["--config.seed=1"])
 
 
 def test_no_model_is_one_line(finished, tmp_path):
