@@ -4,7 +4,7 @@ A folder of Qwen3-VL-2B's sizes with fewer layers and random bfloat16 weights is
 row: dense, upcycled, and divided over eight simulated devices. Memory is that which is not of a file (RssAnon of
 /proc/self/status; Linux only), sampled while loading.
 
-    python benchmarks/load_memory.py             8 layers, 3 GB on disk, at most 11 GB of memory, two minutes
+    python benchmarks/load_memory.py             8 layers, 2 GB on disk, at most 10 GB of memory, five minutes
     python benchmarks/load_memory.py --layers 28 --rows dense
 """
 

@@ -88,27 +88,43 @@ def stacked(parts: list[Lazy]) -> Lazy:
     return Lazy((len(parts), *parts[0].shape), read)
 
 
+TILE = 256
+"""Sides of the tiles of noise: each has a generator of its own, so that a region draws little beyond itself."""
+
+
+def noise(seed: tuple[int, ...], region: Region) -> np.ndarray:
+    """That region of an endless matrix of N(0, 1), a function of seed and place."""
+    out = np.empty([part.stop - part.start for part in region], np.float32)
+    rows, columns = (range(part.start // TILE, -(-part.stop // TILE)) for part in region)
+    for tile in ((row, column) for row in rows for column in columns):
+        drawn = np.random.default_rng((*seed, *tile)).standard_normal((TILE, TILE), np.float32)
+        starts = [max(part.start, TILE * at) for part, at in zip(region, tile, strict=True)]
+        stops = [min(part.stop, TILE * at + TILE) for part, at in zip(region, tile, strict=True)]
+        into = tuple(slice(a - part.start, b - part.start) for a, b, part in zip(starts, stops, region, strict=True))
+        out[into] = drawn[
+            tuple(slice(a - TILE * at, b - TILE * at) for a, b, at in zip(starts, stops, tile, strict=True))
+        ]
+    return out
+
+
 def redrawn(
     source: Lazy, axis: int, share: float, seed: tuple[int, ...], units: tuple[int, ...], normal: Normal
 ) -> Lazy:
-    """`share` of the slices along `axis` drawn anew.
+    """A matrix with `share` of its slices along `axis` drawn anew.
 
     Args:
-        seed: of the values; each slice has a generator of its own, so that a region needs its own slices only.
+        seed: of the values.
         units: of the choice of slices: equal ones choose alike, as an expert's three matrices must.
         normal: gives mean and deviation of the values.
     """
-    size, (other,) = source.shape[axis], (length for number, length in enumerate(source.shape) if number != axis)
-    chosen = np.sort(np.random.default_rng(units).permutation(size)[: round(share * size)])
+    size = source.shape[axis]
+    chosen = np.zeros(size, bool)
+    chosen[np.random.default_rng(units).permutation(size)[: round(share * size)]] = True
 
     def read(region: Region) -> np.ndarray:
-        array = np.array(source.read(region), np.float32).swapaxes(0, axis)  # the slices' axis first
-        along, across = region[axis], region[1 - axis]
-        for unit in chosen[(chosen >= along.start) & (chosen < along.stop)]:
-            mean, deviation = normal()
-            drawn = np.random.default_rng((*seed, int(unit))).standard_normal(other, np.float32)
-            array[unit - along.start] = mean + deviation * drawn[across]
-        return array.swapaxes(0, axis)
+        mean, deviation = normal()
+        fresh = chosen[region[axis]] if axis else chosen[region[axis]][:, None]
+        return np.where(fresh, mean + deviation * noise(seed, region), source.read(region).astype(np.float32))
 
     return Lazy(source.shape, read)
 

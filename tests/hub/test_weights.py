@@ -28,6 +28,9 @@ def lazy_of(array):
     return weights.Lazy(array.shape, array.__getitem__)
 
 
+NOISE = weights.noise((1, 2), (slice(0, 600), slice(0, 530)))
+
+
 def cases():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 6, 8)).astype(np.float32)
@@ -43,6 +46,7 @@ def cases():
             np.concatenate([a.T, b.T], 1)[None],
         ),
         "redrawn": (drawn, whole(drawn)),
+        "noise": (weights.Lazy((600, 530), lambda region: weights.noise((1, 2), region)), NOISE),
     }
 
 
@@ -56,6 +60,12 @@ def test_a_region_is_that_part_of_the_whole(name):
         region = tuple(slice(int(start), int(stop)) for start, stop in edges)
         np.testing.assert_array_equal(lazy.read(region), expected[region])
         np.testing.assert_array_equal(weights.read_region(lazy, region, np.dtype(np.float32)), expected[region])
+
+
+def test_noise_is_normal_and_does_not_repeat():
+    assert abs(NOISE.mean()) < 0.01 and abs(NOISE.std() - 1) < 0.01
+    assert len(np.unique(NOISE)) > 0.99 * NOISE.size  # no tile comes twice
+    assert (weights.noise((1, 3), (slice(0, 9), slice(0, 9))) != NOISE[:9, :9]).all()
 
 
 def test_redrawn_changes_that_share_of_the_units_and_nothing_else():
