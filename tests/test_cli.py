@@ -53,7 +53,7 @@ def test_help_has_examples(capsys, arguments):
         (["--verbose"], "--verbose: not understood; "),
         (["--config.experts.cuont=3"], "config.experts.cuont: no such option; the closest is config.experts.count"),
         (["--config.experts.count=lots"], "config.experts.count: 'lots' is not a whole number; an example is 8"),
-        (["--config", "quikstart"], "--config quikstart: no such config; give a path, or one of: quickstart"),
+        (["--config", "quikstart"], "--config quikstart: no such config; give a path, or one of: moon2_qwen3vl_2b, "),
         (["--config.experts=4"], "config.experts: a group of options, such as config.experts.count; name one of them"),
         (["--data", ""], "--data: empty; give a path, or leave the flag out"),
         (["--workdir", ""], "--workdir: empty; give a path, or leave the flag out"),

@@ -1,4 +1,7 @@
-"""The rooms of the house, from left to right: a module imports only from rooms to its left, or from its own."""
+"""The rooms of the house, from left to right: a module imports only from rooms to its left, or from its own.
+
+The hub stands left of training: a run begins from its folders, and what it exports it is handed.
+"""
 
 import ast
 from pathlib import Path
