@@ -182,7 +182,11 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
         )
         began = time.monotonic()
         with report.busy("compiling the training step"):
-            jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state")
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            # The state comes out as it goes in; left to itself XLA would divide norms, and the next step refuse them.
+            jitted = jax.jit(
+                train_step, static_argnames="config", donate_argnames="state", out_shardings=(shardings, None)
+            )
             lowered = jitted.lower(abstract, placed, config=config)
             compiled = lowered.compile(compiler_options=backend.compiler_options())
         compiling = time.monotonic() - began
@@ -193,7 +197,7 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
                 encoder = weights.load(base, config, abstract.params["encoder"], track)
             create = jax.jit(
                 lambda encoder: nn.unbox(initial_state(config, sample.rows, encoder)),
-                out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+                out_shardings=shardings,
                 donate_argnames="encoder",
             )
             state = create(encoder)

@@ -487,8 +487,7 @@ def test_public_weights_to_trained_to_served(tmp_path, catalogue):
 
 def test_from_an_own_export_through_the_command_line(tmp_path, catalogue, tokenizer):
     """Begun by --init under a config.json, and resumed by the same command when the folder is gone."""
-    mesh = dict(mesh__data=1, mesh__fsdp=2, mesh__expert=2, mesh__tensor=2)
-    config = tiny(language__layers=4, experts__every=2, data__path=str(catalogue), training__steps=2, **mesh)
+    config = tiny(language__layers=4, experts__every=2, data__path=str(catalogue), training__steps=2)
     config = config_lib.replace(config, {"training.save_every": 1, "training.learning_rate": 0.0})
     export.export(trained(config, tokenizer, tmp_path), tmp_path / "own")
     (tmp_path / "run.json").write_text(config_lib.to_json(config))

@@ -1,6 +1,7 @@
 """The step on one and on eight devices, its schedule, its groups, and what it does with numbers that are not finite."""
 
 import functools
+import json
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import moon_jax
 from moon_jax import sharding
 from moon_jax.config import UserError
 from moon_jax.data import pipeline
@@ -134,3 +136,15 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(batch, mesh):
 def test_a_mesh_that_does_not_fit_is_one_line():
     with pytest.raises(UserError, match="data=3 x fsdp=1 x expert=1 x tensor=1 does not fit 8 devices"):
         sharding.make_mesh(tiny(mesh__data=3).mesh)
+
+
+def test_a_run_on_a_mesh_of_all_axes_loses_as_one_on_data_alone(catalogue, tmp_path):
+    """Several steps of the loop itself: the state must come out of a step as the next one takes it."""
+    losses = []
+    for name, mesh in (("data", {}), ("all", dict(mesh__data=1, mesh__fsdp=2, mesh__expert=2, mesh__tensor=2))):
+        config = tiny(data__path=str(catalogue), training__steps=4, training__save_every=4, **mesh)
+        moon_jax.train(config, tmp_path / name)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["total"] for line in lines])
+    assert len(losses[0]) == 4 and len(set(losses[0])) == 4
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
