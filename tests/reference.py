@@ -215,8 +215,3 @@ def torch_inputs(segment: Segment, config: config_lib.Config) -> dict:
         inputs["image_grid_thw"] = torch.tensor([[1, *image.hw] for image in segment.images])
         inputs["mm_token_type_ids"] = torch.tensor(segment.is_visual[None].astype(np.int32))
     return inputs
-
-
-def hidden_states(model, segment: Segment, config: config_lib.Config):
-    """Last hidden states of one segment alone, f32[n,D]."""
-    return model.model(**torch_inputs(segment, config)).last_hidden_state[0]

@@ -80,7 +80,6 @@ def theirs(folder: Path, asked: list[Product]) -> np.ndarray:
 
 def _inputs(product: Product, tokenizer: Any, images: Any, template: str) -> dict[str, Any]:
     """What Qwen3VLProcessor makes of one message; it would want torchvision as well."""
-
     content: list[dict[str, Any]] = [{"type": "image"} for _ in product.images]
     content += [{"type": "text", "text": product.text}] if product.text else []
     message = [{"role": "user", "content": content}]

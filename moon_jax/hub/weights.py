@@ -301,7 +301,7 @@ def _repeated(source: Lazy, count: int) -> Lazy:
     return Lazy((count, *source.shape), read)
 
 
-def _pieces(shape: tuple[int, ...], region: Region, largest: int) -> Iterator[Region]:
+def _pieces(region: Region, largest: int) -> Iterator[Region]:
     """`region` in pieces of at most `largest` elements, cut along the first axes."""
     size = int(np.prod([part.stop - part.start for part in region]))
     axis = next((axis for axis, part in enumerate(region) if part.stop - part.start > 1), None)
@@ -312,13 +312,13 @@ def _pieces(shape: tuple[int, ...], region: Region, largest: int) -> Iterator[Re
     step = max(1, (part.stop - part.start) * largest // size)
     for start in range(part.start, part.stop, step):
         piece = (*region[:axis], slice(start, min(start + step, part.stop)), *region[axis + 1 :])
-        yield from _pieces(shape, piece, largest)
+        yield from _pieces(piece, largest)
 
 
 def read_region(source: Lazy, region: Region, dtype: np.dtype) -> np.ndarray:
     """That region as a new array, read in pieces of a sixteenth, each cast before the next is read."""
     out = np.empty([part.stop - part.start for part in region], dtype)
-    for piece in _pieces(source.shape, region, max(1, out.size // 16)):
+    for piece in _pieces(region, max(1, out.size // 16)):
         into = tuple(
             slice(part.start - whole.start, part.stop - whole.start) for part, whole in zip(piece, region, strict=True)
         )

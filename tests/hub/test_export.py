@@ -3,25 +3,21 @@
 import dataclasses
 import io
 import json
-import shutil
-import subprocess
-import sys
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import moon_jax
-from moon_jax import cli
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.evaluation import verify
 from moon_jax.hub import export, keys
 from moon_jax.serving import embedder as serving
-from tests.conftest import ROOT, environment, overrides, random_params, tiny
+from tests.conftest import random_params, tiny
 
 CONFIGS = {
     "experts": tiny(data__visual_tokens=24, data__text_tokens=40),
@@ -272,11 +268,10 @@ def test_every_file_is_as_readable_as_the_others(tmp_path, tokenizer):
     assert len(modes) == 1
 
 
-@pytest.mark.parametrize("place", ["tokenizer.json/model", "\0"])
-def test_an_output_that_cannot_be_made_is_one_line(tmp_path, tokenizer, place):
+def test_an_output_that_cannot_be_made_is_one_line(tmp_path, tokenizer):
     model = trained(tiny(), tokenizer, tmp_path)
-    with pytest.raises((UserError, ValueError), match=r"--output|null"):
-        export.export(model, tmp_path / place)
+    with pytest.raises(UserError, match=r"--output .*tokenizer.json/model: Not a directory; give a folder"):
+        export.export(model, tmp_path / "tokenizer.json" / "model")
 
 
 def test_the_layout_is_the_published_one(tmp_path, tokenizer):
@@ -416,115 +411,3 @@ def test_the_card_tells_base_licence_data_and_metrics(tmp_path, tokenizer):
     assert "none, random weights" in scratch and "not recorded" in scratch and "Not evaluated" in scratch
     local = export.model_card(dataclasses.replace(model, base="/home/someone/secret/Qwen3-VL-2B"))
     assert "secret" not in local and "Qwen3-VL-2B" in local
-
-
-WITHOUT_TORCH = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "transformers", "torchvision", "sentence_transformers"):
-            raise ModuleNotFoundError(f"{name} is blocked", name=name)
-
-sys.meta_path.insert(0, Blocked())
-from moon_jax import cli
-import moon_jax
-assert cli.main(sys.argv[3:]) == 0
-assert cli.main(["export", "--model", sys.argv[1], "--output", sys.argv[2]]) == 0
-print(moon_jax.load(sys.argv[2]).encode("red mug").shape)
-assert cli.main(["export", "--model", sys.argv[1], "--output", sys.argv[2] + "2", "--verify"]) == 2
-"""
-
-
-def test_public_weights_to_trained_to_served(tmp_path, catalogue):
-    """The whole way, through the command line and without torch: a folder, upcycled, trained, exported, embedded."""
-    from tests.reference import published, qwen_tokenizer
-
-    sizes = dict(experts__width=tiny().language.mlp_width, data__path=str(catalogue), training__steps=2)
-    config = tiny(**sizes, training__save_every=2)
-    published(tmp_path / "public", tiny(**sizes, experts__count=0), qwen_tokenizer())
-    (tmp_path / "public" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    (tmp_path / "config.py").write_text(
-        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({})\n"
-    )
-    workdir, output = tmp_path / "run", tmp_path / "served"
-    # What the folder decides is not given: sizes, experts aside.
-    given = [item for item in overrides(config) if not item.startswith(("--config.vision", "--config.language"))]
-    train = ["train", "--config", str(tmp_path / "config.py"), "--init", str(tmp_path / "public"), "--data"]
-    train += [str(catalogue), "--workdir", str(workdir), *given]
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, str(workdir), str(output), *train],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "(1, 24)" in result.stdout and "loading" in result.stdout
-    assert "moon-jax: --verify compares with transformers, and torch is missing: pip install" in result.stderr
-    assert json.loads((workdir / "base.json").read_text())["licence"] == "apache-2.0"
-    card = (output / "README.md").read_text()
-    assert "license: apache-2.0" in card and "public" in card and str(tmp_path) not in card
-    for path in output.rglob("*.json"):
-        assert str(tmp_path) not in path.read_text(), path
-    embedder = moon_jax.load(workdir)
-    assert embedder.fingerprint == moon_jax.load(output).fingerprint
-    assert embedder.config.language.layers == 2 and embedder.config.experts.count == 4
-    assert cli.main(["export", "--model", str(workdir), "--output", str(tmp_path / "again"), "--verify"]) == 0
-
-    # Verification sees another model: one expert's matrix is doubled on disk.
-    again = tmp_path / "again" / "model.safetensors"
-    held = load_file(again)
-    name = "model.language_model.layers.1.mlp.experts.down_proj"
-    held[name] = 2 * held[name]
-    save_file(held, again, metadata={"format": "pt"})
-    asked, ours = verify.ours(serving.read(workdir))
-    with pytest.raises(UserError, match="transformers embeds otherwise: cosine"):
-        verify.check((ours * verify.theirs(tmp_path / "again", asked)).sum(axis=1))
-    with pytest.raises(UserError, match="transformers embeds otherwise: cosine nan"):
-        verify.check(np.array([1.0, np.nan, 1.0]))
-
-
-def test_from_an_own_export_through_the_command_line(tmp_path, catalogue, tokenizer):
-    """Begun by --init under a config.json, and resumed by the same command when the folder is gone."""
-    config = tiny(language__layers=4, experts__every=2, data__path=str(catalogue), training__steps=2)
-    config = config_lib.replace(config, {"training.save_every": 1, "training.learning_rate": 0.0})
-    export.export(trained(config, tokenizer, tmp_path), tmp_path / "own")
-    (tmp_path / "run.json").write_text(config_lib.to_json(config))
-    command = ["train", "--config", str(tmp_path / "run.json"), "--init", f"{tmp_path / 'own'}/"]
-    command += ["--data", str(catalogue), "--workdir", str(tmp_path / "run")]
-    assert cli.main(command) == 0
-    held = serving.read(tmp_path / "run")
-    start = serving.read(tmp_path / "own")
-    matrix = lambda one: np.asarray(one.encoder["vision"]["positions"])  # noqa: E731
-    np.testing.assert_array_equal(matrix(held), matrix(start))
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
-    (tmp_path / "own").rename(tmp_path / "moved")
-    assert cli.main(command) == 0
-    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
-
-
-def test_the_folder_is_the_base_and_the_run_resumes_without_it(tmp_path, catalogue):
-    from tests.reference import published, qwen_tokenizer
-
-    sizes = dict(experts__count=0, training__steps=3, training__save_every=1, data__path=str(catalogue))
-    config = tiny(**sizes, training__init=str(tmp_path / "public"))
-    published(tmp_path / "public", config, qwen_tokenizer())
-    with pytest.raises(UserError, match=r"config.language.layers: 4, and .*public has 2"):
-        moon_jax.train(config_lib.replace(config, {"language.layers": 4}), tmp_path / "other")
-    assert not (tmp_path / "other" / "checkpoints").exists()
-    moon_jax.train(config_lib.replace(config, {"training.learning_rate": 0.0}), tmp_path / "still")
-    start, _ = serving.read(tmp_path / "public"), None
-    held = serving.read(tmp_path / "still")
-    jax.tree.map(np.testing.assert_array_equal, start.encoder, held.encoder)  # it began from those weights
-    moon_jax.train(config, tmp_path / "run")
-    whole = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    # Killed after the first step, and resumed where the folder is gone.
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
-    for step in (2, 3):
-        shutil.rmtree(tmp_path / "again" / "checkpoints" / str(step))
-    (tmp_path / "public").rename(tmp_path / "moved")
-    moon_jax.train(config, tmp_path / "again")
-    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == whole
-    with pytest.raises(UserError, match="public: no such folder"):
-        moon_jax.train(config, tmp_path / "new")

@@ -42,7 +42,7 @@ def test_parameter_totals_equal_the_published(tmp_path, name):
         assert places == ([None] if places == [None] else list(range(leaf.shape[0]))), path
 
 
-# name → (of all parameters, of those one token uses), as the config's docstring states them; None for no docstring
+# name → (its checkpoint, billions of parameters, billions of those that a token uses), as the config's docstring states
 SHIPPED = {
     "moon2_qwen3vl_2b": ("2b", 9.5, 3.2),
     "moon2_qwen3vl_4b": ("4b", 13.9, 5.8),
@@ -66,4 +66,11 @@ def test_a_shipped_config_fits_its_checkpoint_and_states_its_size(tmp_path, name
     assert (round(everything / 1e9, 1), round(used / 1e9, 1)) == (total, active)
     doc = (Path(config_lib.__file__).parent / "configs" / f"{name}.py").read_text()
     assert f"{total} B" in doc and f"{active} B" in doc
+    # As the docstring counts: 6 FLOPs for each parameter and token or patch of full rows, three products a triplet.
+    vision = sum(math.prod(leaf.shape) for path, leaf in leaves.items() if path.startswith("vision/"))
+    decoder = used - vision - config.language.vocab * config.language.width
+    layout = rows_lib.Layout.of(config)
+    flops = 6 * 3 * config.data.batch * (decoder * layout.length + vision * layout.patches)
+    assert f"about {round(flops / 1e15)} PFLOP" in doc.replace("\n", " ")
+    assert f"{round(3 * 4 * everything / 1e9)} GB" in doc.replace("\n", " ")
     assert config.training.learning_rate == 1e-5 and config.data.batch == 256  # the paper's
