@@ -207,9 +207,6 @@ def test_upcycling_is_seeded_and_the_same_on_any_mesh(tmp_path, tokenizer):
     assert 0.015 < float(jnp.std(experts["router"])) < 0.025
     # Experts differ from one another, each in half of its inner units, the same ones in gate, up and down.
     gate_up, down = np.asarray(experts["gate_up"]), np.asarray(experts["down"])
-    fresh_gate, fresh_up = np.split(gate_up, 2, axis=-1)
-    columns = [np.abs(fresh_gate[layer, 0] - fresh_up[layer, 0]).max(0) for layer in range(2)]
-    assert all((column > 1e-3).all() for column in columns)  # gate and up are not drawn alike
     assert (experts["router"][0] != experts["router"][1]).all()  # nor are layers
     plain = load(tmp_path, config_lib.replace(config, {"experts.redrawn": 0.0}), tokenizer)
     plain = plain["decoder"]["periods"]["layer_0"]["experts"]
@@ -219,6 +216,8 @@ def test_upcycling_is_seeded_and_the_same_on_any_mesh(tmp_path, tokenizer):
     np.testing.assert_array_equal(fresh[..., :width], fresh[..., width:])
     np.testing.assert_array_equal(fresh[..., :width], (down != plain["down"]).any(-1))
     assert (fresh[0, 0] != fresh[0, 1]).any() and (fresh[0, 0] != fresh[1, 0]).any()
+    gate, up = (half[:, fresh[0, 0, :width]] for half in np.split(gate_up[0, 0], 2, axis=-1))
+    assert gate.size > 200 and abs(np.corrcoef(gate.ravel(), up.ravel())[0, 1]) < 0.3  # not drawn alike
     drawn = fresh[0, 0, :width] & fresh[1, 0, :width]
     noise = [
         (gate_up[layer, 0, :, :width] - plain["gate_up"][layer, 0, :, :width].mean())[:, drawn] for layer in (0, 1)
