@@ -5,6 +5,16 @@ from __future__ import annotations
 import jax
 
 
+def platform() -> str:
+    """The platform that the program being traced is for, "cpu", "tpu" or "gpu": that of the mesh in use, if any.
+
+    A program may be compiled for devices that this machine lacks (training/plan.py).
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
 def compiler_options() -> dict[str, str]:
     """XLA options under which a program gives the same bits each time it runs; for `jit` and `compile`.
 
@@ -12,4 +22,4 @@ def compiler_options() -> dict[str, str]:
     from run to run in their last bits, and a resumed run from an undisturbed one. XLA's own code does not, and the
     quickstart's step is 10% faster with it.
     """
-    return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else {}
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if platform() == "cpu" else {}

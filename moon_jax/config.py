@@ -80,7 +80,9 @@ class Experts:
     width: int = option(6144, "F, the inner width of one expert")
     every: int = option(1, "the last of every so many layers holds experts")
     dense_layers: tuple[int, ...] = option((), "layers that stay dense although `every` would give them experts")
-    dispatch: str = option("grouped", "grouped: sorted, cost of the routed tokens; dense: all experts, the oracle")
+    dispatch: str = option("grouped", "grouped, expert_parallel, or dense, the oracle (model/experts.py)")
+    capacity: float = option(1.25, "room of an expert in expert-parallel training, in even shares; 0 drops no token")
+    router_term: str = option("none", "what the router adds for the token's view: none (paper), learned or hard")
     router_init: float = option(0.02, "standard deviation of the router's start; zero would tie all experts")
     redrawn: float = option(0.0, "share of each expert's inner units drawn anew when a dense model is upcycled")
 
@@ -310,7 +312,19 @@ def check(config: Config) -> Config:
             TEMPLATES.get(config.data.template, config.data.template).count("{}") == 1,
             f"data.template must be one of {', '.join(TEMPLATES)}, or a text with one {{}} in it",
         ),
-        (experts.dispatch in ("grouped", "dense"), "experts.dispatch must be grouped or dense"),
+        (
+            experts.dispatch in ("grouped", "expert_parallel", "dense"),
+            "experts.dispatch must be grouped, expert_parallel or dense",
+        ),
+        (
+            experts.router_term in ("none", "learned", "hard"),
+            "experts.router_term must be none, learned or hard",
+        ),
+        (
+            experts.count == 0 or experts.router_term != "hard" or experts.per_token <= experts.count // 3,
+            "experts.router_term hard leaves each of the three views experts.count // 3 experts or one more, and"
+            " experts.per_token is above that",
+        ),
         (
             config.objective.weighting in ("balanced", "product", "stopped"),
             "objective.weighting must be balanced, product or stopped",

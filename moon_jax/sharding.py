@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -12,9 +13,11 @@ from moon_jax import config as config_lib
 from moon_jax.config import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")
+"""The axes over which rows, and with them tokens, are divided."""
 
 RULES = (
-    ("rows", ("data", "fsdp", "expert")),
+    ("rows", ROWS),
     ("vocab", "tensor"),
     ("embed", "fsdp"),
     ("heads", "tensor"),
@@ -49,9 +52,15 @@ def of_variables(mesh: Mesh, variables: Any) -> Any:
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(variables), mesh, RULES)
 
 
+def shards() -> int:
+    """Into how many parts the mesh in use divides rows; 1 without one."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in ROWS)
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """The sharding of everything whose first axis is R or B."""
-    return NamedSharding(mesh, PartitionSpec(dict(RULES)["rows"]))
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

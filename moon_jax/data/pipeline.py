@@ -79,7 +79,8 @@ class Reader:
                 chosen = sorted(rng.choice(len(images), self.config.data.images, replace=False))
             images = [images[index] for index in chosen]
         patches = [self.image(image, alteration, rng) for image in images]
-        return rows_lib.segments(tokens, patches, self.tokenizer, self.config.vision.merge, views, self.template)
+        merge, term = self.config.vision.merge, self.config.experts.router_term
+        return rows_lib.segments(tokens, patches, self.tokenizer, merge, views, self.template, term)
 
 
 def batches(prepared: Prepared, reader: Reader) -> grain.MapDataset[Batch]:

@@ -5,8 +5,9 @@ first, `mm` all of the second, `i` the second's image prefix (attention is causa
 A view's tokens, in this order: for each image `<|vision_start|>`, its `<|image_pad|>` tokens, `<|vision_end|>`; then
 the text's tokens. A product without text (or images) lacks `t` and `mm` (or `i` and `mm`).
 
-A template puts tokens before and behind a view's own, and they belong to its span. Where some stand behind, view `i`
-is no prefix of `mm`, and gets a segment of its own; its images still go through the vision tower once.
+A template puts tokens before and behind a view's own, and they belong to its span. Where some stand behind, or the
+router asks which view a token is of (`experts.router_term`), view `i` is no prefix of `mm`, and gets a segment of its
+own; its images still go through the vision tower once.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ class Segment:
     spans: tuple[tuple[str, int, int], ...]  # view, first token, last + 1
 
 
+def prefix_is_view(template: Template, router_term: str) -> bool:
+    """Whether images before a text are computed as they would be alone, so that one segment gives both views."""
+    return not len(template.suffix) and router_term == "none"
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The static sizes of a row."""
@@ -55,7 +61,7 @@ class Layout:
         text_only, image_only = data.text_tokens + template.length, visual + 2 * images + template.length
         length = image_only + data.text_tokens
         if all_views and images:
-            length += text_only + (image_only if len(template.suffix) else 0)
+            length += text_only + (0 if prefix_is_view(template, config.experts.router_term) else image_only)
         return cls(
             length=length,
             patches=visual * merge**2,
@@ -122,6 +128,7 @@ def segments(
     merge: int,
     views: Sequence[str] = VIEWS,
     template: Template = BARE,
+    router_term: str = "none",
 ) -> list[Segment]:
     """The segments that give the wanted views of a product, as far as it has them.
 
@@ -129,6 +136,7 @@ def segments(
         text: token ids i32[n], or None. An empty text counts as none.
         images: may be empty.
         views: any of `VIEWS`.
+        router_term: that of the config.
     """
     text = None if text is None or not len(text) else text
     made = []
@@ -142,7 +150,7 @@ def segments(
         add(text, (), ("t", None))
     alone = bool(images) and "i" in views
     both = bool(images) and text is not None and "mm" in views
-    if alone and both and not len(template.suffix):
+    if alone and both and prefix_is_view(template, router_term):
         prefix = len(template.prefix) + sum(2 + image.hw[0] * image.hw[1] // merge**2 for image in images)
         add(text, images, ("i", prefix), ("mm", None))
     else:

@@ -122,12 +122,16 @@ def refuse_taken(output: Path) -> None:
 
 def check_expressible(trained: Trained) -> None:
     """Raises UserError for a parameter that has no name in transformers' Qwen3-VL."""
+    term = trained.config.experts.router_term
+    if term != "none":
+        raise UserError(
+            f"config.experts.router_term: {term} cannot be exported: the router of transformers' Qwen3-VL sees the token"
+            " alone, and the term for its view would be lost; train without it, or serve with moon_jax"
+        )
     names = {row.ours for row in keys.table(trained.config)}
     for path in keys.flatten(trained.encoder):
         if path not in names:
             reason = "transformers' Qwen3-VL has no such parameter"
-            if "router" in path.rsplit("/", 1)[1]:
-                reason = "its router sees the token alone, and a term for the view's modality would be lost"
             raise UserError(f"{path}: cannot be exported: {reason}; train without it, or serve with moon_jax")
 
 

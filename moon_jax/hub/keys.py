@@ -18,6 +18,7 @@ from moon_jax import config as config_lib
 KEEP = "keep"
 TRANSPOSE = "transpose"
 PATCH = "patch"  # [Dv,3,frames,h,w] → [frames,3·h·w,Dv]
+PAIR = "pair"  # [E,D,2F], gate and up side by side → [E,2,D,F]
 
 
 class Row(NamedTuple):
@@ -66,8 +67,8 @@ DENSE_MLP = [
 ]
 EXPERTS = [
     ("mlp.gate.weight", "experts/router", TRANSPOSE),
-    # Published checkpoints hold experts as [E, D, 2F] and [E, F, D], which is ours.
-    ("mlp.experts.gate_up_proj", "experts/gate_up", KEEP),
+    # As published checkpoints hold them; transformers' own saving swaps the last two axes (weights.py).
+    ("mlp.experts.gate_up_proj", "experts/gate_up", PAIR),
     ("mlp.experts.down_proj", "experts/down", KEEP),
 ]
 
@@ -120,6 +121,8 @@ def to_theirs(array: np.ndarray, turning: str) -> np.ndarray:
     """One of our arrays, taken from its stack, as a checkpoint holds it."""
     if turning == TRANSPOSE:
         return array.T
+    if turning == PAIR:
+        return np.concatenate([array[:, 0], array[:, 1]], axis=-1)
     if turning == PATCH:
         frames, pixels, width = array.shape
         side = round((pixels // 3) ** 0.5)

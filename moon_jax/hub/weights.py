@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.hub import keys
+from moon_jax.types import VIEWS
 
 Region = tuple[slice, ...]
 Normal = Callable[[], tuple[float, float]]
@@ -62,20 +63,17 @@ def patch_kernel(source: Lazy) -> Lazy:
     return Lazy((frames, channels * high * wide, width), read)
 
 
-def joined(parts: list[Lazy]) -> Lazy:
-    """Concatenated along the last axis; the parts are of one shape."""
-    width = parts[0].shape[-1]
+def pair(source: Lazy) -> Lazy:
+    """[E,D,2F] → [E,2,D,F]."""
+    experts, width, inner = source.shape
 
     def read(region: Region) -> np.ndarray:
-        *lead, last = region
-        found = []
-        for number, part in enumerate(parts):
-            start, stop = (min(max(edge - number * width, 0), width) for edge in (last.start, last.stop))
-            if start < stop:
-                found.append(part.read((*lead, slice(start, stop))))
-        return found[0] if len(found) == 1 else np.concatenate(found, axis=-1)
+        expert, halves, rows, columns = region
+        starts = [half * (inner // 2) for half in range(halves.start, halves.stop)]
+        parts = [source.read((expert, rows, slice(at + columns.start, at + columns.stop))) for at in starts]
+        return np.stack(parts, axis=1)
 
-    return Lazy((*parts[0].shape[:-1], len(parts) * width), read)
+    return Lazy((experts, 2, width, inner // 2), read)
 
 
 def stacked(parts: list[Lazy]) -> Lazy:
@@ -234,9 +232,12 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             raise UserError(f"{files.folder}: gate and up of layer {layer} differ in shape")
         inner = 1 if row.ours.endswith("gate_up") else 0  # the axis of F, once transposed
 
+        def bank(matrices: list[Lazy]) -> Lazy:
+            return stacked(matrices) if len(matrices) > 1 else matrices[0]
+
         def expert(number: int) -> Lazy:
             units = (config.seed, layer, number)
-            return joined(
+            return bank(
                 [
                     redrawn(
                         transposed(part),
@@ -251,7 +252,7 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             )
 
         if not config.experts.redrawn:
-            return _repeated(joined([transposed(part) for part in parts]), config.experts.count)
+            return _repeated(bank([transposed(part) for part in parts]), config.experts.count)
         return stacked([expert(number) for number in range(config.experts.count)])
 
     if config.experts.redrawn and not upcycled:
@@ -261,7 +262,12 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             f"config.experts.width: {config.experts.width}, and the weights of {files.folder} are dense;"
             f" upcycling copies their feed-forward: give --config.experts.width={config.language.mlp_width}"
         )
-    turned = {keys.KEEP: (None, lambda lazy: lazy), keys.TRANSPOSE: (2, transposed), keys.PATCH: (5, patch_kernel)}
+    turned = {
+        keys.KEEP: (None, lambda lazy: lazy),
+        keys.TRANSPOSE: (2, transposed),
+        keys.PATCH: (5, patch_kernel),
+        keys.PAIR: (3, pair),
+    }
     leaves: dict[str, list[Lazy] | Lazy] = {}
     for row in keys.table(config):
         if upcycled and "/experts/" in row.ours:
@@ -276,6 +282,11 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             if layers and layers[0].shape != lazy.shape:
                 raise UserError(f"{files.folder}: {row.theirs} has shape {lazy.shape}, other layers {layers[0].shape}")
             layers.append(lazy)
+    if config.experts.router_term == "learned":  # no folder has it; it begins at zero, and changes nothing
+        shape = (len(VIEWS), config.experts.count)
+        for path in [path for path in leaves if path.endswith("experts/router")]:
+            zeros = Lazy(shape, np.zeros(shape, np.float32).__getitem__)
+            leaves[f"{path}_term"] = [zeros] * len(leaves[path])
     left = sorted(held - used - {LM_HEAD})
     if left:
         more = f", with {len(left) - 1} more" if left[1:] else ""

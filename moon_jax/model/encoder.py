@@ -47,10 +47,19 @@ def pool_mean(hidden: Array, mask: Array) -> Array:
     return total * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
+def composition(rows: Rows) -> Array:
+    """The view that each token's segment makes up, 1 to 3 as in `Rows.view`; 0 for padding. i32[R,S].
+
+    Of a segment that holds two views, [images then text], it is the one that is all of it.
+    """
+    return (span_mask(rows) * rows.view[..., None]).max(axis=1).astype(jnp.int32)
+
+
 class Encoder(nn.Module):
-    """Rows → EncoderOutput."""
+    """Rows → EncoderOutput. Only in `training` are layers recomputed, and may experts drop what exceeds their capacity."""
 
     config: config_lib.Config
+    training: bool = False
 
     @nn.compact
     def __call__(self, rows: Rows) -> EncoderOutput:
@@ -60,14 +69,16 @@ class Encoder(nn.Module):
         table = self.param("token_embedding", init, (c.language.vocab, c.language.width), param_dtype)
         x = table[rows.tokens].astype(dtype)
         if rows.patches.shape[1]:
-            tower = VisionTower(c.vision, c.language.width, dtype, param_dtype, c.training.remat, name="vision")
+            remat = self.training and c.training.remat
+            tower = VisionTower(c.vision, c.language.width, dtype, param_dtype, remat, name="vision")
             merged, deepstack = tower(rows)
             x = jnp.where(rows.visual[..., None] >= 0, place_visual(merged, rows.visual), x)
         else:  # rows of texts only: the tower is left out of the program
             deepstack = jnp.zeros((0, rows.tokens.shape[0], 0, c.language.width), dtype)
         x = nn.with_logical_constraint(x, ("rows", None, None))
         mask = span_mask(rows)
-        x, sums = Decoder(c, name="decoder")(x, rows.segment, rows.position, mask, rows.visual, deepstack)
+        decoder = Decoder(c, self.training, name="decoder")
+        x, sums = decoder(x, rows.segment, rows.position, mask, composition(rows), rows.visual, deepstack)
         shape = (0, c.experts.count)
         return EncoderOutput(
             embedding=pool_mean(x, last_token_mask(rows) if c.language.pooling == "last" else mask),

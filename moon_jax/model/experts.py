@@ -1,62 +1,180 @@
-"""Banks of SwiGLU experts behind one signature, `(hidden, gate, index, valid, gate_up, down) → [T,D]`.
+"""Strategies that move tokens to SwiGLU experts and back, behind one signature:
 
-    hidden [T,D]; gate f32[T,E] is G̃; index i32[T,K]; valid bool[T]; gate_up [E,D,2F]; down [E,F,D]
+    (hidden [T,D], gate f32[T,E], index i32[T,K], keep bool[T,K], gate_up [E,2,D,F], down [E,F,D], capacity) → [T,D]
 
-`dense` computes every expert for every token: the oracle. `grouped` sorts the routes by expert and multiplies blocks
-of routes by their expert's matrices: dropless, the cost of the routed tokens. They agree in values and gradients.
+`gate` is G̃; `keep` says which routes count, in a shard of tokens at most `capacity` for each expert. Both are the
+router's to decide. Each strategy agrees with `dense` in values and gradients.
+
+- `dense`: every expert computes every token. The oracle; E/K times the cost.
+- `grouped`: routes are sorted by expert, and each expert multiplies its own: the cost of the routed tokens. On a mesh
+  tokens stay where they are, and a layer's experts are gathered to them from the axes `expert` and `fsdp`.
+- `expert_parallel`: experts stay where they are. Each device sends its tokens to the devices of the axis `expert` whose
+  experts they chose, and gets the results back: two all-to-all of static buffers, `capacity` rows for each expert.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from moon_jax import sharding
+from moon_jax.model import bank
 from moon_jax.types import Array
 
-BLOCK = 128
-"""Routes of one expert that `grouped` multiplies at once; each expert wastes half a block on average."""
 
-
-def swiglu(x: Array, gate_up: Array, down: Array) -> Array:
-    """silu(x·gate) ⊙ (x·up) · down, with gate and up side by side. [..., T, D] → [..., T, D]."""
-    gate, up = jnp.split(x @ gate_up, 2, axis=-1)
-    return (jax.nn.silu(gate) * up) @ down
-
-
-def dense(hidden: Array, gate: Array, index: Array, valid: Array, gate_up: Array, down: Array) -> Array:
+def dense(
+    hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array, capacity: int
+) -> Array:
     """Every expert on every token, weighed by G̃: the oracle."""
-    del index
-    gate = jnp.where(valid[:, None], gate, 0.0).astype(hidden.dtype)
-    activated = jnp.einsum("td,edf->etf", hidden, gate_up)
-    first, up = jnp.split(activated, 2, axis=-1)
-    activated = jax.nn.silu(first) * up * gate.T[..., None]
-    return jnp.einsum("etf,efd->td", activated, down)
+    del capacity
+    kept = (jax.nn.one_hot(index, gate.shape[1]) * keep[..., None]).sum(axis=1)
+    gate = (gate * kept).astype(hidden.dtype)
+    first, up = jnp.einsum("td,egdf->getf", hidden, gate_up)
+    return jnp.einsum("etf,efd->td", jax.nn.silu(first) * up * gate.T[..., None], down)
 
 
-def grouped(hidden: Array, gate: Array, index: Array, valid: Array, gate_up: Array, down: Array) -> Array:
-    """Routes sorted by expert, each expert's padded to whole blocks, one batched product over the blocks."""
-    tokens, per_token = index.shape
-    experts = gate_up.shape[0]
-    routes = tokens * per_token
-    expert = jnp.where(valid[:, None], index, experts).reshape(-1)  # padding sorts behind the last expert
-    block = min(BLOCK, -(-routes // 8) * 8)
-    blocks = -(-routes // block) + experts
+def sort_routes(index: Array, keep: Array, experts: int) -> tuple[Array, Array, Array]:
+    """Where each route stands when they are sorted by expert, those not kept left out.
 
-    # The place of each route: its expert's first block, then its rank among that expert's routes.
-    chosen = jax.nn.one_hot(expert, experts, dtype=jnp.int32)
-    rank = (jnp.cumsum(chosen, axis=0) * chosen).sum(axis=1) - 1
-    needed = -(-chosen.sum(axis=0) // block)
-    first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(needed)])
-    nowhere = blocks * block
-    place = jnp.where(expert < experts, first[jnp.minimum(expert, experts - 1)] * block + rank, nowhere)
-    owner = jnp.minimum(jnp.searchsorted(first[1:], jnp.arange(blocks), side="right"), experts - 1)
+    Args:
+        index, keep: [T,K]. Route t·K + k is token t's k-th.
 
-    source = jnp.full(nowhere, routes, jnp.int32).at[place].set(jnp.arange(routes, dtype=jnp.int32), mode="drop")
-    filled = jnp.take(hidden, source // per_token, axis=0, mode="fill", fill_value=0)
-    y = swiglu(filled.reshape(blocks, block, -1), gate_up[owner], down[owner]).reshape(nowhere, -1)
-    routed = jnp.take(y, place, axis=0, mode="fill", fill_value=0).reshape(tokens, per_token, -1)
-    weight = jnp.take_along_axis(gate, index, axis=1).astype(hidden.dtype)
-    return jnp.einsum("tk,tkd->td", weight, routed)
+    Returns:
+        place: i32[T·K], of each route among the sorted; T·K for one left out.
+        order: i32[T·K], the route at each place; T·K behind the last.
+        sizes: i32[E], routes of each expert.
+    """
+    routes = index.size
+    expert = jnp.where(keep, index, experts).reshape(-1)
+    number = jnp.arange(routes, dtype=jnp.int32)
+    # lax.sort, not argsort: inside shard_map argsort's result counts as replicated, and gradients go wrong.
+    expert, order = jax.lax.sort((expert, number), num_keys=1)
+    place = jax.lax.sort((order, number), num_keys=1)[1]
+    sizes = (expert[:, None] == jnp.arange(experts)).sum(axis=0, dtype=jnp.int32)
+    kept = sizes.sum()
+    return jnp.where(place < kept, place, routes), jnp.where(number < kept, order, routes), sizes
 
 
-DISPATCH = {"dense": dense, "grouped": grouped}
+@jax.custom_vjp
+def permute(x: Array, source: Array, target: Array) -> Array:
+    """Row s of the result is x[source[s]], or zero where there is no such row.
+
+    Args:
+        x: [N,D].
+        source: i32[M].
+        target: i32[N], the inverse: row n of x goes to target[n]. Both ways it is a gather, never a scatter.
+    """
+    del target
+    return jnp.take(x, source, axis=0, mode="fill", fill_value=0)
+
+
+def _permute_forward(x: Array, source: Array, target: Array) -> tuple[Array, Array]:
+    return permute(x, source, target), target
+
+
+def _permute_backward(target: Array, cotangent: Array) -> tuple[Array, None, None]:
+    return jnp.take(cotangent, target, axis=0, mode="fill", fill_value=0), None, None
+
+
+permute.defvjp(_permute_forward, _permute_backward)
+
+
+def _routed(hidden: Array, per_token: int) -> Array:
+    """A row for each route. [T,D] → [T·K,D]."""
+    return jnp.broadcast_to(hidden[:, None], (hidden.shape[0], per_token, hidden.shape[1])).reshape(-1, hidden.shape[1])
+
+
+def _combined(y: Array, gate: Array, index: Array) -> Array:
+    """Σ_k G̃_k y_k. [T·K,D] → [T,D]."""
+    weight = jnp.take_along_axis(gate, index, axis=1).astype(y.dtype)
+    return jnp.einsum("tk,tkd->td", weight, y.reshape(*index.shape, -1))
+
+
+def _grouped(hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array) -> Array:
+    """`grouped` on one device, which holds every expert that its tokens may choose."""
+    place, order, sizes = sort_routes(index, keep, gate_up.shape[0])
+    y = bank.swiglu(permute(_routed(hidden, index.shape[1]), order, place), gate_up, down, sizes)
+    return _combined(permute(y, place, order), gate, index)
+
+
+def _expert_parallel(
+    hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array, capacity: int
+) -> Array:
+    """`expert_parallel` on one device of the axis `expert`, which holds its share of the experts."""
+    experts, width = gate.shape[1], hidden.shape[1]
+    place, order, sizes = sort_routes(index, keep, experts)
+    routes = place.size
+    first = jnp.cumsum(sizes) - sizes
+    # From the sorted routes to slots, C for each expert.
+    rank = jnp.arange(capacity)
+    at = first[:, None] + rank
+    order = jnp.where(rank < sizes[:, None], jnp.take(order, at, mode="fill", fill_value=routes), routes).reshape(-1)
+    rank = place - first[index.reshape(-1)]
+    place = jnp.where((place < routes) & (rank < capacity), index.reshape(-1) * capacity + rank, order.size)
+
+    slots = permute(_routed(hidden, index.shape[1]), order, place).reshape(experts, capacity, width)
+    slots = jax.lax.all_to_all(slots, "expert", split_axis=0, concat_axis=1, tiled=True)  # [E/n, n·C, D]
+    first_half, up = jnp.einsum("ecd,egdf->gecf", slots, gate_up)
+    y = jnp.einsum("ecf,efd->ecd", jax.nn.silu(first_half) * up, down)
+    y = jax.lax.all_to_all(y, "expert", split_axis=1, concat_axis=0, tiled=True)  # [E, C, D]
+    return _combined(permute(y.reshape(-1, width), place, order), gate, index)
+
+
+def capacity_of(tokens: int, per_token: int, experts: int, factor: float) -> int:
+    """C, the tokens that a shard of so many may send to one expert: `factor` times the even share; all for factor 0."""
+    if not factor:
+        return tokens
+    return min(tokens, -(-int(-(-factor * tokens * per_token // experts)) // 8) * 8)
+
+
+def _on_mesh(local: Callable[..., Array], gathered: tuple[str, ...], *arrays: Array) -> Array:
+    """`local` on each device's tokens. Its matrices are gathered from the axes `gathered`, the tensor axis stays split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, held = sharding.ROWS, "expert"
+
+    def body(hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array) -> Array:
+        for axis in gathered:
+            gate_up = jax.lax.all_gather(gate_up, axis, axis=0 if axis == held else 2, tiled=True)
+            down = jax.lax.all_gather(down, axis, axis=0 if axis == held else 2, tiled=True)
+        y = local(hidden, gate, index, keep, gate_up, down)
+        # Each device has summed over its part of F; each keeps its part of D.
+        return jax.lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True)
+
+    tokens = PartitionSpec(rows)
+    return jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(tokens,) * 4 + (PartitionSpec(held, None, "fsdp", "tensor"), PartitionSpec(held, "tensor", "fsdp")),
+        out_specs=PartitionSpec(rows, "tensor"),
+        check_vma=False,  # kernels in Pallas do not say over which axes their results vary
+    )(*arrays)
+
+
+def grouped(
+    hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array, capacity: int
+) -> Array:
+    """Tokens stay, experts are gathered; dropless at the cost of the routed tokens."""
+    del capacity
+    arrays = (hidden, gate, index, keep, gate_up, down)
+    return _on_mesh(_grouped, ("fsdp", "expert"), *arrays) if jax.sharding.get_abstract_mesh().size > 1 else _grouped(*arrays)
+
+
+def expert_parallel(
+    hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array, capacity: int
+) -> Array:
+    """Experts stay, tokens travel.
+
+    Raises:
+        ValueError: no mesh is set.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        raise ValueError("expert_parallel: no mesh is set; enter one with jax.set_mesh")
+    local = functools.partial(_expert_parallel, capacity=capacity)
+    return _on_mesh(local, ("fsdp",), hidden, gate, index, keep, gate_up, down)
+
+
+STRATEGIES = {"dense": dense, "grouped": grouped, "expert_parallel": expert_parallel}

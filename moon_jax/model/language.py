@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from moon_jax import config as config_lib
+from moon_jax import sharding
 from moon_jax.model import experts as experts_lib
+from moon_jax.model import router as router_lib
 from moon_jax.model.attention import Dense, RMSNorm, attention, partitioned, rotate
-from moon_jax.model.router import route
-from moon_jax.types import Array
+from moon_jax.types import VIEWS, Array
 
 
 def rotary_angles(position: Array, config: config_lib.Language) -> Array:
@@ -89,29 +90,51 @@ class FeedForward(nn.Module):
 class MixtureOfExperts(nn.Module):
     """The modality-driven mixture of experts. [R,S,D] → [R,S,D] and the router's sums.
 
-    `pool` f32[R,G,S] marks the tokens of each span, `valid` bool[R,S] those that are not padding.
+    `pool` f32[R,G,S] marks the tokens of each span, `composition` i32[R,S] says of which view a token is (1 to 3), 0
+    for padding. Only in `training` may experts drop tokens.
     """
 
     config: config_lib.Experts
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    training: bool
 
     @nn.compact
-    def __call__(self, x: Array, pool: Array, valid: Array) -> tuple[Array, RouterSums]:
+    def __call__(self, x: Array, pool: Array, composition: Array) -> tuple[Array, RouterSums]:
         c, width = self.config, x.shape[-1]
         init = partitioned(("embed", None), nn.initializers.normal(c.router_init))
         router = self.param("router", init, (width, c.count), self.param_dtype)
         kernel = nn.initializers.lecun_normal(batch_axis=(0,))
-        shape = (c.count, width, 2 * c.width)
-        gate_up = self.param("gate_up", partitioned(("experts", "embed", "mlp"), kernel), shape, self.param_dtype)
+        shape, pair = (c.count, 2, width, c.width), nn.initializers.lecun_normal(batch_axis=(0, 1))
+        names = ("experts", None, "embed", "mlp")
+        gate_up = self.param("gate_up", partitioned(names, pair), shape, self.param_dtype)
         shape = (c.count, c.width, width)
         down = self.param("down", partitioned(("experts", "mlp", "embed"), kernel), shape, self.param_dtype)
 
-        tokens, real = x.reshape(-1, width), valid.reshape(-1)
-        routing = route(tokens, router, c.per_token)
-        compute = experts_lib.DISPATCH[c.dispatch]
-        y = compute(tokens, routing.gate, routing.index, real, gate_up.astype(self.dtype), down.astype(self.dtype))
-        counted = real[:, None].astype(jnp.float32)
+        tokens, composition = x.reshape(-1, width), composition.reshape(-1)
+        term = None
+        if c.router_term == "learned":
+            init = partitioned((None, None), nn.initializers.zeros)
+            term = self.param("router_term", init, (len(VIEWS), c.count), self.param_dtype)
+        elif c.router_term == "hard":
+            term = jnp.asarray(router_lib.hard_term(c.count))
+        if term is not None:
+            term = term.astype(jnp.float32)[jnp.maximum(composition, 1) - 1]
+        valid = composition > 0
+        routing = router_lib.route(tokens, router, c.per_token, term)
+
+        travels = c.dispatch == "expert_parallel"
+        shards = sharding.shards() if travels else 1
+        capacity = experts_lib.capacity_of(
+            tokens.shape[0] // shards, c.per_token, c.count, c.capacity if travels and self.training else 0.0
+        )
+        keep = router_lib.keep_strongest(routing, valid, capacity, shards)
+        # Without a capacity the buffers of expert_parallel are E/K times too large; nothing else is lost by `grouped`.
+        strategy = "grouped" if travels and not self.training else c.dispatch
+        y = experts_lib.STRATEGIES[strategy](
+            tokens, routing.gate, routing.index, keep, gate_up.astype(self.dtype), down.astype(self.dtype), capacity
+        )
+        counted = valid[:, None].astype(jnp.float32)
         sums = RouterSums(
             gate=jnp.einsum(
                 "rgs,rse->rge",
@@ -122,7 +145,7 @@ class MixtureOfExperts(nn.Module):
             load=((jax.lax.stop_gradient(routing.gate) > 0) * counted).sum(0),
             prob=(routing.prob * counted).sum(0),
             z=(jnp.square(routing.logsumexp) * counted[:, 0]).sum(),
-            dropped=jnp.zeros((), jnp.int32),
+            dropped=c.per_token * valid.sum(dtype=jnp.int32) - keep.sum(dtype=jnp.int32),
         )
         return y.reshape(x.shape), sums
 
@@ -132,10 +155,11 @@ class Layer(nn.Module):
 
     config: config_lib.Config
     sparse: bool
+    training: bool
 
     @nn.compact
     def __call__(
-        self, x: Array, segment: Array, cos: Array, sin: Array, pool: Array
+        self, x: Array, segment: Array, cos: Array, sin: Array, pool: Array, composition: Array
     ) -> tuple[Array, RouterSums | None]:
         c = self.config.language
         dtypes = {
@@ -146,7 +170,8 @@ class Layer(nn.Module):
         x = x + Attention(c, name="attention", **dtypes)(norm(x), segment, cos, sin)
         h = RMSNorm(c.norm_eps, dtypes["param_dtype"], name="post_attention_norm")(x)
         if self.sparse:
-            y, sums = MixtureOfExperts(self.config.experts, name="experts", **dtypes)(h, pool, segment > 0)
+            moe = MixtureOfExperts(self.config.experts, training=self.training, name="experts", **dtypes)
+            y, sums = moe(h, pool, composition)
             return x + y, sums
         return x + FeedForward(c, name="mlp", **dtypes)(h), None
 
@@ -155,6 +180,7 @@ class Period(nn.Module):
     """A period of layers, the unit that is scanned. DeepStack features join on the way."""
 
     config: config_lib.Config
+    training: bool
 
     @nn.compact
     def __call__(
@@ -165,14 +191,15 @@ class Period(nn.Module):
         cos: Array,
         sin: Array,
         pool: Array,
+        composition: Array,
         visual: Array,
         deepstack: Array,
     ) -> tuple[Array, RouterSums | None]:
         c = self.config
-        layer = nn.remat(Layer, prevent_cse=False) if c.training.remat else Layer
+        layer = nn.remat(Layer, prevent_cse=False) if self.training and c.training.remat else Layer
         period, found = config_lib.period(c), []
         for place, sparse in enumerate(config_lib.sparse_layers(c)[:period]):
-            x, sums = layer(c, sparse, name=f"layer_{place}")(x, segment, cos, sin, pool)
+            x, sums = layer(c, sparse, self.training, name=f"layer_{place}")(x, segment, cos, sin, pool, composition)
             found += [sums] if sparse else []
             if deepstack.shape[0]:
                 number = index * period + place
@@ -200,10 +227,18 @@ class Decoder(nn.Module):
     """Token embeddings [R,S,D] → last hidden states [R,S,D], and the router's sums stacked over layers or None."""
 
     config: config_lib.Config
+    training: bool
 
     @nn.compact
     def __call__(
-        self, x: Array, segment: Array, position: Array, pool: Array, visual: Array, deepstack: Array
+        self,
+        x: Array,
+        segment: Array,
+        position: Array,
+        pool: Array,
+        composition: Array,
+        visual: Array,
+        deepstack: Array,
     ) -> tuple[Array, RouterSums | None]:
         c = self.config
         angles = rotary_angles(position, c.language)
@@ -212,11 +247,12 @@ class Decoder(nn.Module):
             Period,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0,) + (nn.broadcast,) * 6,
+            in_axes=(0,) + (nn.broadcast,) * 7,
             length=periods,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, name="periods")
-        x, sums = scanned(x, jnp.arange(periods), segment, jnp.cos(angles), jnp.sin(angles), pool, visual, deepstack)
+        )(c, self.training, name="periods")
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        x, sums = scanned(x, jnp.arange(periods), segment, cos, sin, pool, composition, visual, deepstack)
         # [periods, layers with experts in one, …] → [L, …]
         sums = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), sums)
         return RMSNorm(c.language.norm_eps, jnp.dtype(c.training.param_dtype), name="norm")(x), sums

@@ -1,15 +1,19 @@
 """The router decides which experts a token goes to; experts.py moves and computes (house rule: three things).
 
-G = softmax(W_g h),  G̃ = the K largest, renormalised to sum 1,  y = Σ_e G̃_e f_e(h)
+G = softmax(W_g h + term),  G̃ = the K largest, renormalised to sum 1,  y = Σ_e G̃_e f_e(h)
+
+The term is ours, an option: the paper's router sees h alone. It depends on the token's *composition*, the view that
+its segment makes up. `hard` leaves each composition experts of its own (−inf for the others); `learned` is trained.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from moon_jax.types import Array
+from moon_jax.types import VIEWS, Array
 
 
 @struct.dataclass
@@ -22,20 +26,59 @@ class Routing:
     logsumexp: Array  # f32[T]
 
 
-def route(hidden: Array, kernel: Array, per_token: int) -> Routing:
+def hard_term(experts: int) -> np.ndarray:
+    """−inf where a composition may not use an expert, else 0; f32[3,E]. Expert e serves view e mod 3."""
+    own = np.arange(experts) % len(VIEWS) == np.arange(len(VIEWS))[:, None]
+    return np.where(own, 0.0, -np.inf).astype(np.float32)
+
+
+def route(hidden: Array, kernel: Array, per_token: int, term: Array | None = None) -> Routing:
     """Routes tokens.
 
     Args:
         hidden: [T,D].
         kernel: W_g, [D,E].
-        per_token: K ≤ E.
+        per_token: K ≤ E, and ≤ the experts that the term leaves a token.
+        term: f32[T,E], added to the logits.
     """
     logits = jnp.einsum(
         "td,de->te", hidden.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
+    logits = logits if term is None else logits + term
     prob = jax.nn.softmax(logits, axis=-1)
-    _, index = jax.lax.top_k(prob, per_token)
+    # The logits, not G, are ranked: where G underflows to 0 an expert that is forbidden is no better than one that is not.
+    _, index = jax.lax.top_k(logits, per_token)
     chosen = jax.nn.one_hot(index, prob.shape[-1], dtype=jnp.float32).sum(axis=1)
     gate = prob * chosen
     gate = gate / gate.sum(axis=-1, keepdims=True)
     return Routing(gate=gate, index=index, prob=prob, logsumexp=jax.nn.logsumexp(logits, axis=-1))
+
+
+def keep_strongest(routing: Routing, valid: Array, capacity: int, shards: int) -> Array:
+    """The routes that find room: of each shard's tokens an expert takes the C whose G for it is largest.
+
+    Of equal ones the first token is taken (batch prioritised routing, arXiv 2106.05974). What a token loses is not
+    given to its other experts.
+
+    Args:
+        routing: of T tokens.
+        valid: bool[T]; the others take no room.
+        capacity: C.
+        shards: equal parts of the tokens, one after the other.
+
+    Returns:
+        bool[T,K].
+    """
+    index, experts = routing.index, routing.prob.shape[-1]
+    tokens = index.shape[0] // shards
+    if capacity >= tokens:  # an expert has at most one route of each token
+        return jnp.broadcast_to(valid[:, None], index.shape)
+    strength = jax.lax.stop_gradient(jnp.take_along_axis(routing.prob, index, axis=1)).reshape(shards, -1)
+    expert = jnp.where(valid[:, None], index, experts).reshape(shards, -1)
+    route = jax.lax.broadcasted_iota(jnp.int32, expert.shape, 1)
+    expert, _, route = jax.lax.sort((expert, -strength, route), num_keys=3)
+    one_hot = expert[..., None] == jnp.arange(experts)
+    counts = one_hot.sum(axis=1, keepdims=True)
+    first = (one_hot * (jnp.cumsum(counts, axis=-1) - counts)).sum(axis=-1)
+    kept = (jax.lax.broadcasted_iota(jnp.int32, expert.shape, 1) - first < capacity) & (expert < experts)
+    return jax.lax.sort((route, kept), num_keys=1)[1].reshape(index.shape)

@@ -65,9 +65,7 @@ class Embedder:
             step: steps it was trained for.
             fingerprint: of weights and tokenizer; vectors with equal ones lie in the same space.
         """
-        # No layer is differentiated here, and recomputing would cost for nothing.
-        training = dataclasses.replace(config.training, remat=False)
-        self.config = dataclasses.replace(config, training=training)
+        self.config = config
         self.fingerprint = fingerprint
         self.step = step
         # The vectors are those of who serves the exported model by Qwen's own rule.
@@ -311,7 +309,7 @@ def _fingerprint(config: config_lib.Config, encoder: Any, tokenizer: Path) -> st
     Not of how much of an item is read (pixel budget, longest text): such vectors differ, and still compare.
     """
     digest = hashlib.blake2b(tokenizer.read_bytes(), digest_size=8)
-    groups = (config.vision, config.language, config.experts.per_token, config.data.template)
+    groups = (config.vision, config.language, config.experts.per_token, config.experts.router_term, config.data.template)
     digest.update(repr((*groups, config_lib.sparse_layers(config))).encode())
     for leaf in jax.tree.leaves(encoder):
         for part in leaf if leaf.ndim > 1 else [leaf]:  # a stack of layers is fetched one by one

@@ -13,7 +13,7 @@ from moon_jax.model.encoder import Encoder, initialize
 from moon_jax.objectives import objectives
 from moon_jax.types import OBJECTIVES, Array, Batch, Objectives, Rows, TrainState
 
-UNDECAYED = ("scale", "bias", "patch_bias")
+UNDECAYED = ("scale", "bias", "patch_bias", "router_term")
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:
@@ -23,7 +23,8 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 def parameter_group(path: tuple[Any, ...]) -> str:
     """The learning-rate group of a parameter: dual, temperature, router or backbone (experts included)."""
     names = _names(path)
-    return {"dual": "dual", "log_temperature": "temperature", "router": "router"}.get(names[-1], "backbone")
+    groups = {"dual": "dual", "log_temperature": "temperature", "router": "router", "router_term": "router"}
+    return groups.get(names[-1], "backbone")
 
 
 def is_decayed(path: tuple[Any, ...]) -> bool:
@@ -78,12 +79,20 @@ def initial_state(config: config_lib.Config, rows: Rows, encoder: Any = None) ->
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), jnp.int32))
 
 
-def loss(params: Any, batch: Batch, config: config_lib.Config, step: Array) -> tuple[Array, tuple[Objectives, Array]]:
-    """The total loss; with it the Objectives, and G̃ f32[L,2,E] summed over all text and all image tokens."""
-    output = Encoder(config).apply({"params": params["encoder"]}, batch.rows)
+def loss(
+    params: Any, batch: Batch, config: config_lib.Config, step: Array
+) -> tuple[Array, dict[str, Array | Objectives]]:
+    """The total loss, and of what it was made.
+
+    Returns:
+        f32[]; and {"objectives": Objectives, "modality": f32[L,2,E], G̃ summed over all text and all image tokens,
+        "dropped": f32[L], the share of routes that found no room}.
+    """
+    output = Encoder(config, training=True).apply({"params": params["encoder"]}, batch.rows)
     result = objectives(output, params["alignment"], batch, config, step)
     modality = jax.lax.stop_gradient(output.gate[:, :, :2].sum(axis=1))  # the views t and i of every row
-    return result.total, (result, modality)
+    routes = jnp.maximum(config.experts.per_token * output.valid, 1)
+    return result.total, {"objectives": result, "modality": modality, "dropped": output.dropped / routes}
 
 
 def train_step(
@@ -92,10 +101,10 @@ def train_step(
     """One optimiser step. A step whose loss or gradient is not finite changes nothing but the counters.
 
     Returns:
-        The next state, and {"objectives": Objectives, "modality": f32[L,2,E], "grad_norm": f32[], "finite": bool[]}.
+        The next state, and what `loss` returns with {"grad_norm": f32[], "finite": bool[]}.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
-    (total, (result, modality)), grads = gradient(state.params, batch, config, state.step)
+    (total, metrics), grads = gradient(state.params, batch, config, state.step)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
 
@@ -105,5 +114,4 @@ def train_step(
         lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
     )
     bad_steps = state.bad_steps + (~finite).astype(jnp.int32)
-    metrics = {"objectives": result, "modality": modality, "grad_norm": norm, "finite": finite}
-    return TrainState(state.step + 1, params, opt_state, bad_steps), metrics
+    return TrainState(state.step + 1, params, opt_state, bad_steps), metrics | {"grad_norm": norm, "finite": finite}

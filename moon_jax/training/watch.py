@@ -215,8 +215,8 @@ def describe(step: int, metrics: dict[str, Any], config: config_lib.Config) -> d
     """The metrics of a step (training/step.py) as one JSON line.
 
     `experts` holds per layer and expert the share of text tokens and of image tokens that its gate took: each
-    modality's shares add up to 1 over a layer's experts. `phi_histogram` counts triplets in PHI_BINS equal bins of
-    [0, 1].
+    modality's shares add up to 1 over a layer's experts. `dropped` is the share of a layer's routes that found no room.
+    `phi_histogram` counts triplets in PHI_BINS equal bins of [0, 1].
     """
     result, modality = metrics["objectives"], metrics["modality"]
     shares = modality / np.maximum(modality.sum(axis=-1, keepdims=True), 1e-9)
@@ -248,6 +248,7 @@ def describe(step: int, metrics: dict[str, Any], config: config_lib.Config) -> d
             [{"text": _round(text), "image": _round(image)} for text, image in zip(*layer, strict=True)]
             for layer in shares
         ],
+        "dropped": [_round(share) for share in metrics["dropped"]],
         "grad_norm": _round(metrics["grad_norm"]),
         "finite": bool(metrics["finite"]),
     }

@@ -354,11 +354,11 @@ def test_what_transformers_saves_is_read(tmp_path):
 
 
 def test_a_router_term_for_the_modality_is_refused_with_the_reason(tmp_path, tokenizer):
-    model = trained(tiny(), tokenizer, tmp_path)
-    model.encoder["decoder"]["periods"]["layer_0"]["experts"]["router_term"] = np.zeros((3, 4), np.float32)
-    with pytest.raises(UserError, match="router_term: cannot be exported: its router sees the token alone") as error:
-        export.export(model, tmp_path / "model")
-    assert "\n" not in str(error.value)
+    for term in ("learned", "hard"):
+        model = trained(tiny(experts__router_term=term, experts__per_token=1), tokenizer, tmp_path)
+        with pytest.raises(UserError, match=f"router_term: {term} cannot be exported: the router of") as error:
+            export.export(model, tmp_path / "model")
+        assert "\n" not in str(error.value)
     assert not (tmp_path / "model").exists() and not (tmp_path / "model.part").exists()
 
 

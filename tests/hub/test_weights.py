@@ -34,16 +34,17 @@ NOISE = weights.noise((1, 2), (slice(0, 600), slice(0, 530)))
 def cases():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 6, 8)).astype(np.float32)
+    bank = rng.normal(size=(3, 6, 8)).astype(np.float32)
     kernel = rng.normal(size=(5, 3, 2, 4, 4)).astype(np.float32)
     drawn = weights.redrawn(lazy_of(a), 1, 0.5, (0, 1), (2,), lambda: (0.0, 1.0))
     return {
         "transposed": (weights.transposed(lazy_of(a)), a.T),
-        "joined": (weights.joined([lazy_of(a), lazy_of(b)]), np.concatenate([a, b], 1)),
+        "pair": (weights.pair(lazy_of(bank)), np.stack([bank[..., :4], bank[..., 4:]], 1)),
         "stacked": (weights.stacked([lazy_of(a), lazy_of(b)]), np.stack([a, b])),
         "patches": (weights.patch_kernel(lazy_of(kernel)), kernel.transpose(2, 1, 3, 4, 0).reshape(2, 48, 5)),
         "of all": (
-            weights.stacked([weights.joined([weights.transposed(lazy_of(a)), weights.transposed(lazy_of(b))])]),
-            np.concatenate([a.T, b.T], 1)[None],
+            weights.stacked([weights.stacked([weights.transposed(lazy_of(a)), weights.transposed(lazy_of(b))])]),
+            np.stack([a.T, b.T])[None],
         ),
         "redrawn": (drawn, whole(drawn)),
         "noise": (weights.Lazy((600, 530), lambda region: weights.noise((1, 2), region)), NOISE),
@@ -210,18 +211,15 @@ def test_upcycling_is_seeded_and_the_same_on_any_mesh(tmp_path, tokenizer):
     assert (experts["router"][0] != experts["router"][1]).all()  # nor are layers
     plain = load(tmp_path, config_lib.replace(config, {"experts.redrawn": 0.0}), tokenizer)
     plain = plain["decoder"]["periods"]["layer_0"]["experts"]
-    fresh = (gate_up != plain["gate_up"]).any(2)  # [layers, E, 2F]
-    width = config.experts.width
-    assert (fresh[..., :width].sum(-1) == width // 2).all()
-    np.testing.assert_array_equal(fresh[..., :width], fresh[..., width:])
-    np.testing.assert_array_equal(fresh[..., :width], (down != plain["down"]).any(-1))
+    fresh, also = np.moveaxis((gate_up != plain["gate_up"]).any(-2), -2, 0)  # [layers, E, F], of gate and of up
+    assert (fresh.sum(-1) == config.experts.width // 2).all()
+    np.testing.assert_array_equal(fresh, also)
+    np.testing.assert_array_equal(fresh, (down != plain["down"]).any(-1))
     assert (fresh[0, 0] != fresh[0, 1]).any() and (fresh[0, 0] != fresh[1, 0]).any()
-    gate, up = (half[:, fresh[0, 0, :width]] for half in np.split(gate_up[0, 0], 2, axis=-1))
+    gate, up = (half[:, fresh[0, 0]] for half in gate_up[0, 0])
     assert gate.size > 200 and abs(np.corrcoef(gate.ravel(), up.ravel())[0, 1]) < 0.3  # not drawn alike
-    drawn = fresh[0, 0, :width] & fresh[1, 0, :width]
-    noise = [
-        (gate_up[layer, 0, :, :width] - plain["gate_up"][layer, 0, :, :width].mean())[:, drawn] for layer in (0, 1)
-    ]
+    drawn = fresh[0, 0] & fresh[1, 0]
+    noise = [(gate_up[layer, 0, 0] - plain["gate_up"][layer, 0, 0].mean())[:, drawn] for layer in (0, 1)]
     assert drawn.any() and (np.abs(noise[0] - noise[1]) > 1e-6).all()
     wide = load(tmp_path, config_lib.replace(config, {"experts.router_init": 0.2}), tokenizer)
     assert 0.15 < float(jnp.std(wide["decoder"]["periods"]["layer_0"]["experts"]["router"])) < 0.25

@@ -213,7 +213,7 @@ def dropped_deepstack(config, params, products):
 
 def swapped_halves(config, params, products):
     experts = params["decoder"]["periods"]["layer_0"]["experts"]
-    experts["gate_up"] = jnp.roll(experts["gate_up"], config.experts.width, axis=-1)
+    experts["gate_up"] = jnp.flip(experts["gate_up"], axis=-3)
     return config, params, products
 
 
