@@ -1,6 +1,7 @@
 """Routing, capacity and the strategies against float64 numpy, in values and gradients, on one device and on meshes."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -158,3 +159,109 @@ def test_strategies_equal_the_oracle(count, per_token, number):
             check(dropping(*given)["expert_parallel"], expected)
             assert expected[2].any() == valid.any()
             assert case != "one expert" or expected[2].sum() < valid.sum() * per_token  # something was dropped
+
+
+def both(count, per_token, case, platform, monkeypatch):
+    """The strategy `grouped` as a platform has it, and the oracle."""
+    monkeypatch.setattr(backend, "platform", lambda: platform)
+    arrays, valid, cotangent = setup(count, per_token, case)
+    given = [jnp.asarray(array, jnp.float32) for array in arrays], jnp.asarray(valid), jnp.asarray(cotangent)
+    found = jax.jit(functools.partial(run, ("grouped",), per_token, T))(*given)["grouped"]
+    return found, oracle(arrays, valid, cotangent, per_token)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_bank_of_a_tpu_equals_the_oracle(case, monkeypatch):
+    """ragged_dot runs on any platform, if slowly."""
+    check(*both(8, 2, case, "tpu", monkeypatch))
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no NVIDIA GPU: tokamax's kernel runs on no other device")
+@pytest.mark.parametrize("case", CASES)
+def test_the_bank_of_a_gpu_equals_the_oracle(case, monkeypatch):
+    check(*both(8, 2, case, "gpu", monkeypatch))
+
+
+def test_a_gpu_without_its_kernel_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(UserError, match=r"on a GPU the grouped matmul is tokamax's; pip install 'moon_jax\[cuda\]'"):
+        both(4, 2, "balanced", "gpu", monkeypatch)
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (40, 0, 0), (0, 0, 40), (13, 1, 26), (3, 30, 0)])
+def test_the_bank_touches_no_row_of_nobody(sizes, monkeypatch):
+    """Whatever stands behind the last group, in the rows or in what is passed back, gradients do not see it."""
+    monkeypatch.setattr(bank, "BLOCK", 16)
+    rng = np.random.default_rng(0)
+    x, cotangent = rng.normal(size=(2, 40, D)).astype(np.float32)
+    gate_up, down = rng.normal(size=(3, 2, D, F)).astype(np.float32), rng.normal(size=(3, F, D)).astype(np.float32)
+    total = sum(sizes)
+    expert = np.repeat(np.arange(3), sizes)
+    x[total:], cotangent[total:] = 1e3, 1e3
+    y, pull = jax.vjp(lambda *arrays: bank.swiglu(*arrays, jnp.array(sizes, jnp.int32)), x, gate_up, down)
+
+    def plain(x, gate_up, down):
+        x = x[:total, None]
+        return ((jax.nn.silu(x @ gate_up[expert, 0]) * (x @ gate_up[expert, 1])) @ down[expert])[:, 0]
+
+    expected, plain_pull = jax.vjp(plain, x, gate_up, down)
+    found, expected = (y, *pull(cotangent)), (expected, *plain_pull(cotangent[:total]))
+    for name, mine, theirs in zip(("y", "x", "gate_up", "down"), found, expected, strict=True):
+        mine, theirs = (mine[:total], theirs[:total]) if name in "yx" else (mine, theirs)
+        scale = max(np.abs(theirs).max(initial=0), 1.0)
+        np.testing.assert_allclose(mine / scale, theirs / scale, atol=1e-5, err_msg=name)
+
+
+def test_capacity_keeps_the_strongest_on_hand_worked_numbers():
+    """Two shards of three tokens, two experts, K = 1, C = 1."""
+    prob = np.array([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.7, 0.3], [0.45, 0.55]], np.float32)
+    routing = router.Routing(gate=prob, index=prob.argmax(1)[:, None], prob=prob, logsumexp=np.zeros(6))
+    everyone = np.ones(6, bool)
+    # First shard: tokens 0 and 1 want expert 0, and 1 is stronger. Second: 3 and 4 tie, the first is taken.
+    kept = router.keep_strongest(routing, everyone, 1, 2)
+    assert kept[:, 0].tolist() == [False, True, True, True, False, True]
+    # One shard of six: the strongest of all, 0.9 and 0.8.
+    assert router.keep_strongest(routing, everyone, 1, 1)[:, 0].tolist() == [False, True, True, False, False, False]
+    # A token that is not valid takes no room.
+    valid = np.array([True, False, True, True, True, True])
+    assert router.keep_strongest(routing, valid, 1, 2)[:, 0].tolist() == [True, False, True, True, False, True]
+    # Room for all.
+    assert router.keep_strongest(routing, valid, 3, 2)[:, 0].tolist() == valid.tolist()
+
+
+def test_capacity_is_so_many_even_shares():
+    # 100 tokens of K = 2 among 8 experts: 25 each, 1.25 times that is 31.25; buffers come in eights.
+    assert experts.capacity_of(100, 2, 8, 1.25) == 32
+    assert experts.capacity_of(100, 2, 8, 1.0) == 32 and experts.capacity_of(96, 2, 8, 1.0) == 24
+    assert experts.capacity_of(100, 2, 8, 0.0) == 100  # drops nothing
+    assert experts.capacity_of(100, 2, 8, 9.0) == 100  # an expert has at most one route of each token
+
+
+def test_a_hard_term_keeps_compositions_apart():
+    hidden, kernel = np.random.default_rng(0).normal(size=(30, D)), np.random.default_rng(1).normal(size=(D, 8))
+    composition = np.arange(30) % 3
+    term = router.hard_term(8)
+    routing = router.route(jnp.asarray(hidden), jnp.asarray(kernel), 2, term[composition])
+    assert (np.asarray(routing.index) % 3 == composition[:, None]).all()
+    prob, index = chosen_routes(hidden, kernel, 2, term[composition])
+    np.testing.assert_array_equal(routing.index, index)
+    np.testing.assert_allclose(routing.prob, prob, atol=1e-6)
+    assert np.isfinite(np.asarray(routing.gate)).all() and np.isfinite(np.asarray(routing.logsumexp)).all()
+    gradient = jax.grad(lambda k: router.route(hidden, k, 2, term[composition]).gate[:, ::2].sum())(kernel)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1e-3
+
+
+def test_a_learned_term_is_added():
+    hidden, kernel = np.random.default_rng(0).normal(size=(30, D)), np.random.default_rng(1).normal(size=(D, 8))
+    term = np.random.default_rng(2).normal(size=(3, 8))[np.arange(30) % 3]
+    routing = router.route(jnp.asarray(hidden), jnp.asarray(kernel), 3, term)
+    prob, index = chosen_routes(hidden, kernel, 3, term)
+    np.testing.assert_array_equal(routing.index, index)
+    np.testing.assert_allclose(routing.prob, prob, atol=1e-6)
+    logits = hidden @ kernel + term
+    np.testing.assert_allclose(routing.logsumexp, np.log(np.exp(logits).sum(1)), atol=1e-5)
+
+
+def test_expert_parallel_wants_a_mesh():
+    with pytest.raises(ValueError, match="no mesh is set"):
+        experts.expert_parallel(*[None] * 6, capacity=1)
