@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moon_jax import config as config_lib
@@ -32,8 +33,11 @@ RULES = (
 def make_mesh(config: config_lib.Mesh, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices with the axes of `AXES`.
 
+    Devices of several slices (TPU pods that only the slower data-center network joins) are divided by `data` first:
+    what the other axes move stays inside a slice.
+
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices, or slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
@@ -44,12 +48,37 @@ def make_mesh(config: config_lib.Mesh, devices: list[jax.Device] | None = None) 
         shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(f"config.mesh: {shape} does not fit {len(devices)} devices; set one axis to -1 for the rest")
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    data, *inner = sizes
+    if data % slices:
+        raise UserError(f"config.mesh.data: {data} does not divide over {slices} slices; make it a multiple of them")
+    between = (slices,) + (1,) * len(inner)
+    return Mesh(mesh_utils.create_hybrid_device_mesh((data // slices, *inner), between, devices), AXES, types)
 
 
 def of_variables(mesh: Mesh, variables: Any) -> Any:
-    """Shardings of abstract linen variables, from the logical names that their partitioning boxes carry."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(variables), mesh, RULES)
+    """Shardings of abstract linen variables, from the logical names that their partitioning boxes carry.
+
+    Raises:
+        UserError: an axis of the mesh that does not divide the axis of a variable that it is to divide; names both.
+    """
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(variables), mesh, RULES)
+
+    def check(path: tuple[Any, ...], leaf: Any, sharding: NamedSharding) -> None:
+        for size, axis in zip(leaf.shape, sharding.spec, strict=False):
+            parts = mesh.shape[axis] if axis else 1
+            if size % parts:
+                name = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+                raise UserError(
+                    f"config.mesh.{axis}: {parts} does not divide {size}, an axis of {name} {leaf.shape};"
+                    " choose a divisor, and give the rest to config.mesh.data"
+                )
+
+    jax.tree_util.tree_map_with_path(check, nn.unbox(variables), shardings)
+    return shardings
 
 
 def shards() -> int:
