@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
+from moon_jax.types import Array
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
@@ -85,6 +86,17 @@ def shards() -> int:
     """Into how many parts the mesh in use divides rows; 1 without one."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape.get(axis, 1) for axis in ROWS)
+
+
+def by_rows(x: Array, *others: str | None) -> Array:
+    """`x` with its first axis divided as rows are, others as named; left alone without a mesh.
+
+    Said of every layer's input: else the compiler may divide activations as it finds the weights divided, and compute
+    all rows on each device.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *others))
 
 
 def rows(mesh: Mesh) -> NamedSharding:

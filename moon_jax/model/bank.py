@@ -2,7 +2,8 @@
 
 Rows past the last group are nobody's: what comes back there may be anything, and what is passed back there is not read.
 
-- TPU: `jax.lax.ragged_dot`, which the compiler knows.
+- TPU: JAX's Pallas kernels of MegaBlox (arXiv 2211.15841). `jax.lax.ragged_dot` there has a kernel for the product, but
+  XLA computes the gradient of the matrices from every row for every expert (libtpu 0.0.42).
 - GPU: tokamax's Triton kernel of the same meaning (XLA's own would multiply every row with every expert).
 - CPU, and whatever else: loops over blocks of each expert's rows, as many as it has. `ragged_dot` there would multiply
   every row with every expert.
@@ -16,9 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
 from moon_jax import backend
 from moon_jax.config import UserError
 from moon_jax.types import Array
+
+INTERPRET = False
+"""Whether the TPU's kernels run in Pallas's interpreter, as in tests they must."""
 
 BLOCK = 256
 """Rows that the loops multiply at once, at most; an expert's last block is half empty on average."""
@@ -38,10 +44,43 @@ def swiglu(x: Array, gate_up: Array, down: Array, sizes: Array) -> Array:
     """
     platform = backend.platform()
     if platform == "tpu":
-        return ragged(x, gate_up, down, sizes, jax.lax.ragged_dot)
+        rows = -(-x.shape[0] // TILE) * TILE
+        padded = jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
+        return ragged(padded, gate_up, down, sizes, _megablox)[: x.shape[0]]
     if platform == "gpu":
         return ragged(x, gate_up, down, sizes, _tokamax())
     return _looped(x, gate_up, down, sizes)
+
+
+TILE = 128
+"""Rows that the TPU's kernels multiply at once."""
+
+
+def _tiling(rows: int, inner: int, columns: int) -> tuple[int, int, int]:
+    """The whole inner axis, so that a tile of a matrix is read once for all rows of its expert; about 4 MB of it."""
+    del rows
+    return TILE, inner, min(columns, max(128, 2**21 // inner // 128 * 128))
+
+
+@jax.custom_vjp
+def _megablox(x: Array, matrices: Array, sizes: Array) -> Array:
+    """Rows [M,·] with their groups' matrices [E,·,·]; M is a multiple of TILE."""
+    return gmm(x, matrices, sizes, x.dtype, _tiling, interpret=INTERPRET)
+
+
+def _megablox_forward(x: Array, matrices: Array, sizes: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _megablox(x, matrices, sizes), (x, matrices, sizes)
+
+
+def _megablox_backward(kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, None]:
+    x, matrices, sizes = kept
+    dx = gmm(cotangent, matrices, sizes, x.dtype, _tiling, transpose_rhs=True, interpret=INTERPRET)
+    tiles = (TILE, *(min(size, 1024) for size in matrices.shape[1:]))
+    dmatrices = tgmm(x.swapaxes(0, 1), cotangent, sizes, matrices.dtype, tiles, interpret=INTERPRET)
+    return dx, dmatrices, None
+
+
+_megablox.defvjp(_megablox_forward, _megablox_backward)
 
 
 def _tokamax() -> Callable[..., Array]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moon_jax import config as config_lib
+from moon_jax import sharding
 from moon_jax.model.attention import partitioned
 from moon_jax.model.language import Decoder, place_visual
 from moon_jax.model.vision import VisionTower
@@ -67,7 +68,7 @@ class Encoder(nn.Module):
         dtype, param_dtype = jnp.dtype(c.training.dtype), jnp.dtype(c.training.param_dtype)
         init = partitioned(("vocab", "embed"), nn.initializers.normal(0.02))
         table = self.param("token_embedding", init, (c.language.vocab, c.language.width), param_dtype)
-        x = table[rows.tokens].astype(dtype)
+        x = sharding.by_rows(table[rows.tokens].astype(dtype))
         if rows.patches.shape[1]:
             remat = self.training and c.training.remat
             tower = VisionTower(c.vision, c.language.width, dtype, param_dtype, remat, name="vision")
@@ -75,7 +76,6 @@ class Encoder(nn.Module):
             x = jnp.where(rows.visual[..., None] >= 0, place_visual(merged, rows.visual), x)
         else:  # rows of texts only: the tower is left out of the program
             deepstack = jnp.zeros((0, rows.tokens.shape[0], 0, c.language.width), dtype)
-        x = nn.with_logical_constraint(x, ("rows", None, None))
         mask = span_mask(rows)
         decoder = Decoder(c, self.training, name="decoder")
         x, sums = decoder(x, rows.segment, rows.position, mask, composition(rows), rows.visual, deepstack)

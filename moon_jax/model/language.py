@@ -162,6 +162,7 @@ class Layer(nn.Module):
         self, x: Array, segment: Array, cos: Array, sin: Array, pool: Array, composition: Array
     ) -> tuple[Array, RouterSums | None]:
         c = self.config.language
+        x = sharding.by_rows(x)
         dtypes = {
             "dtype": jnp.dtype(self.config.training.dtype),
             "param_dtype": jnp.dtype(self.config.training.param_dtype),

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from moon_jax import config as config_lib
+from moon_jax import sharding
 from moon_jax.model.attention import Dense, LayerNorm, attention, partitioned, rotate
 from moon_jax.types import Array, Rows
 
@@ -55,6 +56,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, segment: Array, cos: Array, sin: Array) -> Array:
         c, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = sharding.by_rows(x)
         h = LayerNorm(param_dtype=self.param_dtype, name="norm1")(x)
         # One kernel as in Qwen's checkpoints: [query | key | value].
         qkv = Dense(3 * c.width, ("embed", "heads"), bias=True, name="qkv", **dtypes)(h)
@@ -77,6 +79,7 @@ class Merger(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        x = sharding.by_rows(x)
         rows, patches, width = x.shape
         joined = (rows, patches // self.merge**2, width * self.merge**2)
         norm = LayerNorm(param_dtype=self.param_dtype, name="norm")

@@ -116,7 +116,7 @@ def open_tokenizer(
 
 def abstract_state(config: config_lib.Config, rows: object, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
-    boxed = jax.eval_shape(lambda: initial_state(config, rows))
+    boxed = jax.eval_shape(functools.partial(initial_state, config), rows)
     shardings = sharding.of_variables(mesh, boxed)
     return jax.tree.map(
         lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), nn.unbox(boxed), shardings

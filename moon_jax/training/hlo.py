@@ -1,0 +1,387 @@
+"""What a compiled program does on one device, read from its optimised HLO: FLOPs, bytes of memory moved, collectives.
+
+XLA's own `cost_analysis` counts the body of a loop once. Here each computation is counted as often as it runs: the
+trip count of a loop is read from its condition. Counted are
+
+- FLOPs: matrix products and convolutions, 2 for each multiplication that is not by a hole of padding or dilation, and
+  what a custom kernel says of itself. Elementwise work is left out.
+- bytes: what each instruction or fusion reads and writes in the device's main memory. Of an array that is only sliced,
+  gathered or updated, the part. Arrays in on-chip memory (memory space 1 and above) are not counted.
+- collectives: the bytes that a device puts into its slowest link pattern, a ring: (n − 1)/n of the whole for a gather,
+  a scatter or an all-to-all among n devices, twice that for an all-reduce, the array for a permutation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id"),
+    *("replica-id", "opt-barrier", "domain", "add-dependency", "while", "conditional", "call"),
+}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+SHAPE = re.compile(r"(\w+)\[([\d,<=\s]*)\](?:\{([^}]*)\})?")
+NAME = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One array; `on_chip` tells that it does not lie in the device's main memory."""
+
+    dims: tuple[int, ...]
+    bytes: float
+    on_chip: bool
+
+    @property
+    def moved(self) -> float:
+        return 0.0 if self.on_chip else self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]  # of the result; several for a tuple
+    operands: tuple[str, ...]
+    attributes: str
+    text: str  # what stands between the parentheses
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    name: str
+    instructions: dict[str, Instruction]
+    root: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one device, one run of the program."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    collectives: Counter = dataclasses.field(default_factory=Counter)  # (kind, devices in a group, crosses slices) → bytes
+    unknown_loops: int = 0  # loops whose trip count depends on data; counted once
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.collectives + other.collectives,
+            self.unknown_loops + other.unknown_loops,
+        )
+
+    def times(self, count: int) -> Cost:
+        collectives = Counter({key: value * count for key, value in self.collectives.items()})
+        return Cost(self.flops * count, self.bytes * count, collectives, self.unknown_loops)
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    found = []
+    for dtype, dims, layout in SHAPE.findall(text):
+        bits = BITS[dtype] if dtype in BITS else int(re.search(r"\d+", dtype).group())
+        sizes = tuple(int(size.strip("<= ")) for size in dims.split(",") if size.strip())
+        space = re.search(r"S\((\d+)\)", layout)
+        found.append(Shape(sizes, math.prod(sizes) * bits / 8, bool(space and int(space.group(1)) > 0)))
+    return tuple(found)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for at in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        if not depth:
+            return at
+    raise ValueError(f"unbalanced parentheses: {text[:120]}")
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of an HLO module by name, and the name of its entry."""
+    computations, entry = {}, ""
+    instructions: dict[str, Instruction] = {}
+    name = root = ""
+    for line in text.splitlines():
+        if not line or line[0] not in " }%E":
+            continue
+        if line[0] == "}":
+            computations[name] = Computation(name, instructions, root)
+        elif line[0] != " ":
+            instructions, root = {}, ""
+            name = NAME.search(line).group(1)
+            entry = name if line.startswith("ENTRY") else entry
+        elif " = " in line:
+            head, _, rest = line.strip().partition(" = ")
+            rest = re.sub(r"/\*.*?\*/", "", rest)
+            end = _closing(rest, 0) + 1 if rest[0] == "(" else rest.index(" ")
+            opening = rest.index("(", end)
+            closing = _closing(rest, opening)
+            inside = rest[opening + 1 : closing]
+            found = NAME.search(head).group(1)
+            root = found if head.startswith("ROOT") else root
+            instructions[found] = Instruction(
+                found,
+                rest[end:opening].strip(),
+                _shapes(rest[:end]),
+                tuple(NAME.findall(inside)),
+                rest[closing + 1 :],
+                inside,
+            )
+    return computations, entry
+
+
+def _attribute(instruction: Instruction, name: str) -> str:
+    found = re.search(rf"\b{name}=%?([^\s,]+)", instruction.attributes)
+    return found.group(1) if found else ""
+
+
+def _numbers(instruction: Instruction, name: str) -> list[int]:
+    found = re.search(rf"\b{name}={{([\d,]*)}}", instruction.attributes)
+    return [int(number) for number in found.group(1).split(",") if number] if found else []
+
+
+def _window(instruction: Instruction, rank: int) -> list[dict[str, tuple[int, ...]]]:
+    """size, stride, pad (low), lhs_dilate and rhs_dilate of each spatial axis of a convolution."""
+    found = re.search(r"window={([^}]*)}", instruction.attributes)
+    given = dict(item.split("=") for item in found.group(1).split()) if found else {}
+    fields = {}
+    for name, default in (("size", 1), ("stride", 1), ("lhs_dilate", 1), ("rhs_dilate", 1)):
+        fields[name] = [int(part) for part in given[name].split("x")] if name in given else [default] * rank
+    fields["pad"] = [int(part.split("_")[0]) for part in given["pad"].split("x")] if "pad" in given else [0] * rank
+    return [{name: values[axis] for name, values in fields.items()} for axis in range(rank)]
+
+
+def _products(instruction: Instruction, shape: dict[str, Shape]) -> float:
+    """FLOPs of a dot or a convolution."""
+    left, right = (shape[operand].dims for operand in instruction.operands[:2])
+    out = instruction.shapes[0].dims
+    if instruction.opcode == "dot":
+        return 2.0 * math.prod(out) * math.prod(left[axis] for axis in _numbers(instruction, "lhs_contracting_dims"))
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+    spatial = [letter for letter in labels[2] if letter.isdigit()]
+    total = 2.0 * out[labels[2].index("b")] * out[labels[2].index("f")] * right[labels[1].index("i")]
+    for letter, window in zip(sorted(spatial), _window(instruction, len(spatial)), strict=True):
+        size_in, size_out = left[labels[0].index(letter)], out[labels[2].index(letter)]
+        place = (
+            np.arange(size_out)[:, None] * window["stride"]
+            + np.arange(window["size"]) * window["rhs_dilate"]
+            - window["pad"]
+        )
+        within = (place >= 0) & (place <= (size_in - 1) * window["lhs_dilate"])
+        total *= int((within & (place % window["lhs_dilate"] == 0)).sum())
+    return total
+
+
+def _groups(instruction: Instruction, devices: int, slice_devices: int) -> tuple[int, bool]:
+    """Devices of a collective's group, and whether a group crosses slices."""
+    text = instruction.attributes
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        count, size = int(found.group(1)), int(found.group(2))
+        order = np.arange(count * size).reshape([int(part) for part in found.group(3).split(",")])
+        if found.group(4):
+            order = order.transpose([int(part) for part in found.group(4).split(",")])
+        groups = order.reshape(count, size)
+    elif found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*{([^}]*)}", text):
+        axes = dict(part.replace("'", "").split("=") for part in found.group(1).split(","))
+        named = [part.strip().strip("'") for part in found.group(2).split(",")]
+        order = np.arange(math.prod(map(int, axes.values()))).reshape([int(size) for size in axes.values()])
+        chosen = [list(axes).index(axis) for axis in named]
+        rest = [axis for axis in range(order.ndim) if axis not in chosen]
+        groups = order.transpose(rest + chosen).reshape(-1, math.prod(order.shape[axis] for axis in chosen))
+    elif found := re.search(r"(?:replica_groups|source_target_pairs)={({.*?})}", text):
+        groups = [[int(item) for item in group.split(",")] for group in re.findall(r"{([\d,]+)}", found.group(1))]
+    else:
+        groups = [range(devices)]
+    crosses = any(len({number // slice_devices for number in group}) > 1 for group in groups)
+    return max(len(group) for group in groups), crosses
+
+
+class Program:
+    """An HLO module, to be counted."""
+
+    def __init__(self, text: str, devices: int = 1, slices: int = 1):
+        self.computations, self.entry = parse(text)
+        self.devices, self.slice_devices = devices, max(1, devices // slices)
+        self._cost = functools.cache(self._count)
+
+    def cost(self) -> Cost:
+        return self._cost(self.entry)
+
+    def _count(self, name: str) -> Cost:
+        computation = self.computations[name]
+        shapes = {one.name: one.shapes[0] for one in computation.instructions.values() if one.shapes}
+        total = Cost()
+        for instruction in computation.instructions.values():
+            total += self._one(instruction, shapes, computation)
+        return total
+
+    def _one(self, instruction: Instruction, shapes: dict[str, Shape], computation: Computation) -> Cost:
+        opcode = instruction.opcode
+        kind = opcode.removesuffix("-start")
+        if opcode == "while":
+            count = self._trips(instruction, computation)
+            body = self._cost(_attribute(instruction, "body"))
+            return body.times(count) if count is not None else body + Cost(unknown_loops=1)
+        if opcode == "conditional":
+            branches = re.search(r"branch_computations={([^}]*)}", instruction.attributes)
+            names = NAME.findall(branches.group(1) if branches else "") or [
+                _attribute(instruction, f"{which}_computation") for which in ("true", "false")
+            ]
+            return max((self._cost(name) for name in names), key=lambda cost: (cost.flops, cost.bytes))
+        if opcode == "call":
+            return self._cost(_attribute(instruction, "to_apply"))
+        if opcode in ("async-start", "call-start"):
+            return self._cost(_attribute(instruction, "calls"))
+        if opcode in FREE or opcode.endswith(("-done", "-update")):
+            return Cost()
+        flops = self._flops(instruction, shapes)
+        if kind in COLLECTIVES:
+            return Cost(flops, self._bytes(instruction, shapes), self._collective(instruction, kind, shapes))
+        return Cost(flops, self._bytes(instruction, shapes))
+
+    def _flops(self, instruction: Instruction, shapes: dict[str, Shape]) -> float:
+        if instruction.opcode in ("dot", "convolution"):
+            return _products(instruction, shapes)
+        if instruction.opcode == "fusion":
+            inner = self.computations[_attribute(instruction, "calls")]
+            table = {one.name: one.shapes[0] for one in inner.instructions.values() if one.shapes}
+            return sum(self._flops(one, table) for one in inner.instructions.values())
+        if instruction.opcode == "custom-call":
+            return self._estimate(instruction).get("flops", 0.0)
+        return 0.0
+
+    def _estimate(self, instruction: Instruction) -> dict[str, float]:
+        """What a kernel says it costs."""
+        found = re.search(r'"cost_estimate":({[^}]*})', instruction.attributes)
+        return {key: float(value) for key, value in json.loads(found.group(1)).items()} if found else {}
+
+    def _trips(self, loop: Instruction, computation: Computation) -> int | None:
+        """How often a loop runs: it counts from a constant up to one that its condition compares with."""
+        if known := re.search(r'"known_trip_count":{"n":"(\d+)"}', loop.attributes):
+            return int(known.group(1))
+        condition = self.computations[_attribute(loop, "condition")]
+        inside = condition.instructions
+        compare = inside[condition.root]
+        if compare.opcode == "fusion":
+            fused = self.computations[_attribute(compare, "calls")]
+            inside = inside | fused.instructions
+            arguments = [one for one in fused.instructions.values() if one.opcode == "parameter"]
+            renamed = {one.name: compare.operands[int(one.text)] for one in arguments}
+            compare = fused.instructions[fused.root]
+            compare = dataclasses.replace(compare, operands=tuple(renamed.get(name, name) for name in compare.operands))
+        if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
+            return None
+        counter, limit = (inside[name] for name in compare.operands)
+        if limit.opcode != "constant" or counter.opcode != "get-tuple-element":
+            return None
+        place = int(_attribute(counter, "index"))
+        step = self._step(self.computations[_attribute(loop, "body")], place)
+        if step is None:
+            return None
+        start = self._constant(computation, computation.instructions[loop.operands[0]], place)
+        return -(-(int(limit.text) - (start or 0)) // step)
+
+    def _step(self, body: Computation, place: int) -> int | None:
+        """By how much a loop's counter grows; None where that is not a constant."""
+        inside = body.instructions
+        grown = inside[inside[body.root].operands[place]]
+        while grown.opcode in ("copy", "bitcast"):
+            grown = inside[grown.operands[0]]
+        if grown.opcode == "fusion":
+            inside = self.computations[_attribute(grown, "calls")].instructions
+            grown = inside[self.computations[_attribute(grown, "calls")].root]
+        found = [inside[name].text for name in grown.operands if inside[name].opcode == "constant"]
+        return int(found[0]) if grown.opcode == "add" and len(found) == 1 and int(found[0]) > 0 else None
+
+    def _constant(self, computation: Computation, made: Instruction, place: int) -> int | None:
+        """The value of a tuple's element, where it is a constant."""
+        if made.opcode != "tuple":
+            return None
+        element = computation.instructions[made.operands[place]]
+        while element.opcode in ("copy", "bitcast", "convert"):
+            element = computation.instructions[element.operands[0]]
+        return int(element.text) if element.opcode == "constant" and re.fullmatch(r"-?\d+", element.text) else None
+
+    def _collective(self, instruction: Instruction, kind: str, shapes: dict[str, Shape]) -> Counter:
+        size, crosses = _groups(instruction, self.devices, self.slice_devices)
+        given = sum(shapes[operand].bytes for operand in instruction.operands if operand in shapes)
+        part = (size - 1) / size
+        if kind == "all-gather":
+            sent = given * (size - 1)
+        elif kind == "all-reduce":
+            sent = 2 * given * part
+        else:
+            sent = given if kind == "collective-permute" else given * part
+        return Counter({(kind, size, crosses): sent})
+
+    def _bytes(self, instruction: Instruction, shapes: dict[str, Shape]) -> float:
+        opcode = instruction.opcode
+        operands = [shapes[name] for name in instruction.operands if name in shapes]
+        results = instruction.shapes
+        if opcode == "fusion":
+            return self._fusion_bytes(instruction, operands)
+        if opcode == "custom-call" and (said := self._estimate(instruction).get("bytes_accessed")):
+            return said
+        if opcode.endswith("-start"):  # the tuple repeats the operands
+            results = results[len(operands) :][: len(operands)] if opcode != "copy-start" else results[:1]
+        if opcode in ("dynamic-slice", "slice", "gather"):
+            operands = [dataclasses.replace(results[0], on_chip=operands[0].on_chip), *operands[1:]]
+        elif opcode in ("dynamic-update-slice", "scatter"):
+            update = operands[1 if opcode == "dynamic-update-slice" else 2]
+            results, operands = (dataclasses.replace(update, on_chip=results[0].on_chip),), [update]
+        return sum(shape.moved for shape in (*operands, *results))
+
+    def _fusion_bytes(self, fusion: Instruction, operands: list[Shape]) -> float:
+        inner = self.computations[_attribute(fusion, "calls")]
+        instructions = inner.instructions
+        users: dict[str, list[Instruction]] = {}
+        for one in instructions.values():
+            for operand in one.operands:
+                users.setdefault(operand, []).append(one)
+
+        def through(name: str) -> Iterator[tuple[str, Instruction]]:
+            """The users of an array, past what only names it anew; with the name under which each knows it."""
+            for user in users.get(name, []):
+                if user.opcode in ("bitcast", "copy", "convert") and user.name != inner.root:
+                    yield from through(user.name)
+                else:
+                    yield name, user
+
+        total = 0.0
+        for one in instructions.values():
+            if one.opcode != "parameter":
+                continue
+            given = operands[int(one.text)]
+            if given.on_chip:
+                continue
+            read = 0.0
+            for name, user in through(one.name):
+                if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+                    read += user.shapes[0].bytes
+                elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                    continue  # written in place
+                else:
+                    read = math.inf
+            total += min(read, given.bytes)
+        root = instructions[inner.root]
+        written = [instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        for made, result in zip(written, fusion.shapes, strict=False):
+            while made.opcode in ("bitcast", "copy", "convert") and made.operands[0] in instructions:
+                made = instructions[made.operands[0]]
+            if result.on_chip:
+                continue
+            if made.opcode == "dynamic-update-slice":
+                total += instructions[made.operands[1]].shapes[0].bytes
+            else:
+                total += result.bytes
+        return total
