@@ -143,7 +143,7 @@ class Training:
     clip: float = option(1.0, "largest global norm of the gradient")
     param_dtype: str = option("float32", "dtype of the parameters")
     dtype: str = option("float32", "dtype of the computation; norms, softmax, router and pooling stay float32")
-    remat: bool = option(True, "recompute each layer in the backward pass")
+    remat: str = option("full", "what the backward pass recomputes: full, all of a layer; selective, no products; none")
     log_every: int = option(10, "steps between metric lines")
     save_every: int = option(500, "steps between checkpoints")
     keep: int = option(3, "newest checkpoints that are kept")
@@ -345,6 +345,7 @@ def check(config: Config) -> Config:
         ),
         (min(config.objective.temperature) > 0, "objective.temperature must be positive"),
         (max(config.training.betas) < 1, "training.betas must lie below 1"),
+        (config.training.remat in ("full", "selective", "none"), "training.remat must be full, selective or none"),
         (
             {config.training.dtype, config.training.param_dtype} <= {"float32", "bfloat16"},
             "training.dtype and training.param_dtype must be float32 or bfloat16",

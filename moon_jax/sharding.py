@@ -51,13 +51,14 @@ def make_mesh(config: config_lib.Mesh, devices: list[jax.Device] | None = None) 
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     data, *inner = sizes
     if data % slices:
         raise UserError(f"config.mesh.data: {data} does not divide over {slices} slices; make it a multiple of them")
+    split = {"allow_split_physical_axes": True}  # say 8 of the 4 x 4 x 4 chips of a torus
+    if slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, **split), AXES, types)
     between = (slices,) + (1,) * len(inner)
-    return Mesh(mesh_utils.create_hybrid_device_mesh((data // slices, *inner), between, devices), AXES, types)
+    return Mesh(mesh_utils.create_hybrid_device_mesh((data // slices, *inner), between, devices, **split), AXES, types)
 
 
 def of_variables(mesh: Mesh, variables: Any) -> Any:
@@ -97,6 +98,19 @@ def by_rows(x: Array, *others: str | None) -> Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *others))
+
+
+def lookup(table: Array, tokens: Array) -> Array:
+    """table[tokens] divided by rows. [V,D], i32[R,S] → [R,S,D].
+
+    The table is divided along D by `fsdp`: each device looks up its part of D for all rows of its group, and parts are
+    exchanged for rows. Else the compiler would sum gradients of the whole table on each device.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return table[tokens]
+    groups = tuple(axis for axis in ROWS if axis != "fsdp")
+    parts = jax.lax.with_sharding_constraint(table[tokens], PartitionSpec(groups, None, "fsdp"))
+    return by_rows(parts)
 
 
 def rows(mesh: Mesh) -> NamedSharding:

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
                 learning_rate=2e-3,
                 router_learning_rate=1e-3,
                 min_warmup=30,
-                remat=False,
+                remat="none",
                 save_every=50,
             ),
         )

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from moon_jax import backend, sharding
 from moon_jax.types import Array
+
+LANES = 128
+"""Width of a TPU's vector registers: blocks of its kernels are multiples of it."""
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
@@ -19,6 +27,9 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 def attention(query: Array, key: Array, value: Array, segment: Array, causal: bool) -> Array:
     """Softmax attention in which a token sees its own segment, and with `causal` nothing after itself.
 
+    On a TPU by the splash kernel (Pallas), on an NVIDIA GPU in bfloat16 by cuDNN, else by `reference`: the two keep the
+    logits on the chip.
+
     Args:
         query: [R,S,H,d].
         key, value: [R,S,H/g,d]; each serves g query heads (grouped-query attention).
@@ -27,16 +38,91 @@ def attention(query: Array, key: Array, value: Array, segment: Array, causal: bo
     Returns:
         [R,S,H,d] in the dtype of `query`; softmax in float32.
     """
+    platform = backend.platform()
+    if platform == "tpu":
+        return _on_mesh(functools.partial(splash, causal=causal), query, key, value, segment)
+    if platform == "gpu" and query.dtype == jnp.bfloat16:
+        return _on_mesh(functools.partial(cudnn, causal=causal), query, key, value, segment)
+    return reference(query, key, value, segment, causal)
+
+
+def _mask(segment: Array, causal: bool) -> Array:
+    """Which token sees which. bool[R,S,S]."""
+    mask = segment[:, :, None] == segment[:, None, :]
+    return mask & jnp.tril(jnp.ones((segment.shape[1],) * 2, bool)) if causal else mask
+
+
+def reference(query: Array, key: Array, value: Array, segment: Array, causal: bool) -> Array:
+    """`attention` in plain JAX, which holds all logits."""
     rows, length, heads, width = query.shape
     groups = key.shape[2]
     query = query.reshape(rows, length, groups, heads // groups, width) * width**-0.5
     logits = jnp.einsum("rsghd,rtgd->rghst", query, key, preferred_element_type=jnp.float32)
-    mask = segment[:, :, None] == segment[:, None, :]
-    if causal:
-        mask &= jnp.tril(jnp.ones((length, length), bool))
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    logits = jnp.where(_mask(segment, causal)[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     return jnp.einsum("rghst,rtgd->rsghd", weights, value).reshape(rows, length, heads, width)
+
+
+def _on_mesh(local: Callable[..., Array], query: Array, key: Array, value: Array, segment: Array) -> Array:
+    """`local` on each device's rows and heads: the compiler cannot divide a kernel by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return local(query, key, value, segment)
+    heads = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
+    spec = PartitionSpec(sharding.ROWS, None, heads)
+    specs = (spec, spec, spec, PartitionSpec(sharding.ROWS))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return mapped(query, key, value, segment)
+
+
+def splash(query: Array, key: Array, value: Array, segment: Array, causal: bool, interpret: bool = False) -> Array:
+    """`attention` by JAX's splash kernel for TPUs. Rows are padded to whole blocks of the kernel."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    _, length, heads, width = query.shape
+    groups = key.shape[2]
+    whole = -(-length // LANES) * LANES
+    block = next(size for size in (512, 384, 256, LANES) if whole % size == 0)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    sizes = kernels.BlockSizes(**dict.fromkeys(names, block), use_fused_bwd_kernel=True)
+    one = (kernels.CausalMask if causal else kernels.FullMask)((whole, whole))
+    kernel = kernels.make_splash_mqa_single_device(
+        kernels.MultiHeadMask([one] * (heads // groups)), block_sizes=sizes, interpret=interpret, residual_checkpoint_name=KEPT
+    )
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, whole - length)) + ((0, 0),) * (x.ndim - 2))
+
+    def by_row(query: Array, key: Array, value: Array, segment: Array) -> Array:
+        ids = kernels.SegmentIds(q=segment, kv=segment)
+        return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))(query, key, value)
+
+    query = padded(query * width**-0.5).reshape(-1, whole, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    key, value = (padded(x).transpose(0, 2, 1, 3) for x in (key, value))
+    segment = jnp.pad(segment, ((0, 0), (0, whole - length)), constant_values=-2)  # a segment of nobody
+    y = jax.vmap(by_row)(query, key, value, segment)  # [R,g,H/g,S,d]
+    return y.transpose(0, 3, 1, 2, 4).reshape(-1, whole, heads, width)[:, :length]
+
+
+def cudnn(query: Array, key: Array, value: Array, segment: Array, causal: bool) -> Array:
+    """`attention` by cuDNN's kernel, in bfloat16."""
+    mask = _mask(segment, causal)[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+
+
+KEPT = "kept"
+"""The name under which a layer's results are told to `remat`'s selection, which keeps them for the backward pass."""
+
+
+def rematerialized(module: type[nn.Module], remat: str) -> type[nn.Module]:
+    """A layer that computes anew in its backward pass what `training.remat` says."""
+    if remat == "none":
+        return module
+    policies = jax.checkpoint_policies
+    selected = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
+    )
+    return nn.remat(module, prevent_cse=False, policy=selected if remat == "selective" else None)
 
 
 def partitioned(names: tuple[str | None, ...], initializer: nn.initializers.Initializer):

@@ -19,8 +19,11 @@ import jax.numpy as jnp
 
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from jax.ad_checkpoint import checkpoint_name
+
 from moon_jax import backend
 from moon_jax.config import UserError
+from moon_jax.model.attention import KEPT
 from moon_jax.types import Array
 
 INTERPRET = False
@@ -95,7 +98,9 @@ def _tokamax() -> Callable[..., Array]:
 
 def ragged(x: Array, gate_up: Array, down: Array, sizes: Array, dot: Callable[..., Array]) -> Array:
     """The bank by a product of all rows with their groups' matrices, `dot` (rows [M,·], matrices [E,·,·], sizes)."""
-    return dot(jax.nn.silu(dot(x, gate_up[:, 0], sizes)) * dot(x, gate_up[:, 1], sizes), down, sizes)
+    x = checkpoint_name(x, KEPT)
+    gate, up = (checkpoint_name(dot(x, gate_up[:, half], sizes), KEPT) for half in (0, 1))
+    return checkpoint_name(dot(_activate(gate, up), down, sizes), KEPT)
 
 
 def _activate(gate: Array, up: Array) -> Array:

@@ -68,9 +68,9 @@ class Encoder(nn.Module):
         dtype, param_dtype = jnp.dtype(c.training.dtype), jnp.dtype(c.training.param_dtype)
         init = partitioned(("vocab", "embed"), nn.initializers.normal(0.02))
         table = self.param("token_embedding", init, (c.language.vocab, c.language.width), param_dtype)
-        x = sharding.by_rows(table[rows.tokens].astype(dtype))
+        x = sharding.lookup(table, rows.tokens).astype(dtype)
         if rows.patches.shape[1]:
-            remat = self.training and c.training.remat
+            remat = c.training.remat if self.training else "none"
             tower = VisionTower(c.vision, c.language.width, dtype, param_dtype, remat, name="vision")
             merged, deepstack = tower(rows)
             x = jnp.where(rows.visual[..., None] >= 0, place_visual(merged, rows.visual), x)

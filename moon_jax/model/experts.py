@@ -19,10 +19,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moon_jax import sharding
 from moon_jax.model import bank
+from moon_jax.model.attention import KEPT
 from moon_jax.types import Array
 
 
@@ -108,19 +110,21 @@ def _expert_parallel(
     experts, width = gate.shape[1], hidden.shape[1]
     place, order, sizes = sort_routes(index, keep, experts)
     routes = place.size
-    first = jnp.cumsum(sizes) - sizes
+    start = jnp.cumsum(sizes) - sizes
     # From the sorted routes to slots, C for each expert.
     rank = jnp.arange(capacity)
-    at = first[:, None] + rank
+    at = start[:, None] + rank
     order = jnp.where(rank < sizes[:, None], jnp.take(order, at, mode="fill", fill_value=routes), routes).reshape(-1)
-    rank = place - first[index.reshape(-1)]
+    rank = place - start[index.reshape(-1)]
     place = jnp.where((place < routes) & (rank < capacity), index.reshape(-1) * capacity + rank, order.size)
 
     slots = permute(_routed(hidden, index.shape[1]), order, place).reshape(experts, capacity, width)
     slots = jax.lax.all_to_all(slots, "expert", split_axis=0, concat_axis=1, tiled=True)  # [E/n, n·C, D]
-    first_half, up = jnp.einsum("ecd,egdf->gecf", slots, gate_up)
-    y = jnp.einsum("ecf,efd->ecd", jax.nn.silu(first_half) * up, down)
+    slots = checkpoint_name(slots, KEPT)
+    first, up = checkpoint_name(jnp.einsum("ecd,egdf->gecf", slots, gate_up), KEPT)
+    y = jnp.einsum("ecf,efd->ecd", jax.nn.silu(first) * up, down)
     y = jax.lax.all_to_all(y, "expert", split_axis=1, concat_axis=0, tiled=True)  # [E, C, D]
+    y = checkpoint_name(y, KEPT)
     return _combined(permute(y.reshape(-1, width), place, order), gate, index)
 
 

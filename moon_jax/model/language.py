@@ -16,7 +16,7 @@ from moon_jax import config as config_lib
 from moon_jax import sharding
 from moon_jax.model import experts as experts_lib
 from moon_jax.model import router as router_lib
-from moon_jax.model.attention import Dense, RMSNorm, attention, partitioned, rotate
+from moon_jax.model.attention import Dense, RMSNorm, attention, partitioned, rematerialized, rotate
 from moon_jax.types import VIEWS, Array
 
 
@@ -197,7 +197,7 @@ class Period(nn.Module):
         deepstack: Array,
     ) -> tuple[Array, RouterSums | None]:
         c = self.config
-        layer = nn.remat(Layer, prevent_cse=False) if self.training and c.training.remat else Layer
+        layer = rematerialized(Layer, c.training.remat if self.training else "none")
         period, found = config_lib.period(c), []
         for place, sparse in enumerate(config_lib.sparse_layers(c)[:period]):
             x, sums = layer(c, sparse, self.training, name=f"layer_{place}")(x, segment, cos, sin, pool, composition)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moon_jax import config as config_lib
 from moon_jax import sharding
-from moon_jax.model.attention import Dense, LayerNorm, attention, partitioned, rotate
+from moon_jax.model.attention import Dense, LayerNorm, attention, partitioned, rematerialized, rotate
 from moon_jax.types import Array, Rows
 
 
@@ -95,12 +95,12 @@ class _Layer(nn.Module):
     config: config_lib.Vision
     dtype: jnp.dtype
     param_dtype: jnp.dtype
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Array], index: Array, segment: Array, cos: Array, sin: Array):
         x, taps = carry
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = rematerialized(Block, self.remat)
         x = block(self.config, self.dtype, self.param_dtype, name="block")(x, segment, cos, sin)
         # A buffer of the tapped outputs only: scan's own outputs would hold every layer's.
         for slot, layer in enumerate(self.config.deepstack):
@@ -115,7 +115,7 @@ class VisionTower(nn.Module):
     features: int
     dtype: jnp.dtype
     param_dtype: jnp.dtype
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, rows: Rows) -> tuple[Array, Array]:

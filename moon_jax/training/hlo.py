@@ -28,9 +28,11 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id"),
     *("replica-id", "opt-barrier", "domain", "add-dependency", "while", "conditional", "call"),
 }
+KERNEL = 'custom_call_target="tpu_custom_call"'
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 SHAPE = re.compile(r"(\w+)\[([\d,<=\s]*)\](?:\{([^}]*)\})?")
+AXIS = re.compile(r"'([^']*)'(?::\((\d+)\)(\d+))?")
 NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -70,20 +72,20 @@ class Cost:
 
     flops: float = 0.0
     bytes: float = 0.0
-    collectives: Counter = dataclasses.field(default_factory=Counter)  # (kind, devices in a group, crosses slices) → bytes
-    unknown_loops: int = 0  # loops whose trip count depends on data; counted once
+    collectives: Counter = dataclasses.field(default_factory=Counter)  # (kind, devices of a group, crosses slices) → bytes
+    uncounted: frozenset[str] = frozenset()  # loops of unknown length, counted once, and kernels that do not say FLOPs
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.flops + other.flops,
             self.bytes + other.bytes,
             self.collectives + other.collectives,
-            self.unknown_loops + other.unknown_loops,
+            self.uncounted | other.uncounted,
         )
 
     def times(self, count: int) -> Cost:
         collectives = Counter({key: value * count for key, value in self.collectives.items()})
-        return Cost(self.flops * count, self.bytes * count, collectives, self.unknown_loops)
+        return Cost(self.flops * count, self.bytes * count, collectives, self.uncounted)
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
@@ -191,19 +193,33 @@ def _groups(instruction: Instruction, devices: int, slice_devices: int) -> tuple
         if found.group(4):
             order = order.transpose([int(part) for part in found.group(4).split(",")])
         groups = order.reshape(count, size)
-    elif found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*{([^}]*)}", text):
-        axes = dict(part.replace("'", "").split("=") for part in found.group(1).split(","))
-        named = [part.strip().strip("'") for part in found.group(2).split(",")]
-        order = np.arange(math.prod(map(int, axes.values()))).reshape([int(size) for size in axes.values()])
-        chosen = [list(axes).index(axis) for axis in named]
-        rest = [axis for axis in range(order.ndim) if axis not in chosen]
-        groups = order.transpose(rest + chosen).reshape(-1, math.prod(order.shape[axis] for axis in chosen))
+    elif found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\)\))?\s*{([^}]*)}", text):
+        groups = _mesh_groups(*found.groups())
     elif found := re.search(r"(?:replica_groups|source_target_pairs)={({.*?})}", text):
         groups = [[int(item) for item in group.split(",")] for group in re.findall(r"{([\d,]+)}", found.group(1))]
     else:
         groups = [range(devices)]
     crosses = any(len({number // slice_devices for number in group}) > 1 for group in groups)
     return max(len(group) for group in groups), crosses
+
+
+def _mesh_groups(mesh: str, device_ids: str | None, named: str) -> np.ndarray:
+    """Groups written by the axes of a mesh: 'a'=4,'b'=16; [4,4,4]T(1,0,2; and 'a' or a part of an axis, 'b':(4)2."""
+    axes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh)}
+    order = np.arange(math.prod(axes.values()))
+    if device_ids:
+        sizes, turned = ([int(number) for number in re.findall(r"\d+", part)] for part in device_ids.split("T("))
+        order = order.reshape(sizes).transpose(turned)
+    order = order.reshape([*axes.values()])
+    chosen = {name: (int(before or 1), int(size or axes[name])) for name, before, size in AXIS.findall(named)}
+    shape, mine = [], []
+    for name, size in axes.items():
+        before, part = chosen.get(name, (1, 1))
+        mine.append(len(shape) + 1)
+        shape += [before, part, size // before // part]
+    order = order.reshape(shape)
+    rest = [axis for axis in range(order.ndim) if axis not in mine]
+    return order.transpose(rest + mine).reshape(-1, math.prod(part for _, part in chosen.values()))
 
 
 class Program:
@@ -231,7 +247,7 @@ class Program:
         if opcode == "while":
             count = self._trips(instruction, computation)
             body = self._cost(_attribute(instruction, "body"))
-            return body.times(count) if count is not None else body + Cost(unknown_loops=1)
+            return body.times(count) if count is not None else body + Cost(uncounted=frozenset([instruction.name]))
         if opcode == "conditional":
             branches = re.search(r"branch_computations={([^}]*)}", instruction.attributes)
             names = NAME.findall(branches.group(1) if branches else "") or [
@@ -245,6 +261,8 @@ class Program:
         if opcode in FREE or opcode.endswith(("-done", "-update")):
             return Cost()
         flops = self._flops(instruction, shapes)
+        if opcode == "custom-call" and KERNEL in instruction.attributes and self._kernel_flops(instruction) is None:
+            return Cost(0.0, self._bytes(instruction, shapes), uncounted=frozenset([instruction.name.split(".")[0]]))
         if kind in COLLECTIVES:
             return Cost(flops, self._bytes(instruction, shapes), self._collective(instruction, kind, shapes))
         return Cost(flops, self._bytes(instruction, shapes))
@@ -256,14 +274,19 @@ class Program:
             inner = self.computations[_attribute(instruction, "calls")]
             table = {one.name: one.shapes[0] for one in inner.instructions.values() if one.shapes}
             return sum(self._flops(one, table) for one in inner.instructions.values())
-        if instruction.opcode == "custom-call":
-            return self._estimate(instruction).get("flops", 0.0)
-        return 0.0
+        return self._kernel_flops(instruction) or 0.0 if instruction.opcode == "custom-call" else 0.0
 
-    def _estimate(self, instruction: Instruction) -> dict[str, float]:
-        """What a kernel says it costs."""
-        found = re.search(r'"cost_estimate":({[^}]*})', instruction.attributes)
-        return {key: float(value) for key, value in json.loads(found.group(1)).items()} if found else {}
+    def _kernel_flops(self, kernel: Instruction) -> float | None:
+        """What a kernel says it costs; of splash attention, which says nothing, 2 products forward and 5 backward."""
+        if found := re.search(r'"cost_estimate":({[^}]*})', kernel.attributes):
+            return float(json.loads(found.group(1))["flops"])
+        if kernel.name.startswith("splash_"):
+            # The query has the most axes: [R,groups,H/g,S,d], in the backward pass a copy for each block of keys.
+            query = max((shape.dims for shape in kernel.shapes), key=len)
+            backward = "dkv" in kernel.name
+            copies = query[2] if backward else 1
+            return (10.0 if backward else 4.0) * math.prod(query) / copies * query[-2]
+        return None
 
     def _trips(self, loop: Instruction, computation: Computation) -> int | None:
         """How often a loop runs: it counts from a constant up to one that its condition compares with."""
@@ -330,8 +353,6 @@ class Program:
         results = instruction.shapes
         if opcode == "fusion":
             return self._fusion_bytes(instruction, operands)
-        if opcode == "custom-call" and (said := self._estimate(instruction).get("bytes_accessed")):
-            return said
         if opcode.endswith("-start"):  # the tuple repeats the operands
             results = results[len(operands) :][: len(operands)] if opcode != "copy-start" else results[:1]
         if opcode in ("dynamic-slice", "slice", "gather"):

@@ -23,7 +23,7 @@ def equations(jaxpr):
 
 
 def build(tokenizer, dtype, param_dtype):
-    config = tiny(training__dtype=dtype, training__param_dtype=param_dtype, training__remat=False)
+    config = tiny(training__dtype=dtype, training__param_dtype=param_dtype, training__remat="none")
     params = jax.tree.map(jnp.asarray, random_params(config, tokenizer))
     rng = np.random.default_rng(0)
     from PIL import Image
