@@ -6,8 +6,10 @@ import argparse
 import difflib
 import errno
 import functools
+import json
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -26,6 +28,7 @@ examples:
   moon-jax quickstart --data catalogue/ --workdir runs/first       on your own
   moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
   moon-jax export --model runs/2b --output served --verify
+  moon-jax plan --config moon2_qwen3vl_2b --topology v5p:4x4x4     what a step costs there, before renting it
   moon-jax train --help
 """
 
@@ -74,6 +77,20 @@ examples:
 """
 
 
+PLAN = """\
+Compiles the real training step of a config ahead of time for a TPU slice that is not here, and tells per chip: memory
+against what the chip has, FLOPs, bytes moved, collectives, and the step that these would take at full speed with all of
+it overlapped: a bound, not a forecast. It needs libtpu (pip install -e '.[tpu]') but no TPU, and a minute or several.
+--mesh compares layouts. Without --topology the step is compiled for this machine, and timed on it.
+
+examples:
+  moon-jax plan --config moon2_qwen3vl_2b --topology v5p:4x4x4
+  moon-jax plan --config moon2_qwen3vl_2b --topology v5p-128 --mesh fsdp=-1 --mesh data=-1,fsdp=4,expert=4
+  moon-jax plan --config moon2_qwen3vl_2b --topology v5p:8x8x8 --slices 2 --config.data.batch=4096
+  moon-jax plan --config quickstart
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """Mistakes are one line, as everywhere."""
 
@@ -116,6 +133,18 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     export.add_argument("--output", required=True, help="a folder that is new or empty")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: the parameters' own")
     export.add_argument("--verify", action="store_true", help="compare embeddings with transformers")
+    plan = commands.add_parser(
+        "plan", help="what a training step will cost on a machine that is not here", description=PLAN, **layout
+    )
+    plan.add_argument("--config", required=True, help="a config that is shipped, or a file")
+    plan.add_argument("--topology", default="", help="v5p:4x4x4, or v5p-128 as clouds say; default: this machine")
+    plan.add_argument(
+        "--slices", type=int, default=1, help="so many of them, joined by the slower network (default: 1)"
+    )
+    plan.add_argument(
+        "--mesh", action="append", help="axes that differ from size 1, such as data=-1,fsdp=4; again for a comparison"
+    )
+    plan.add_argument("--json", help="a file for all numbers; docs/experts.md tells its keys")
     parsed, rest = parser.parse_known_args(arguments)
     flags = [f"--{name}" for name in vars(parsed) if name != "command"]
     for argument in rest:
@@ -258,6 +287,39 @@ def run_export(parsed: argparse.Namespace, overrides: list[str]) -> None:
         verify.check(cosines)
 
 
+def run_plan(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Compiles one layout after the other, and shows them side by side."""
+    config = config_lib.override(config_lib.load(parsed.config), overrides)
+    layouts = [config_lib.replace(config, _axes(mesh)) for mesh in parsed.mesh or ()] or [config]
+    if parsed.slices < 1:
+        raise UserError(f"--slices {parsed.slices}: give 1 or more")
+    if parsed.topology:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu compiles; it shall not look for a TPU
+    from moon_jax.training import plan, watch
+
+    report = watch.Watch()
+    if parsed.topology:
+        plan.parse_topology(parsed.topology)
+    plans = [plan.plan(one, parsed.config, parsed.topology, parsed.slices, report.busy) for one in layouts]
+    report.console.print(plan.table(plans))
+    if parsed.json:
+        text = json.dumps([plan.to_json(one) for one in plans], indent=2) + "\n"
+        Path(parsed.json).write_text(text, encoding="utf-8")
+
+
+def _axes(mesh: str) -> dict[str, object]:
+    """Options of the mesh from data=-1,fsdp=4; the axes that are not named are 1."""
+    axes = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "expert", "tensor")}
+    for part in mesh.split(","):
+        axis, _, size = part.partition("=")
+        if f"mesh.{axis}" not in axes or not re.fullmatch(r"-?\d+", size):
+            raise UserError(
+                f"--mesh {mesh}: {part} is not understood; write data=-1,fsdp=4,expert=4,tensor=1 or part of it"
+            )
+        axes[f"mesh.{axis}"] = int(size)
+    return axes
+
+
 def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Trains, judges, embeds; training is skipped or resumed where its result stands already."""
     config = _configured(parsed, overrides, parsed.config or "quickstart")
@@ -287,7 +349,7 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
     report.line(f"done in {time.monotonic() - began:.0f} s")
 
 
-COMMANDS = {"quickstart": run_quickstart, "train": run_train, "export": run_export}
+COMMANDS = {"quickstart": run_quickstart, "plan": run_plan, "train": run_train, "export": run_export}
 
 
 def console() -> None:

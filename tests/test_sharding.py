@@ -71,7 +71,10 @@ def test_no_large_array_of_the_state_is_replicated(name):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (dict(fsdp=1, expert=8, data=1), "config.mesh.expert: 8 does not divide 4, an axis of encoder/decoder/periods/"),
+        (
+            dict(fsdp=1, expert=8, data=1),
+            "config.mesh.expert: 8 does not divide 4, an axis of encoder/decoder/periods/",
+        ),
         (dict(tensor=8, data=1), "config.mesh.tensor: 8 does not divide"),
     ],
 )

@@ -125,8 +125,8 @@ def check_expressible(trained: Trained) -> None:
     term = trained.config.experts.router_term
     if term != "none":
         raise UserError(
-            f"config.experts.router_term: {term} cannot be exported: the router of transformers' Qwen3-VL sees the token"
-            " alone, and the term for its view would be lost; train without it, or serve with moon_jax"
+            f"config.experts.router_term: {term} cannot be exported: the router of transformers' Qwen3-VL sees the"
+            " token alone, and the term for its view would be lost; train without it, or serve with moon_jax"
         )
     names = {row.ours for row in keys.table(trained.config)}
     for path in keys.flatten(trained.encoder):

@@ -87,7 +87,10 @@ def splash(query: Array, key: Array, value: Array, segment: Array, causal: bool,
     sizes = kernels.BlockSizes(**dict.fromkeys(names, block), use_fused_bwd_kernel=True)
     one = (kernels.CausalMask if causal else kernels.FullMask)((whole, whole))
     kernel = kernels.make_splash_mqa_single_device(
-        kernels.MultiHeadMask([one] * (heads // groups)), block_sizes=sizes, interpret=interpret, residual_checkpoint_name=KEPT
+        kernels.MultiHeadMask([one] * (heads // groups)),
+        block_sizes=sizes,
+        residual_checkpoint_name=KEPT,
+        interpret=interpret,
     )
 
     def padded(x: Array) -> Array:

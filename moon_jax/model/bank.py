@@ -16,10 +16,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
-
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 from moon_jax import backend
 from moon_jax.config import UserError

@@ -57,7 +57,7 @@ def composition(rows: Rows) -> Array:
 
 
 class Encoder(nn.Module):
-    """Rows → EncoderOutput. Only in `training` are layers recomputed, and may experts drop what exceeds their capacity."""
+    """Rows → EncoderOutput. Only in `training` are layers recomputed, and may experts drop tokens."""
 
     config: config_lib.Config
     training: bool = False

@@ -28,9 +28,7 @@ from moon_jax.model.attention import KEPT
 from moon_jax.types import Array
 
 
-def dense(
-    hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array, capacity: int
-) -> Array:
+def dense(hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array, capacity: int) -> Array:
     """Every expert on every token, weighed by G̃: the oracle."""
     del capacity
     kept = (jax.nn.one_hot(index, gate.shape[1]) * keep[..., None]).sum(axis=1)
@@ -136,7 +134,7 @@ def capacity_of(tokens: int, per_token: int, experts: int, factor: float) -> int
 
 
 def _on_mesh(local: Callable[..., Array], gathered: tuple[str, ...], *arrays: Array) -> Array:
-    """`local` on each device's tokens. Its matrices are gathered from the axes `gathered`, the tensor axis stays split."""
+    """`local` on each device's tokens, with matrices gathered from the axes `gathered`; `tensor` divides F."""
     mesh = jax.sharding.get_abstract_mesh()
     rows, held = sharding.ROWS, "expert"
 
@@ -158,13 +156,13 @@ def _on_mesh(local: Callable[..., Array], gathered: tuple[str, ...], *arrays: Ar
     )(*arrays)
 
 
-def grouped(
-    hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array, capacity: int
-) -> Array:
+def grouped(hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array, capacity: int) -> Array:
     """Tokens stay, experts are gathered; dropless at the cost of the routed tokens."""
     del capacity
     arrays = (hidden, gate, index, keep, gate_up, down)
-    return _on_mesh(_grouped, ("fsdp", "expert"), *arrays) if jax.sharding.get_abstract_mesh().size > 1 else _grouped(*arrays)
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return _grouped(*arrays)
+    return _on_mesh(_grouped, ("fsdp", "expert"), *arrays)
 
 
 def expert_parallel(

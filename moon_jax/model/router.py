@@ -46,7 +46,7 @@ def route(hidden: Array, kernel: Array, per_token: int, term: Array | None = Non
     )
     logits = logits if term is None else logits + term
     prob = jax.nn.softmax(logits, axis=-1)
-    # The logits, not G, are ranked: where G underflows to 0 an expert that is forbidden is no better than one that is not.
+    # The logits, not G, are ranked: where G underflows to 0, a forbidden expert would tie with one that is not.
     _, index = jax.lax.top_k(logits, per_token)
     chosen = jax.nn.one_hot(index, prob.shape[-1], dtype=jnp.float32).sum(axis=1)
     gate = prob * chosen

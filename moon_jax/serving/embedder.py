@@ -309,8 +309,8 @@ def _fingerprint(config: config_lib.Config, encoder: Any, tokenizer: Path) -> st
     Not of how much of an item is read (pixel budget, longest text): such vectors differ, and still compare.
     """
     digest = hashlib.blake2b(tokenizer.read_bytes(), digest_size=8)
-    groups = (config.vision, config.language, config.experts.per_token, config.experts.router_term, config.data.template)
-    digest.update(repr((*groups, config_lib.sparse_layers(config))).encode())
+    routing = (config.experts.per_token, config.experts.router_term, config_lib.sparse_layers(config))
+    digest.update(repr((config.vision, config.language, config.data.template, *routing)).encode())
     for leaf in jax.tree.leaves(encoder):
         for part in leaf if leaf.ndim > 1 else [leaf]:  # a stack of layers is fetched one by one
             digest.update(np.ascontiguousarray(part).tobytes())

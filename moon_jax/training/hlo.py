@@ -19,7 +19,6 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -28,6 +27,7 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id"),
     *("replica-id", "opt-barrier", "domain", "add-dependency", "while", "conditional", "call"),
 }
+RENAMES = ("bitcast", "copy", "convert")
 KERNEL = 'custom_call_target="tpu_custom_call"'
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -72,7 +72,7 @@ class Cost:
 
     flops: float = 0.0
     bytes: float = 0.0
-    collectives: Counter = dataclasses.field(default_factory=Counter)  # (kind, devices of a group, crosses slices) → bytes
+    collectives: Counter = dataclasses.field(default_factory=Counter)  # (kind, group's devices, crosses slices) → bytes
     uncounted: frozenset[str] = frozenset()  # loops of unknown length, counted once, and kernels that do not say FLOPs
 
     def __add__(self, other: Cost) -> Cost:
@@ -364,45 +364,40 @@ class Program:
 
     def _fusion_bytes(self, fusion: Instruction, operands: list[Shape]) -> float:
         inner = self.computations[_attribute(fusion, "calls")]
-        instructions = inner.instructions
-        users: dict[str, list[Instruction]] = {}
-        for one in instructions.values():
-            for operand in one.operands:
-                users.setdefault(operand, []).append(one)
-
-        def through(name: str) -> Iterator[tuple[str, Instruction]]:
-            """The users of an array, past what only names it anew; with the name under which each knows it."""
-            for user in users.get(name, []):
-                if user.opcode in ("bitcast", "copy", "convert") and user.name != inner.root:
-                    yield from through(user.name)
-                else:
-                    yield name, user
-
         total = 0.0
-        for one in instructions.values():
-            if one.opcode != "parameter":
-                continue
-            given = operands[int(one.text)]
-            if given.on_chip:
-                continue
-            read = 0.0
-            for name, user in through(one.name):
-                if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-                    read += user.shapes[0].bytes
-                elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-                    continue  # written in place
-                else:
-                    read = math.inf
-            total += min(read, given.bytes)
-        root = instructions[inner.root]
+        for one in inner.instructions.values():
+            if one.opcode == "parameter" and not operands[int(one.text)].on_chip:
+                total += min(self._read(inner.name, one.name), operands[int(one.text)].bytes)
+        instructions, root = inner.instructions, inner.instructions[inner.root]
         written = [instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
         for made, result in zip(written, fusion.shapes, strict=False):
-            while made.opcode in ("bitcast", "copy", "convert") and made.operands[0] in instructions:
+            while made.opcode in RENAMES:
                 made = instructions[made.operands[0]]
-            if result.on_chip:
-                continue
-            if made.opcode == "dynamic-update-slice":
-                total += instructions[made.operands[1]].shapes[0].bytes
-            else:
-                total += result.bytes
+            if not result.on_chip:
+                updates = made.opcode == "dynamic-update-slice"
+                total += instructions[made.operands[1]].shapes[0].bytes if updates else result.bytes
+        return total
+
+    def _read(self, computation: str, name: str) -> float:
+        """Bytes of an array that a fused computation reads; infinite for all of it, however large it is."""
+        inside = self.computations[computation]
+        total = 0.0
+        for user in inside.instructions.values():
+            for place, operand in enumerate(user.operands):
+                if operand != name:
+                    continue
+                if user.opcode in RENAMES:
+                    total += math.inf if user.name == inside.root else self._read(computation, user.name)
+                elif user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                    total += user.shapes[0].bytes
+                elif user.opcode == "fusion":
+                    nested = self.computations[_attribute(user, "calls")]
+                    (mine,) = (
+                        one.name
+                        for one in nested.instructions.values()
+                        if one.opcode == "parameter" and int(one.text) == place
+                    )
+                    total += self._read(nested.name, mine)
+                elif user.opcode != "dynamic-update-slice" or place:  # which is done in place
+                    total = math.inf
         return total

@@ -123,6 +123,24 @@ def abstract_state(config: config_lib.Config, rows: object, mesh: jax.sharding.M
     )
 
 
+def check_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError for a batch that the mesh does not divide."""
+    shards = sharding.rows(mesh).num_devices // mesh.shape["tensor"]
+    if config.data.batch % shards:
+        raise UserError(
+            f"config.data.batch: {config.data.batch} triplets do not divide over {shards} shards of the mesh"
+        )
+
+
+def lower_step(config: config_lib.Config, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+    """The training step for the mesh in use, which may be of devices that this machine lacks; both abstract."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    # The state comes out as it goes in; left to itself XLA would divide norms, and the next step refuse them.
+    jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state", out_shardings=(shardings, None))
+    platform = {"gpu": "cuda"}.get(backend.platform(), backend.platform())
+    return jitted.trace(state, batch, config=config).lower(lowering_platforms=(platform,))
+
+
 def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
     """Trains on `config.data.path` until `config.training.steps`, from the newest checkpoint if there is one.
 
@@ -157,11 +175,7 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
     dataset = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))
 
     mesh = sharding.make_mesh(config.mesh)
-    shards = sharding.rows(mesh).num_devices // mesh.shape["tensor"]
-    if config.data.batch % shards:
-        raise UserError(
-            f"config.data.batch: {config.data.batch} triplets do not divide over {shards} shards of the mesh"
-        )
+    check_batch(config, mesh)
     steps = config.training.steps
     with jax.set_mesh(mesh):
         sample: Batch = dataset[0]
@@ -183,12 +197,7 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
         began = time.monotonic()
         with report.busy("compiling the training step"):
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            # The state comes out as it goes in; left to itself XLA would divide norms, and the next step refuse them.
-            jitted = jax.jit(
-                train_step, static_argnames="config", donate_argnames="state", out_shardings=(shardings, None)
-            )
-            lowered = jitted.lower(abstract, placed, config=config)
-            compiled = lowered.compile(compiler_options=backend.compiler_options())
+            compiled = lower_step(config, abstract, placed).compile(compiler_options=backend.compiler_options())
         compiling = time.monotonic() - began
         if newest is None:
             encoder = None

@@ -12,7 +12,6 @@ from moon_jax import backend, sharding
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.model import bank, experts, router
-from tests.conftest import tiny
 
 T, D, F = 64, 8, 12
 CASES = ("balanced", "skewed", "one expert", "none valid")
