@@ -100,17 +100,16 @@ def by_rows(x: Array, *others: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *others))
 
 
-def lookup(table: Array, tokens: Array) -> Array:
-    """table[tokens] divided by rows. [V,D], i32[R,S] → [R,S,D].
+def by_columns(x: Array) -> Array:
+    """What was looked up in a table that `fsdp` divides along D, [R,…,D], divided along D by `fsdp` as well.
 
-    The table is divided along D by `fsdp`: each device looks up its part of D for all rows of its group, and parts are
-    exchanged for rows. Else the compiler would sum gradients of the whole table on each device.
+    Each device looks up its part of D for all rows of its group, and `by_rows` exchanges parts for rows. Else the
+    compiler would sum the gradient of the whole table on each device.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return table[tokens]
+        return x
     groups = tuple(axis for axis in ROWS if axis != "fsdp")
-    parts = jax.lax.with_sharding_constraint(table[tokens], PartitionSpec(groups, None, "fsdp"))
-    return by_rows(parts)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(groups, *[None] * (x.ndim - 2), "fsdp"))
 
 
 def rows(mesh: Mesh) -> NamedSharding:

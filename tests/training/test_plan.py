@@ -1,0 +1,248 @@
+"""What is read from compiled programs: against sums by hand, unrolled against scanned, and libtpu's own count."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moon_jax import cli, sharding
+from moon_jax import config as config_lib
+from moon_jax.config import UserError
+from moon_jax.training import hlo, loop, plan
+from tests.conftest import tiny
+
+
+def compiled(function, *shapes, **options):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function).lower(*arguments).compile(compiler_options=options or None)
+
+
+def cost(function, *shapes):
+    return hlo.Program(compiled(function, *shapes).as_text()).cost()
+
+
+def test_a_product_counts_twice_its_multiplications():
+    found = cost(lambda a, b: a @ b, (64, 32), (32, 48))
+    assert found.flops == 2 * 64 * 32 * 48
+    assert found.bytes == 4 * (64 * 32 + 32 * 48 + 64 * 48)
+    found = cost(lambda a, b: jnp.einsum("gmd,gdf->gmf", a, b), (5, 64, 32), (5, 32, 48))
+    assert found.flops == 2 * 5 * 64 * 32 * 48
+
+
+@pytest.mark.parametrize("layers", [1, 3, 7])
+def test_a_scanned_program_costs_what_the_unrolled_one_costs(layers):
+    """Forward and backward of a stack of layers. XLA's own count of the scanned one is that of one layer."""
+
+    def loss(unroll, x, weights):
+        layer = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+        return jax.lax.scan(layer, x, weights, unroll=unroll)[0].sum()
+
+    shapes = (128, 64), (layers, 64, 64)
+    scanned, unrolled = (cost(jax.grad(lambda *a, u=u: loss(u, *a), (0, 1)), *shapes) for u in (1, layers))
+    assert scanned.flops == unrolled.flops == 3 * layers * 2 * 128 * 64 * 64  # one forward and two backward
+    assert scanned.uncounted == unrolled.uncounted == frozenset()
+    # What lies in memory between layers differs, and so do fusions; an order of magnitude would show.
+    assert 0.5 < scanned.bytes / unrolled.bytes < 2
+
+
+def test_nested_loops_multiply():
+    def function(x, weights):
+        inner = lambda x, w: (x @ w, None)  # noqa: E731
+        outer = lambda x, _: (jax.lax.scan(inner, x, weights)[0], None)  # noqa: E731
+        return jax.lax.scan(outer, x, None, length=5)[0]
+
+    assert cost(function, (16, 32), (3, 32, 32)).flops == 15 * 2 * 16 * 32 * 32
+
+
+def test_a_loop_of_unknown_length_is_said():
+    def function(x, w):
+        return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: jnp.abs(x @ w) + 1, x)
+
+    found = cost(function, (16, 16), (16, 16))
+    assert found.flops == 2 * 16**3 and len(found.uncounted) == 1
+
+
+def test_a_slice_of_a_stack_is_not_the_stack():
+    """A scan over 40 matrices reads each once; forty times the stack would be 40 times as much."""
+    found = cost(lambda x, ws: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0], (8, 64), (40, 64, 64))
+    stack = 4 * 40 * 64 * 64
+    assert stack < found.bytes < 4 * stack
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind", "sent"),
+    [
+        (lambda x: jax.lax.all_gather(x, "data", tiled=True), "all-gather", 7),
+        (lambda x: jax.lax.psum(x, "data"), "all-reduce", 2 * 7 / 8),
+        (lambda x: jax.lax.psum_scatter(x, "data", tiled=True), "reduce-scatter", 7 / 8),
+        (lambda x: jax.lax.all_to_all(x, "data", 0, 0, tiled=True), "all-to-all", 7 / 8),
+        (lambda x: jax.lax.ppermute(x, "data", [(i, (i + 1) % 8) for i in range(8)]), "collective-permute", 1),
+    ],
+)
+def test_collectives_by_kind(operation, kind, sent):
+    mesh = sharding.make_mesh(config_lib.Mesh())
+    function = jax.shard_map(operation, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"), check_vma=False)
+    with jax.set_mesh(mesh):
+        given = jax.ShapeDtypeStruct((8 * 64, 128), jnp.float32, sharding=sharding.rows(mesh))
+        text = jax.jit(function).lower(given).compile().as_text()
+    ((name, size, crosses), found), *rest = hlo.Program(text, 8).cost().collectives.items()
+    assert (name, crosses, rest) == (kind, False, [])
+    assert size == (2 if kind == "collective-permute" else 8)
+    assert found == pytest.approx(4 * 64 * 128 * sent)
+    crossing = hlo.Program(text, 8, slices=2).cost().collectives
+    assert [crosses for _, _, crosses in crossing] == [True]
+
+
+LINE = "%c = f32[{out}]{{0}} convolution(%a, %b), window={{{window}}}, dim_labels={labels}"
+MODULE = """HloModule m
+
+ENTRY %main (a: f32[{a}], b: f32[{b}]) -> f32[{out}] {{
+  %a = f32[{a}]{{0}} parameter(0)
+  %b = f32[{b}]{{0}} parameter(1)
+  ROOT {line}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "out", "window", "labels", "products"),
+    [
+        # A plain product, as TPUs write it: no window at all.
+        ("64,32", "32,48", "64,48", "", "bf_io->bf", 64 * 32 * 48),
+        # A batch of 12 as a dilated window: each output meets one of the twelve.
+        ("12,64,32", "12,48,32", "12,64,48", "size=12 stride=11 lhs_dilate=12", "0bf_0oi->0bf", 12 * 64 * 32 * 48),
+        # A sum over an axis of 2 as a window of 2.
+        ("64,2,32", "2,32,48", "64,1,48", "size=2", "b0f_0io->b0f", 64 * 2 * 32 * 48),
+        # An outer product over an axis of 2, as a padded, reversed window.
+        ("64,1,32", "2,32,48", "64,2,48", "size=2 pad=1_1 rhs_reversal=1", "b0f_0io->b0f", 64 * 2 * 32 * 48),
+    ],
+)
+def test_convolutions_count_no_holes(a, b, out, window, labels, products):
+    line = LINE.format(out=out, window=window, labels=labels).replace("window={}, ", "")
+    assert hlo.Program(MODULE.format(a=a, b=b, out=out, line=line)).cost().flops == 2 * products
+
+
+def test_groups_written_by_axes():
+    text = "'a'=1,'b'=4,'c'=16"
+    groups = hlo._mesh_groups(text, "[4,4,4]T(1,0,2", "'b'")
+    expected = np.arange(64).reshape(4, 4, 4).transpose(1, 0, 2).reshape(4, 16).T
+    np.testing.assert_array_equal(np.sort(groups, axis=None), np.arange(64))
+    np.testing.assert_array_equal(groups, expected)
+    assert hlo._mesh_groups(text, None, "'b','c':(4)4").shape == (4, 16)
+    np.testing.assert_array_equal(hlo._mesh_groups("'c'=16", None, "'c':(1)4")[0], [0, 4, 8, 12])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("v5p:4x4x8", ("v5p", (4, 4, 8))),
+        ("v5p-8", ("v5p", (2, 2, 1))),
+        ("v5p-128", ("v5p", (4, 4, 4))),
+        ("v5p-1024", ("v5p", (8, 8, 8))),
+        ("v5litepod-16", ("v5e", (4, 4))),
+        ("v6e-8", ("v6e", (2, 4))),
+    ],
+)
+def test_names_of_slices(name, expected):
+    assert plan.parse_topology(name) == expected
+
+
+@pytest.mark.parametrize("name", ["v5p", "v9-8", "v5p:4x4", "v5p-100", "v5p-2", "v5e-3", "v5p:0x4x4", ""])
+def test_a_slice_that_is_none_is_one_line(name):
+    with pytest.raises(UserError, match=f"--topology {name}: ") as error:
+        plan.parse_topology(name)
+    assert "\n" not in str(error.value)
+
+
+def test_model_flops_are_those_of_the_forward_pass_thrice():
+    """By hand, for one row of a dense tiny model: 300 tokens of vocabulary cost nothing."""
+    config = tiny(experts__count=0, data__batch=1)
+    s, p, v = 12 + 8 + 12, 24, 6  # tokens, patches and visual tokens of a row
+    decoder = 2 * (24 * (48 + 24 + 24 + 48) + 3 * 24 * 40)
+    tower = 2 * (16 * 48 + 16 * 16 + 2 * 16 * 24)
+    mergers = 2 * (64 * 64 + 64 * 24)
+    products = s * decoder + p * (tower + 8 * 8 * 3 * 16) + v * mergers
+    pairs = 2 * 2 * 48 * (12**2 + (s - 12) ** 2) + 2 * 2 * 16 * p**2  # 2 layers, q·k and weights·v
+    assert plan.model_flops(config) == 3 * 3 * (2 * products + 2 * pairs)
+    # With experts a token uses K of E, and the router is a product as well.
+    sparse = tiny(experts__count=4, experts__per_token=2, experts__width=20, data__batch=1)
+    more = 2 * 2 * s * (24 * 4 + 2 * 3 * 24 * 20 - 3 * 24 * 40)
+    assert plan.model_flops(sparse) == plan.model_flops(config) + 9 * more
+
+
+@pytest.fixture(scope="module")
+def here():
+    return plan.plan(tiny(experts__dispatch="dense", mesh__data=2, mesh__expert=2, mesh__tensor=2), "tiny")
+
+
+def test_a_step_on_this_machine_is_compiled_read_and_timed(here):
+    assert here.chips == 8 and here.mesh == dict(data=2, fsdp=1, expert=2, tensor=2)
+    assert here.measured_step_seconds > 0 and here.step_seconds is None and here.memory_bytes is None
+    assert here.uncounted == [] and here.collective_bytes
+    # Dense dispatch computes 4 experts where the model needs 2, and recomputes; nothing is computed on all devices.
+    assert 1 < here.flops / here.model_flops < 3
+    assert here.argument_bytes > 3 * 4 * here.parameters / 8
+
+
+def test_the_table_and_its_numbers(here):
+    console = loop.watch.Console(width=100, record=True)
+    console.print(plan.table([here]))
+    text = console.export_text()
+    assert "data=2 expert=2 tensor=2" in text and f"{here.parameters:,}" in text and "step, measured" in text
+    assert json.loads(json.dumps(plan.to_json(here)))["held_bytes"] == here.held_bytes
+
+
+def test_mistakes_of_the_command_are_one_line(capsys):
+    for arguments, message in (
+        (["--topology", "v5p:4x4"], "a slice of v5p has 3 axes"),
+        (["--mesh", "data=2,pipe=4"], "--mesh data=2,pipe=4: pipe=4 is not understood"),
+        (["--slices", "0"], "--slices 0: give 1 or more"),
+        (["--mesh", "data=3"], "does not fit 8 devices"),
+    ):
+        assert cli.main(["plan", "--config", "quickstart", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def libtpu():
+    pytest.importorskip("libtpu", reason="no libtpu: pip install -e '.[tpu]'; nothing then compiles for a TPU")
+
+
+SMALL = dict(experts__width=20, training__dtype="bfloat16", data__batch=16)
+
+
+@pytest.fixture(scope="module")
+def for_tpu():
+    """The train step of a tiny model for four v5p chips, scanned as it is; with the compiler's own count of one layer."""
+    libtpu()
+    config = tiny(**SMALL, mesh__data=-1, mesh__fsdp=2, mesh__expert=2, experts__dispatch="expert_parallel")
+    return config, plan.plan(config, "tiny", "v5p:2x2x1")
+
+
+def test_a_plan_for_a_tpu(for_tpu):
+    config, found = for_tpu
+    assert found.chips == 4 and found.fits and found.uncounted == []
+    assert found.memory_bytes == 95e9 and found.bound in ("compute", "memory", "links")
+    assert set(found.seconds) == {"compute", "memory", "links", "network"} and found.seconds["network"] == 0
+    assert found.step_seconds == max(found.seconds.values())
+    assert 0 < found.utilization < 1
+    assert found.triplets_per_second == pytest.approx(16 / found.step_seconds)
+    kinds = {kind.split(" over ")[0] for kind in found.collective_bytes}
+    assert {"all-to-all", "all-gather", "all-reduce"} <= kinds
+
+
+def test_as_many_chips_again_at_the_same_batch_a_chip_cost_each_the_same(for_tpu):
+    """The test's own form of 64 to 512 chips: what would not be divided, such as a sort of all tokens, would show."""
+    config, four = for_tpu
+    sixteen = plan.plan(config_lib.replace(config, {"data.batch": 64}), "tiny", "v5p:2x2x4")
+    assert sixteen.flops == pytest.approx(four.flops, rel=0.02)
+    assert sixteen.moved_bytes == pytest.approx(four.moved_bytes, rel=0.1)
+
+
+def test_a_step_that_needs_too_much_memory_is_one_line():
+    libtpu()
+    config = config_lib.load("moon2_qwen3vl_2b")
+    small = {"language.layers": 3, "vision.depth": 1, "vision.deepstack": (0,), "mesh.data": -1, "mesh.fsdp": 1}
+    with pytest.raises(UserError, match=r"v5e:2x2: the step needs .* of a chip's memory; raise config.mesh.fsdp"):
+        plan.plan(config_lib.replace(config, small), "2b", "v5e:2x2")
