@@ -100,16 +100,17 @@ def by_rows(x: Array, *others: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *others))
 
 
-def by_columns(x: Array) -> Array:
-    """What was looked up in a table that `fsdp` divides along D, [R,…,D], divided along D by `fsdp` as well.
+def lookup(table: Array, index: Array) -> Array:
+    """table[index] of a table [N,D] that `fsdp` divides along D. i32[R,…] → [R,…,D], divided along D by `fsdp` as well.
 
-    Each device looks up its part of D for all rows of its group, and `by_rows` exchanges parts for rows. Else the
-    compiler would sum the gradient of the whole table on each device.
+    Each device looks up its part of D for all rows of its group; `by_rows` then exchanges parts for rows. Else the
+    compiler would gather the table on each device, and sum its whole gradient there.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return x
+        return table[index]
     groups = tuple(axis for axis in ROWS if axis != "fsdp")
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(groups, *[None] * (x.ndim - 2), "fsdp"))
+    index = jax.lax.with_sharding_constraint(index, PartitionSpec(groups))
+    return jax.lax.with_sharding_constraint(table[index], PartitionSpec(groups, *[None] * (index.ndim - 1), "fsdp"))
 
 
 def rows(mesh: Mesh) -> NamedSharding:

@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         dtype, param_dtype = jnp.dtype(c.training.dtype), jnp.dtype(c.training.param_dtype)
         init = partitioned(("vocab", "embed"), nn.initializers.normal(0.02))
         table = self.param("token_embedding", init, (c.language.vocab, c.language.width), param_dtype)
-        x = sharding.by_rows(sharding.by_columns(table[rows.tokens])).astype(dtype)
+        x = sharding.by_rows(sharding.lookup(table, rows.tokens)).astype(dtype)
         if rows.patches.shape[1]:
             remat = c.training.remat if self.training else "none"
             tower = VisionTower(c.vision, c.language.width, dtype, param_dtype, remat, name="vision")

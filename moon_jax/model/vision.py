@@ -43,7 +43,7 @@ def interpolated_positions(table: Array, patch_yx: Array, grid: Array) -> Array:
         for x, wx in ((low[..., 1], 1 - part[..., 1]), (high[..., 1], part[..., 1])):
             taps.append(y * side + x)
             weights.append(wy * wx)
-    corners = sharding.by_columns(table[jnp.stack(taps, -1)].astype(jnp.float32))
+    corners = sharding.lookup(table, jnp.stack(taps, -1)).astype(jnp.float32)
     return sharding.by_rows(jnp.einsum("rpk,rpkd->rpd", jnp.stack(weights, -1), corners))
 
 
