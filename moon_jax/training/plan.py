@@ -30,6 +30,7 @@ from moon_jax import backend, sharding
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.data import rows as rows_lib
+from moon_jax.data.text import BARE
 from moon_jax.hub import keys
 from moon_jax.training import hlo, loop
 from moon_jax.training.step import initial_state
@@ -151,7 +152,10 @@ def model_flops(config: config_lib.Config) -> float:
             share = 1 / config.vision.temporal
         total += 2.0 * tokens * math.prod(leaf.shape) * share
     text, language, vision = config.data.text_tokens, config.language, config.vision
-    pairs = text**2 + (layout.length - text) ** 2
+    alone = visual + 2 * layout.images  # an image segment
+    pairs = text**2 + (alone + text) ** 2
+    if not rows_lib.prefix_is_view(BARE, config.experts.router_term):
+        pairs += alone**2
     total += 4.0 * language.layers * language.heads * language.head_dim * pairs
     total += 4.0 * vision.depth * vision.width * layout.images * (layout.patches // max(layout.images, 1)) ** 2
     return 3 * 3 * config.data.batch * total

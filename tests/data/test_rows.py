@@ -9,7 +9,7 @@ from PIL import Image
 from moon_jax.data import rows as rows_lib
 from moon_jax.data.images import ResizeRule, patchify
 from moon_jax.data.text import Template
-from moon_jax.model.encoder import Encoder, initialize
+from moon_jax.model.encoder import Encoder, composition, initialize
 from moon_jax.types import VIEWS
 from tests.conftest import tiny
 
@@ -30,13 +30,30 @@ def example(config, seed=0):
     return [(texts[0], images[:1]), (texts[1], []), (None, images[1:2]), (texts[2], images[2:])]
 
 
-@pytest.fixture(scope="module", params=[0, 4], ids=["dense", "experts"])
+MODELS = {
+    "dense": dict(experts__count=0),
+    "experts": dict(experts__count=4),
+    "a learned router term": dict(experts__count=4, experts__router_term="learned"),
+    "a hard router term": dict(experts__count=4, experts__router_term="hard", experts__per_token=1),
+}
+
+
+def split(config, text, images):
+    return rows_lib.segments(text, images, Ids, 2, router_term=config.experts.router_term)
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
-    config = tiny(experts__count=request.param)
+    config = tiny(**MODELS[request.param])
     rows = rows_lib.pack([[]], rows_lib.Layout.of(config), 0)
     params = nn.unbox(jax.jit(lambda: initialize(config, jax.random.key(1), rows))())
     # Larger weights than at the start, so that tokens differ and routes are decided.
     params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
+    if config.experts.router_term == "learned":
+        term = params["decoder"]["periods"]["layer_0"]["experts"]["router_term"]
+        assert term.shape == (2, 3, 4) and not term.any()  # it begins as if it were not there
+        term = np.random.default_rng(0).normal(size=term.shape).astype(np.float32)
+        params["decoder"]["periods"]["layer_0"]["experts"]["router_term"] = term
     return config, lambda rows: jax.jit(Encoder(config).apply)({"params": params}, rows)
 
 
@@ -54,7 +71,7 @@ def layout(config, products, lengths=1):
 
 def test_packed_rows_equal_separate_ones(model):
     config, encode = model
-    parts = [rows_lib.segments(text, images, Ids, 2) for text, images in example(config)]
+    parts = [split(config, text, images) for text, images in example(config)]
     alone = encode(rows_lib.pack([[p] for p in parts], layout(config, 1), 0))
     together = encode(rows_lib.pack([parts], layout(config, 4, 4), 0))
     for product in range(4):
@@ -73,17 +90,38 @@ def test_packed_rows_equal_separate_ones(model):
 def test_image_prefix_equals_an_image_only_row(model):
     config, encode = model
     text, images = example(config)[0]
-    whole = encode(rows_lib.pack([[rows_lib.segments(text, images, Ids, 2)]], layout(config, 1), 0))
-    lone = encode(rows_lib.pack([[rows_lib.segments(None, images, Ids, 2)]], layout(config, 1), 0))
+    parts, image_parts = split(config, text, images), split(config, None, images)
+    assert len(parts) == (2 if config.experts.router_term == "none" else 3)
+    whole = encode(rows_lib.pack([[parts]], layout(config, 1), 0))
+    lone = encode(rows_lib.pack([[image_parts]], layout(config, 1), 0))
     np.testing.assert_allclose(whole.embedding[0, 1], lone.embedding[0, 1], atol=1e-5)
     assert np.abs(whole.embedding[0, 1] - whole.embedding[0, 2]).max() > 1e-2
     np.testing.assert_array_equal(lone.embedding[0, [0, 2]], np.zeros((2, config.language.width)))
 
 
+def test_a_router_term_sees_the_view(model):
+    """Tokens of another composition take other experts: of a hard term only their own."""
+    config, encode = model
+    text, images = example(config)[0]
+    rows = rows_lib.pack([[split(config, text, images)]], layout(config, 1), 0)
+    seen = np.asarray(composition(rows))[0]
+    spans = rows.span[0]
+    if config.experts.router_term == "none":
+        assert seen[spans[1][0] : spans[2][1]].tolist() == [3] * (spans[2][1] - spans[2][0])  # i is mm's prefix
+        return
+    for view, (start, stop) in enumerate(spans, 1):
+        assert (seen[start:stop] == view).all()
+    assert (seen[spans.max() :] == 0).all()
+    gate = np.asarray(encode(rows).gate)[:, 0]  # [L,G,E]
+    if config.experts.router_term == "hard":
+        for view in range(3):
+            assert (gate[:, view] > 0)[:, np.arange(4) % 3 != view].sum() == 0 and gate[:, view].sum() > 0
+
+
 def test_a_changed_neighbour_changes_nothing(model):
     config, encode = model
-    parts = [rows_lib.segments(text, images, Ids, 2) for text, images in example(config)]
-    other = [rows_lib.segments(text, images, Ids, 2) for text, images in example(config, seed=9)]
+    parts = [split(config, text, images) for text, images in example(config)]
+    other = [split(config, text, images) for text, images in example(config, seed=9)]
     a = encode(rows_lib.pack([[parts[0], parts[3]]], layout(config, 2, 2), 0))
     b = encode(rows_lib.pack([[parts[0], other[3]]], layout(config, 2, 2), 0))
     np.testing.assert_allclose(a.embedding[0, :3], b.embedding[0, :3], atol=1e-5)
@@ -148,6 +186,9 @@ def test_the_largest_product_fits_the_layout_exactly(suffix, images):
     text = np.arange(config.data.text_tokens, dtype=np.int32)
     parts = rows_lib.segments(text, [image() for _ in range(images)], Ids, 2, template=template)
     layout = rows_lib.Layout.of(config, template)
+    apart = tiny(data__images=images, experts__router_term="learned")
+    three = rows_lib.segments(text, parts[-1].images, Ids, 2, template=template, router_term="learned")
+    assert sum(len(part.tokens) for part in three) == rows_lib.Layout.of(apart, template).length
     assert sum(len(part.tokens) for part in parts) == layout.length
     rows_lib.pack([[parts]], layout, 0)
     for view in VIEWS:

@@ -168,6 +168,7 @@ def test_no_piece_read_is_a_large_part_of_the_leaf(tmp_path, tokenizer, monkeypa
         dict(experts__count=4, experts__per_token=1, experts__every=2),
         dict(experts__count=3, experts__per_token=3, experts__dense_layers=(0, 3)),
         dict(experts__count=1, experts__per_token=1),
+        dict(experts__count=4, experts__per_token=2, experts__router_term="learned"),
     ],
     ids=str,
 )
@@ -178,6 +179,10 @@ def test_an_upcycled_model_is_the_dense_one_at_step_0(tmp_path, tokenizer, diffe
     config = tiny(**sizes, **differences)
     rng = np.random.default_rng(0)
     products = [[rows_lib.segments(rng.integers(0, 300, 9).astype(np.int32), (), tokenizer, 2)[0]] for _ in range(3)]
+    assert (
+        config.experts.router_term == "none"
+        or not load(tmp_path, config, tokenizer)["decoder"]["periods"]["layer_0"]["experts"]["router_term"].any()
+    )
     rows = rows_lib.pack([[parts] for parts in products], rows_lib.Layout.of(config), tokenizer.pad)
 
     def embed(config):

@@ -43,8 +43,8 @@ def test_a_scanned_program_costs_what_the_unrolled_one_costs(layers):
     scanned, unrolled = (cost(jax.grad(lambda *a, u=u: loss(u, *a), (0, 1)), *shapes) for u in (1, layers))
     assert scanned.flops == unrolled.flops == 3 * layers * 2 * 128 * 64 * 64  # one forward and two backward
     assert scanned.uncounted == unrolled.uncounted == frozenset()
-    # What lies in memory between layers differs, and so do fusions; an order of magnitude would show.
-    assert 0.5 < scanned.bytes / unrolled.bytes < 2
+    # What lies in memory between layers, and what is fused, differ; a stack read in each turn would show.
+    assert 0.8 < scanned.bytes / unrolled.bytes < 3
 
 
 def test_nested_loops_multiply():
@@ -214,14 +214,14 @@ SMALL = dict(experts__width=20, training__dtype="bfloat16", data__batch=16)
 
 @pytest.fixture(scope="module")
 def for_tpu():
-    """The train step of a tiny model for four v5p chips, scanned as it is; with the compiler's own count of one layer."""
+    """The train step of a tiny model for four v5p chips."""
     libtpu()
     config = tiny(**SMALL, mesh__data=-1, mesh__fsdp=2, mesh__expert=2, experts__dispatch="expert_parallel")
     return config, plan.plan(config, "tiny", "v5p:2x2x1")
 
 
 def test_a_plan_for_a_tpu(for_tpu):
-    config, found = for_tpu
+    _, found = for_tpu
     assert found.chips == 4 and found.fits and found.uncounted == []
     assert found.memory_bytes == 95e9 and found.bound in ("compute", "memory", "links")
     assert set(found.seconds) == {"compute", "memory", "links", "network"} and found.seconds["network"] == 0

@@ -14,6 +14,7 @@ import moon_jax
 from moon_jax import sharding
 from moon_jax.config import UserError
 from moon_jax.data import pipeline
+from moon_jax.model.encoder import Encoder
 from moon_jax.training import loop
 from moon_jax.training import step as step_lib
 from tests.conftest import tiny
@@ -163,3 +164,39 @@ def test_a_run_on_a_mesh_of_all_axes_loses_as_one_on_data_alone(catalogue, tmp_p
         losses.append([json.loads(line)["total"] for line in lines])
     assert len(losses[0]) == 4 and len(set(losses[0])) == 4
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_only_training_drops(batch):
+    """With room for a fraction of the routes; the share is told, and a vector does not depend on it."""
+    config = tiny(experts__dispatch="expert_parallel", experts__capacity=0.3, mesh__expert=4, mesh__data=2)
+    state = fresh(tiny(), batch)
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(batch, sharding.rows(mesh))
+        _, metrics = jax.jit(lambda p, b: step_lib.loss(p, b, config, jnp.int32(0)))(state.params, placed)
+        encode = jax.jit(lambda p, rows: Encoder(config).apply({"params": p}, rows))
+        served = encode(state.params["encoder"], placed.rows)
+    dropped = np.asarray(metrics["dropped"])
+    assert dropped.shape == (2,) and (dropped > 0.2).all() and (dropped < 0.9).all()
+    assert not np.asarray(served.dropped).any()
+    plain = jax.jit(Encoder(tiny()).apply)({"params": state.params["encoder"]}, batch.rows)
+    np.testing.assert_allclose(served.embedding, plain.embedding, atol=1e-5)
+
+
+@pytest.mark.parametrize("term", ["learned", "hard"])
+def test_a_router_term_trains(prepared, tokenizer, term):
+    config = tiny(experts__router_term=term, experts__per_token=1)
+    batch = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))[0]
+    assert batch.rows.segment.max() == 3
+    state = fresh(config, batch)
+    step = jax.jit(functools.partial(step_lib.train_step, config=config))
+    for _ in range(3):
+        state, metrics = step(state, batch)
+    assert bool(metrics["finite"]) and not np.asarray(metrics["dropped"]).any()
+    experts = state.params["encoder"]["decoder"]["periods"]["layer_0"]["experts"]
+    assert ("router_term" in experts) == (term == "learned")
+    if term == "learned":
+        assert np.abs(experts["router_term"]).min() > 0  # by L_aux
+    else:  # each modality's tokens keep to their own experts: e mod 3
+        modality = np.asarray(metrics["modality"])
+        assert modality[:, 0, [1, 2]].sum() == modality[:, 1, [0, 2, 3]].sum() == 0 < modality.sum()
