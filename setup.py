@@ -36,10 +36,10 @@ setup(
         "tokenizers>=0.22",
     ],
     extras_require={
-        "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
+        "cuda": ["jax[cuda12]>=0.10.2,<0.12", "tokamax>=0.0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "hf": ["torch>=2.6", "transformers>=5.23,<6"],
         "notebooks": ["jupyterlab"],
-        "test": ["ipykernel>=6", "nbclient>=0.10", "pytest>=8", "ruff==0.14.5"],
+        "test": ["ipykernel>=6", "nbclient>=0.10", "pytest>=8", "pytest-xdist>=3.8", "ruff==0.14.5"],
     },
 )

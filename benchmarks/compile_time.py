@@ -48,9 +48,8 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: trace, lower and compile, median of {ROUNDS}")
     for few, many in (names[:2], names[2:]):
         ratio = statistics.median(b / a for a, b in zip(found[few], found[many], strict=True))
-        print(
-            f"{few}: {statistics.median(found[few]):.1f} s; {many}: {statistics.median(found[many]):.1f} s; x {ratio:.2f}"
-        )
+        first, second = (statistics.median(found[name]) for name in (few, many))
+        print(f"{few}: {first:.1f} s; {many}: {second:.1f} s; x {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Both run in one process in alternation, and what is told is the ratio of each pair; 1 would be a mixture of experts that
 costs nothing beyond its routed tokens. `ragged_dot` on a CPU, for comparison, multiplies every row with every expert.
 
-    python benchmarks/grouped_ffn.py                                             CPU: T=4096 D=256 F=1024 E=8 K=2, float32
-    python benchmarks/grouped_ffn.py --tokens 16384 --width 2048 --inner 6144 --dtype bfloat16           one GPU or TPU
+    python benchmarks/grouped_ffn.py                                             for a CPU: T=4096 D=256 F=1024 E=8 K=2
+    python benchmarks/grouped_ffn.py --tokens 16384 --width 2048 --inner 6144 --dtype bfloat16         for a GPU or TPU
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def main() -> None:
             run()
             if number >= 2:
                 times[name].append(time.perf_counter() - began)
+    sizes = f"T={tokens} D={width} F={inner} E={count} K={per_token}, {dtype}"
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: T={tokens} D={width} F={inner} E={count} K={per_token},"
-        f" {dtype}, forward and backward, median of {given.rounds}"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {sizes}, forward and backward, median of {given.rounds}"
     )
     for name, found in times.items():
         ratios = sorted(one / other for one, other in zip(found, times["dense"], strict=True))

@@ -19,7 +19,6 @@ ROWS = ("data", "fsdp", "expert")
 """The axes over which rows, and with them tokens, are divided."""
 
 RULES = (
-    ("rows", ROWS),
     ("vocab", "tensor"),
     ("embed", "fsdp"),
     ("heads", "tensor"),
@@ -89,15 +88,15 @@ def shards() -> int:
     return math.prod(shape.get(axis, 1) for axis in ROWS)
 
 
-def by_rows(x: Array, *others: str | None) -> Array:
-    """`x` with its first axis divided as rows are, others as named; left alone without a mesh.
+def by_rows(x: Array) -> Array:
+    """`x` with its first axis divided as rows are, and no other; left alone without a mesh.
 
     Said of every layer's input: else the compiler may divide activations as it finds the weights divided, and compute
     all rows on each device.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *others))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
 
 
 def lookup(table: Array, index: Array) -> Array:
@@ -116,7 +115,3 @@ def lookup(table: Array, index: Array) -> Array:
 def rows(mesh: Mesh) -> NamedSharding:
     """The sharding of everything whose first axis is R or B."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())

@@ -32,12 +32,15 @@ def one_line(capsys, *arguments):
     return told
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quickstart", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.COMMANDS)])
 def test_help_has_examples(capsys, arguments):
     with pytest.raises(SystemExit) as done:
         cli.main(arguments)
     told = capsys.readouterr().out
-    assert done.value.code == 0 and "examples:\n  moon-jax quickstart" in told
+    assert (
+        done.value.code == 0
+        and f"examples:\n  moon-jax {arguments[0].strip('-').replace('help', 'quickstart')}" in told
+    )
     assert max(map(len, told.splitlines())) <= 120
 
 
