@@ -76,7 +76,7 @@ def main() -> None:
                 times[name].append(time.perf_counter() - began)
     sizes = f"T={tokens} D={width} F={inner} E={count} K={per_token}, {dtype}"
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {sizes}, forward and backward, median of {given.rounds}"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {sizes}; forward and backward, {given.rounds} rounds"
     )
     for name, found in times.items():
         ratios = sorted(one / other for one, other in zip(found, times["dense"], strict=True))
