@@ -178,8 +178,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(_refused(error, parsed))
     except KeyboardInterrupt:
-        goes_on = "nothing was written; the same command starts anew"
-        _fail(f"interrupted; {goes_on if parsed.command == 'export' else 'the same command goes on from here'}")
+        anew = parsed.command in ("export", "plan")
+        goes_on = "nothing was written; the same command starts anew" if anew else "the same command goes on from here"
+        _fail(f"interrupted; {goes_on}")
         return 130
     return 0
 
@@ -205,7 +206,7 @@ REMEDIES = {
 
 def _refused(error: OSError, parsed: argparse.Namespace) -> str:
     # What fails in the middle of a file does not say which: it is ours, where we write.
-    flag = "output" if parsed.command == "export" else "workdir"
+    flag = {"export": "output", "plan": "json"}.get(parsed.command, "workdir")
     place = error.filename or f"--{flag} {getattr(parsed, flag)}"
     return f"{place}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"
 
@@ -293,6 +294,8 @@ def run_plan(parsed: argparse.Namespace, overrides: list[str]) -> None:
     layouts = [config_lib.replace(config, _axes(mesh)) for mesh in parsed.mesh or ()] or [config]
     if parsed.slices < 1:
         raise UserError(f"--slices {parsed.slices}: give 1 or more")
+    if parsed.json and not Path(parsed.json).parent.is_dir():
+        raise UserError(f"--json {parsed.json}: there is no folder {Path(parsed.json).parent}; make it first")
     if parsed.topology:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu compiles; it shall not look for a TPU
     from moon_jax.training import plan, watch

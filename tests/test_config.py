@@ -45,6 +45,10 @@ def test_an_unknown_key_names_the_closest():
         ("--config.data.crop=3", "config.data.crop: 3 is not a tuple of numbers"),
         ("--verbose", "--verbose: not understood"),
         ("--config.experts.per_token=9", "experts.per_token must lie between"),
+        ("--config.experts.dispatch=alltoall", "experts.dispatch must be grouped, expert_parallel or dense"),
+        ("--config.experts.router_term=soft", "experts.router_term must be none, learned or hard"),
+        ("--config.training.remat=some", "training.remat must be full, selective or none"),
+        ("--config.experts.capacity=-1.0", "config.experts.capacity: -1.0 is below 0"),
         ("--config.language.kv_heads=3", "language.heads must be a multiple"),
         ("--config.data.crop=(0.7,)", "config.data.crop: (0.7,) is not a tuple"),
         ("--config.data.crop=(0.7,2.0)", "data.crop must be two shares"),
@@ -60,6 +64,17 @@ def test_a_wrong_value_is_one_line(argument, message):
         config_lib.override(config_lib.Config(), [argument])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_hard_term_leaves_each_view_experts_enough():
+    hard = lambda **values: config_lib.replace(  # noqa: E731
+        config_lib.Config(),
+        {"experts.router_term": "hard"} | {f"experts.{name}": value for name, value in values.items()},
+    )
+    assert hard(count=9, per_token=3).experts.per_token == 3
+    for values in (dict(count=8, per_token=3), dict(count=2, per_token=1)):
+        with pytest.raises(UserError, match="router_term hard leaves each of the three views"):
+            hard(**values)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,7 @@ def test_mistakes_of_the_command_are_one_line(capsys):
         (["--topology", "v5p:4x4"], "a slice of v5p has 3 axes"),
         (["--mesh", "data=2,pipe=4"], "--mesh data=2,pipe=4: pipe=4 is not understood"),
         (["--slices", "0"], "--slices 0: give 1 or more"),
+        (["--json", "nowhere/plan.json"], "--json nowhere/plan.json: there is no folder nowhere"),
         (["--mesh", "data=3"], "does not fit 8 devices"),
     ):
         assert cli.main(["plan", "--config", "quickstart", *arguments]) == 2
