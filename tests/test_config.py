@@ -67,10 +67,10 @@ def test_a_wrong_value_is_one_line(argument, message):
 
 
 def test_a_hard_term_leaves_each_view_experts_enough():
-    hard = lambda **values: config_lib.replace(  # noqa: E731
-        config_lib.Config(),
-        {"experts.router_term": "hard"} | {f"experts.{name}": value for name, value in values.items()},
-    )
+    def hard(**values):
+        values = {"router_term": "hard"} | values
+        return config_lib.replace(config_lib.Config(), {f"experts.{name}": value for name, value in values.items()})
+
     assert hard(count=9, per_token=3).experts.per_token == 3
     for values in (dict(count=8, per_token=3), dict(count=2, per_token=1)):
         with pytest.raises(UserError, match="router_term hard leaves each of the three views"):
