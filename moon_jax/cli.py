@@ -292,8 +292,8 @@ def run_plan(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Compiles one layout after the other, and shows them side by side."""
     config = config_lib.override(config_lib.load(parsed.config), overrides)
     layouts = [config_lib.replace(config, _axes(mesh)) for mesh in parsed.mesh or ()] or [config]
-    if parsed.slices < 1:
-        raise UserError(f"--slices {parsed.slices}: give 1 or more")
+    if parsed.slices < 1 or (parsed.slices > 1 and not parsed.topology):
+        raise UserError(f"--slices {parsed.slices}: give 1 or more, and --topology for what each is")
     if parsed.json and not Path(parsed.json).parent.is_dir():
         raise UserError(f"--json {parsed.json}: there is no folder {Path(parsed.json).parent}; make it first")
     if parsed.topology:
@@ -301,10 +301,19 @@ def run_plan(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.training import plan, watch
 
     report = watch.Watch()
-    if parsed.topology:
-        plan.parse_topology(parsed.topology)
-    plans = [plan.plan(one, parsed.config, parsed.topology, parsed.slices, report.busy) for one in layouts]
+    for one in layouts:  # all mistakes before the first compilation
+        plan.check(one, parsed.topology, parsed.slices)
+    plans, refused = [], []
+    for one in layouts:
+        try:
+            plans.append(plan.plan(one, parsed.config, parsed.topology, parsed.slices, report.busy))
+        except UserError as error:  # of one layout that does not fit a chip; the others are told all the same
+            refused.append(error)
+    if not plans:
+        raise refused[0]
     report.console.print(plan.table(plans))
+    for error in refused:
+        report.line(str(error))
     if parsed.json:
         text = json.dumps([plan.to_json(one) for one in plans], indent=2) + "\n"
         Path(parsed.json).write_text(text, encoding="utf-8")

@@ -143,7 +143,9 @@ class Training:
     clip: float = option(1.0, "largest global norm of the gradient")
     param_dtype: str = option("float32", "dtype of the parameters")
     dtype: str = option("float32", "dtype of the computation; norms, softmax, router and pooling stay float32")
-    remat: str = option("full", "what the backward pass recomputes: full, all of a layer; selective, no products; none")
+    remat: str = option(
+        "full", "what the backward pass recomputes: full, all of a layer; selective, no product with weights; none"
+    )
     log_every: int = option(10, "steps between metric lines")
     save_every: int = option(500, "steps between checkpoints")
     keep: int = option(3, "newest checkpoints that are kept")
@@ -321,9 +323,13 @@ def check(config: Config) -> Config:
             "experts.router_term must be none, learned or hard",
         ),
         (
-            experts.count == 0 or experts.router_term != "hard" or experts.per_token <= experts.count // 3,
-            "experts.router_term hard leaves each of the three views experts.count // 3 experts or one more, and"
-            " experts.per_token is above that",
+            experts.count > 0 or experts.router_term == "none",
+            "experts.router_term must be none where experts.count is 0",
+        ),
+        (
+            experts.router_term != "hard" or experts.per_token <= experts.count // 3,
+            f"experts.router_term: hard divides {experts.count} experts among three views, and a token shall have"
+            f" {experts.per_token}; set experts.count to {3 * experts.per_token} or more, or lower experts.per_token",
         ),
         (
             config.objective.weighting in ("balanced", "product", "stopped"),

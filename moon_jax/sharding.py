@@ -60,6 +60,33 @@ def make_mesh(config: config_lib.Mesh, devices: list[jax.Device] | None = None) 
     return Mesh(mesh_utils.create_hybrid_device_mesh((data // slices, *inner), between, devices, **split), AXES, types)
 
 
+def check(config: config_lib.Config, mesh: Mesh) -> None:
+    """Refuses a config that the mesh does not divide.
+
+    Raises:
+        UserError: names the axis, the option, and what to do.
+    """
+    divided = [("fsdp", "language.width"), ("fsdp", "vision.width"), ("tensor", "language.vocab")]
+    divided += [("tensor", "language.width"), ("tensor", "vision.mlp_width")]
+    if not all(config_lib.sparse_layers(config)):
+        divided.append(("tensor", "language.mlp_width"))
+    if any(config_lib.sparse_layers(config)):
+        divided += [("expert", "experts.count"), ("tensor", "experts.width")]
+    values = config_lib.leaves(config)
+    for axis, name in divided:
+        if values[name] % mesh.shape[axis]:
+            raise UserError(
+                f"config.mesh.{axis}: {mesh.shape[axis]} does not divide config.{name}, {values[name]}; choose a"
+                " divisor, and give the rest of the devices to config.mesh.data"
+            )
+    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    if config.data.batch % parts:
+        raise UserError(
+            f"config.data.batch: {config.data.batch} triplets do not divide over data x fsdp x expert, {parts} devices;"
+            f" give a multiple of {parts}"
+        )
+
+
 def of_variables(mesh: Mesh, variables: Any) -> Any:
     """Shardings of abstract linen variables, from the logical names that their partitioning boxes carry.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moon_jax import backend, sharding
@@ -108,9 +109,12 @@ def splash(query: Array, key: Array, value: Array, segment: Array, causal: bool,
 
 
 def cudnn(query: Array, key: Array, value: Array, segment: Array, causal: bool) -> Array:
-    """`attention` by cuDNN's kernel, in bfloat16."""
-    mask = _mask(segment, causal)[:, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+    """`attention` by cuDNN's kernel, in bfloat16. Its backward pass wants rows of an even length."""
+    odd = query.shape[1] % 2
+    query, key, value = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (query, key, value))
+    mask = _mask(jnp.pad(segment, ((0, 0), (0, odd)), constant_values=-2), causal)[:, None]
+    y = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+    return checkpoint_name(y[:, : y.shape[1] - odd], KEPT)
 
 
 KEPT = "kept"

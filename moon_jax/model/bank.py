@@ -89,7 +89,7 @@ def _tokamax() -> Callable[..., Array]:
         import tokamax
     except ImportError:
         raise UserError(
-            "config.experts.dispatch: on a GPU the grouped matmul is tokamax's; pip install 'moon_jax[cuda]'"
+            "config.experts.dispatch: on a GPU the grouped matmul is tokamax's; pip install -e '.[cuda]'"
         ) from None
     return lambda x, matrices, sizes: tokamax.ragged_dot(x, matrices, sizes, implementation="triton")
 
@@ -146,6 +146,7 @@ def _looped_forward(x: Array, gate_up: Array, down: Array, sizes: Array) -> tupl
     activations = jnp.zeros((x.shape[0], inner), x.dtype)
     carry = (jnp.zeros_like(x), activations, activations)
     (y, gate, up), _ = jax.lax.scan(expert, carry, (gate_up, down, stop - sizes, stop))
+    x, y, gate, up = (checkpoint_name(array, KEPT) for array in (x, y, gate, up))
     return y[:rows], (x, gate, up, gate_up, down, sizes)
 
 

@@ -131,9 +131,10 @@ class MixtureOfExperts(nn.Module):
         keep = router_lib.keep_strongest(routing, valid, capacity, shards)
         # Without a capacity the buffers of expert_parallel are E/K times too large; nothing else is lost by `grouped`.
         strategy = "grouped" if travels and not self.training else c.dispatch
-        y = experts_lib.STRATEGIES[strategy](
-            tokens, routing.gate, routing.index, keep, gate_up.astype(self.dtype), down.astype(self.dtype), capacity
-        )
+        y = tokens
+        if not self.is_initializing():  # when only shapes are asked for, rows need not divide over the mesh
+            matrices = gate_up.astype(self.dtype), down.astype(self.dtype)
+            y = experts_lib.STRATEGIES[strategy](tokens, routing.gate, routing.index, keep, *matrices, capacity)
         counted = valid[:, None].astype(jnp.float32)
         sums = RouterSums(
             gate=jnp.einsum(

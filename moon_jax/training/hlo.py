@@ -7,8 +7,9 @@ trip count of a loop is read from its condition. Counted are
   what a custom kernel says of itself. Elementwise work is left out.
 - bytes: what each instruction or fusion reads and writes in the device's main memory. Of an array that is only sliced,
   gathered or updated, the part. Arrays in on-chip memory (memory space 1 and above) are not counted.
-- collectives: the bytes that a device puts into its slowest link pattern, a ring: (n − 1)/n of the whole for a gather,
-  a scatter or an all-to-all among n devices, twice that for an all-reduce, the array for a permutation.
+- collectives: the bytes that a device sends on a ring: (n − 1)/n of the whole for a gather, a scatter or an all-to-all
+  among n devices, twice that for an all-reduce, the array for a permutation. Where a group spans slices, what its
+  devices do inside a slice and what goes between slices are told apart: of the latter each sends its share.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FREE = {
     *("replica-id", "opt-barrier", "domain", "add-dependency", "while", "conditional", "call"),
 }
 RENAMES = ("bitcast", "copy", "convert")
-KERNEL = 'custom_call_target="tpu_custom_call"'
+KERNELS = re.compile(r'custom_call_target="(tpu_custom_call|__cublas|__cudnn|triton|__triton)')
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 SHAPE = re.compile(r"(\w+)\[([\d,<=\s]*)\](?:\{([^}]*)\})?")
@@ -72,7 +73,7 @@ class Cost:
 
     flops: float = 0.0
     bytes: float = 0.0
-    collectives: Counter = dataclasses.field(default_factory=Counter)  # (kind, group's devices, crosses slices) → bytes
+    collectives: Counter = dataclasses.field(default_factory=Counter)  # (kind, among how many, between slices) → bytes
     uncounted: frozenset[str] = frozenset()  # loops of unknown length, counted once, and kernels that do not say FLOPs
 
     def __add__(self, other: Cost) -> Cost:
@@ -184,8 +185,8 @@ def _products(instruction: Instruction, shape: dict[str, Shape]) -> float:
     return total
 
 
-def _groups(instruction: Instruction, devices: int, slice_devices: int) -> tuple[int, bool]:
-    """Devices of a collective's group, and whether a group crosses slices."""
+def _groups(instruction: Instruction, devices: int, slice_devices: int) -> tuple[int, int]:
+    """Devices of a collective's group, and slices that a group spans."""
     text = instruction.attributes
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         count, size = int(found.group(1)), int(found.group(2))
@@ -199,8 +200,8 @@ def _groups(instruction: Instruction, devices: int, slice_devices: int) -> tuple
         groups = [[int(item) for item in group.split(",")] for group in re.findall(r"{([\d,]+)}", found.group(1))]
     else:
         groups = [range(devices)]
-    crosses = any(len({number // slice_devices for number in group}) > 1 for group in groups)
-    return max(len(group) for group in groups), crosses
+    spans = max(len({number // slice_devices for number in group}) for group in groups)
+    return max(len(group) for group in groups), spans
 
 
 def _mesh_groups(mesh: str, device_ids: str | None, named: str) -> np.ndarray:
@@ -261,7 +262,8 @@ class Program:
         if opcode in FREE or opcode.endswith(("-done", "-update")):
             return Cost()
         flops = self._flops(instruction, shapes)
-        if opcode == "custom-call" and KERNEL in instruction.attributes and self._kernel_flops(instruction) is None:
+        is_kernel = opcode == "custom-call" and KERNELS.search(instruction.attributes)
+        if is_kernel and self._kernel_flops(instruction) is None:
             return Cost(0.0, self._bytes(instruction, shapes), uncounted=frozenset([instruction.name.split(".")[0]]))
         if kind in COLLECTIVES:
             return Cost(flops, self._bytes(instruction, shapes), self._collective(instruction, kind, shapes))
@@ -312,7 +314,7 @@ class Program:
         if step is None:
             return None
         start = self._constant(computation, computation.instructions[loop.operands[0]], place)
-        return -(-(int(limit.text) - (start or 0)) // step)
+        return None if start is None else max(0, -(-(int(limit.text) - start) // step))
 
     def _step(self, body: Computation, place: int) -> int | None:
         """By how much a loop's counter grows; None where that is not a constant."""
@@ -336,16 +338,21 @@ class Program:
         return int(element.text) if element.opcode == "constant" and re.fullmatch(r"-?\d+", element.text) else None
 
     def _collective(self, instruction: Instruction, kind: str, shapes: dict[str, Shape]) -> Counter:
-        size, crosses = _groups(instruction, self.devices, self.slice_devices)
+        size, slices = _groups(instruction, self.devices, self.slice_devices)
         given = sum(shapes[operand].bytes for operand in instruction.operands if operand in shapes)
-        part = (size - 1) / size
+        inner = size // slices
+        if kind == "collective-permute":
+            return Counter({(kind, size, slices > 1): given})
         if kind == "all-gather":
-            sent = given * (size - 1)
-        elif kind == "all-reduce":
-            sent = 2 * given * part
+            inside, between = given * slices * (inner - 1), given * (slices - 1)
+        elif kind in ("all-reduce", "reduce-scatter"):
+            twice = 2 if kind == "all-reduce" else 1
+            inside, between = (twice * given * (n - 1) / n for n in (inner, slices))
+            between /= inner
         else:
-            sent = given if kind == "collective-permute" else given * part
-        return Counter({(kind, size, crosses): sent})
+            inside, between = given * (inner - 1) / size, given * (size - inner) / size
+        sent = {(kind, inner, False): inside, (kind, slices, True): between}
+        return Counter({key: value for key, value in sent.items() if value})
 
     def _bytes(self, instruction: Instruction, shapes: dict[str, Shape]) -> float:
         opcode = instruction.opcode
@@ -354,7 +361,7 @@ class Program:
         if opcode == "fusion":
             return self._fusion_bytes(instruction, operands)
         if opcode.endswith("-start"):  # the tuple repeats the operands
-            results = results[len(operands) :][: len(operands)] if opcode != "copy-start" else results[:1]
+            results = (results[len(operands) :] or results)[: len(operands)] if opcode != "copy-start" else results[:1]
         if opcode in ("dynamic-slice", "slice", "gather"):
             operands = [dataclasses.replace(results[0], on_chip=operands[0].on_chip), *operands[1:]]
         elif opcode in ("dynamic-update-slice", "scatter"):

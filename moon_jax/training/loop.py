@@ -123,15 +123,6 @@ def abstract_state(config: config_lib.Config, rows: object, mesh: jax.sharding.M
     )
 
 
-def check_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError for a batch that the mesh does not divide."""
-    shards = sharding.rows(mesh).num_devices // mesh.shape["tensor"]
-    if config.data.batch % shards:
-        raise UserError(
-            f"config.data.batch: {config.data.batch} triplets do not divide over {shards} shards of the mesh"
-        )
-
-
 def lower_step(config: config_lib.Config, state: TrainState, batch: Batch) -> jax.stages.Lowered:
     """The training step for the mesh in use, which may be of devices that this machine lacks; both abstract."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -159,6 +150,8 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
         raise UserError(f"config: {config!r} is no Config; moon_jax.config.load gives one by name")
     workdir = Path(workdir)
     check_workdir(config, workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check(config, mesh)
     if config.data.tokenizer:
         text.Tokenizer.load(config.data.tokenizer)  # one that cannot be read is told before the data is
     report = watch.Watch(workdir)
@@ -174,8 +167,6 @@ def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
         (workdir / "base.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     dataset = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))
 
-    mesh = sharding.make_mesh(config.mesh)
-    check_batch(config, mesh)
     steps = config.training.steps
     with jax.set_mesh(mesh):
         sample: Batch = dataset[0]

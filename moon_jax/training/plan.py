@@ -60,6 +60,9 @@ CHIPS = {
     "NVIDIA A100-SXM4-80GB": Chip(3.12e14, 80e9, 2.04e12),
     "NVIDIA A100-SXM4-40GB": Chip(3.12e14, 40e9, 1.56e12),
 }
+TOLD = ("experts.dispatch", "experts.capacity", "training.remat", "training.dtype")
+"""Options that decide much of what a step costs, and are told with it."""
+
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.axes)
 
 
@@ -74,7 +77,8 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     chip = (shaped or counted).group(1) if shaped or counted else ""
     chip = {"v5litepod": "v5e"}.get(chip, chip)
     if chip not in TPUS:
-        raise UserError(f"--topology {name}: give a shape such as v5p:4x4x4, or a name such as v5p-128, of {TPUS}")
+        known = ", ".join(TPUS)
+        raise UserError(f"--topology {name}: give a shape such as v5p:4x4x4, or a name such as v5p-128, of {known}")
     axes = CHIPS[chip].axes
     if shaped:
         sizes = tuple(int(size) for size in shaped.group(2).split("x"))
@@ -97,16 +101,18 @@ def devices_of(chip: str, shape: tuple[int, ...], slices: int = 1) -> list[Any]:
     Raises:
         UserError: libtpu is not installed, or knows no such slice.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # libtpu is to ask no metadata server, share the machine with others of its kind, and not warn of what is not here.
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for variable, value in (quiet | {"TPU_ACCELERATOR_TYPE": f"{chip}-8", "TPU_WORKER_ID": "0"}).items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     name = f"{chip}:{'x'.join(map(str, shape))}"
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices)
     except Exception as error:
-        if "libtpu" in str(error) or isinstance(error, NotImplementedError):
-            raise UserError(f"--topology {name}: needs libtpu; pip install 'moon_jax[tpu]'") from None
+        if "TPU support not installed" in str(error) or "libtpu" in str(error):
+            raise UserError(f"--topology {name}: needs libtpu; pip install -e '.[tpu]'") from None
         raise UserError(f"--topology {name}: libtpu refuses it ({str(error).splitlines()[0]})") from None
 
 
@@ -170,6 +176,7 @@ class Plan:
     chips: int
     slices: int
     mesh: dict[str, int]
+    options: dict[str, Any]  # those of TOLD
     triplets: int  # of the global batch
     parameters: int
     compile_seconds: float
@@ -184,8 +191,8 @@ class Plan:
     uncounted: list[str]  # loops and kernels whose work could not be read
     seconds: dict[str, float]  # compute, memory, links, network: each at full speed
     step_seconds: float | None  # the longest of them
-    bound: str  # which that is
-    utilization: float | None  # of the peak by model_flops at that bound
+    bound: str | None  # which that is
+    utilization: float | None  # of the chip's peak by model_flops, in the measured step or at that bound
     triplets_per_second: float | None
     measured_step_seconds: float | None  # on this machine; None where it was only compiled
 
@@ -196,6 +203,31 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         return None if self.memory_bytes is None else self.held_bytes <= self.memory_bytes
+
+
+def machine_of(topology: str, slices: int) -> tuple[str, str, list[Any]]:
+    """The kind of chip, how the machine is called, and its devices; without a topology those of this machine."""
+    if not topology:
+        devices = jax.devices()
+        chip = devices[0].device_kind
+        return chip, f"this machine, {len(devices)} x {chip}", devices
+    chip, shape = parse_topology(topology)
+    machine = f"{chip}:{'x'.join(map(str, shape))}" + (f" x {slices} slices" if slices > 1 else "")
+    return chip, machine, devices_of(chip, shape, slices)
+
+
+def check(config: config_lib.Config, topology: str = "", slices: int = 1) -> None:
+    """Raises what `plan` raises before it compiles."""
+    _check(config, sharding.make_mesh(config.mesh, machine_of(topology, slices)[2]))
+
+
+def _check(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+    sharding.check(config, mesh)
+    if config.data.template != "bare":
+        raise UserError(
+            "config.data.template: a plan knows no template's length; leave it bare, and raise config.data.text_tokens"
+            " by its tokens"
+        )
 
 
 def plan(
@@ -216,21 +248,16 @@ def plan(
     Raises:
         UserError: a topology or a mesh that does not fit, or a step that needs more memory than a chip has.
     """
-    if topology:
-        chip, shape = parse_topology(topology)
-        devices = devices_of(chip, shape, slices)
-        machine = f"{chip}:{'x'.join(map(str, shape))}" + (f" x {slices} slices" if slices > 1 else "")
-    else:
-        devices = jax.devices()
-        chip = devices[0].device_kind
-        machine = f"this machine, {len(devices)} x {chip}"
+    chip, machine, devices = machine_of(topology, slices)
     mesh = sharding.make_mesh(config.mesh, devices)
-    loop.check_batch(config, mesh)
+    _check(config, mesh)
     with jax.set_mesh(mesh):
         batch = abstract_batch(config, mesh)
         state = loop.abstract_state(config, batch.rows, mesh)
         began = time.monotonic()
-        with busy(f"compiling the training step for {machine}"), tempfile.TemporaryDirectory() as dump:
+        axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+        what = f"compiling the training step for {machine}, {axes}"
+        with busy(what), tempfile.TemporaryDirectory() as dump:
             options = backend.compiler_options() | ({"xla_dump_to": dump} if topology else {})
             lowered = loop.lower_step(config, state, batch)
             try:
@@ -254,21 +281,22 @@ def _assemble(
     measured: float | None, *, config_name: str, machine: str, parameters: int, compile_seconds: float, memory: Any,
 ) -> Plan:  # fmt: skip
     seconds = {}
-    if chip:
+    if chip and chip.axes:  # a GPU's program calls libraries whose work cannot be read
         seconds = {"compute": cost.flops / chip.flops, "memory": cost.bytes / chip.bandwidth}
         inside = sum(sent for (_, _, crosses), sent in cost.collectives.items() if not crosses)
         across = sum(sent for (_, _, crosses), sent in cost.collectives.items() if crosses)
-        if chip.link:
-            seconds |= {"links": inside / (2 * chip.link), "network": across / chip.network}
-    bound = max(seconds, key=seconds.get, default="")
+        seconds |= {"links": inside / (2 * chip.link), "network": across / chip.network}
+    bound = max(seconds, key=seconds.get, default=None)
     step = seconds.get(bound)
     ideal = model_flops(config) / chips
+    taken = measured or step
     return Plan(
         config=config_name,
         machine=machine,
         chips=chips,
         slices=slices,
         mesh=dict(mesh.shape),
+        options={name: config_lib.leaves(config)[name] for name in TOLD},
         triplets=config.data.batch,
         parameters=parameters,
         compile_seconds=round(compile_seconds, 1),
@@ -287,8 +315,8 @@ def _assemble(
         seconds=seconds,
         step_seconds=step,
         bound=bound,
-        utilization=ideal / chip.flops / step if chip and step else None,
-        triplets_per_second=config.data.batch / step if step else None,
+        utilization=ideal / chip.flops / taken if chip and taken else None,
+        triplets_per_second=config.data.batch / taken if taken else None,
         measured_step_seconds=measured,
     )
 
@@ -325,12 +353,14 @@ def table(plans: list[Plan]) -> Table:
         of = f" of {_amount(one.memory_bytes, 'B')}, {verdict}" if one.memory_bytes else ""
         return f"{_amount(one.held_bytes, 'B')}{of}"
 
+    for name in ("experts.dispatch", "training.remat"):
+        row(name, lambda one, name=name: str(one.options[name]))
     row("parameters in all", lambda one: f"{one.parameters:,}")
     row("memory", held)
     row("  arguments", lambda one: _amount(one.argument_bytes, "B"))
     row("  temporary", lambda one: _amount(one.temporary_bytes, "B"))
     row("  output beyond them", lambda one: _amount(one.output_bytes, "B"))
-    row("FLOPs", lambda one: _amount(one.flops, "FLOP"))
+    row("FLOPs", lambda one: ("at least " if one.uncounted else "") + _amount(one.flops, "FLOP"))
     row("  the model's own", lambda one: _amount(one.model_flops, "FLOP"))
     row("bytes moved", lambda one: _amount(one.moved_bytes, "B"))
     for kind in dict.fromkeys(kind for one in plans for kind in one.collective_bytes):
@@ -339,10 +369,12 @@ def table(plans: list[Plan]) -> Table:
         for term in ("compute", "memory", "links", "network"):
             row(f"{term} time", lambda one, term=term: f"{1e3 * one.seconds.get(term, 0.0):,.1f} ms")
         row("step, at least", lambda one: f"{1e3 * one.step_seconds:,.1f} ms, by {one.bound}")
-        row("model-FLOPs utilisation, at most", lambda one: f"{one.utilization:.1%}")
-        row("triplets a second, at most", lambda one: f"{one.triplets_per_second:,.0f}")
+    limit = ", at most" if any(one.seconds for one in plans) else ""
     if any(one.measured_step_seconds for one in plans):
         row("step, measured", lambda one: f"{1e3 * one.measured_step_seconds:,.1f} ms")
+    if any(one.utilization for one in plans):
+        row(f"model-FLOPs utilisation{limit}", lambda one: f"{one.utilization:.1%}")
+    row(f"triplets a second{limit}", lambda one: f"{one.triplets_per_second:,.0f}")
     if any(one.uncounted for one in plans):
         row("not counted", lambda one: f"{len(one.uncounted)} loops or kernels")
     row("compiled in", lambda one: f"{one.compile_seconds:,.0f} s")
@@ -368,14 +400,23 @@ def _too_large(message: str, machine: str) -> str:
     )
 
 
+def full_rows(rows: Any, text: int) -> Any:
+    """Rows in which every token is valid: a text, then images and text, whose pixels and words are all alike."""
+    length = rows.segment.shape[1]
+    segment, span = np.ones_like(rows.segment), np.zeros_like(rows.span)
+    segment[:, text:] = 2
+    span[:] = [(0, text), (text, max(text + 1, length - text)), (text, length)]
+    view = np.broadcast_to(np.array([1, 2, 3], rows.view.dtype), rows.view.shape)
+    return rows.replace(segment=segment, span=span, view=view, image_hw=np.full_like(rows.image_hw, 2))
+
+
 def _measure(compiled: Any, config: config_lib.Config, state: Any, batch: Any, busy: Callable, steps: int = 5) -> float:
-    """Seconds of a step on this machine: the median of some, on empty rows with every token valid."""
+    """Seconds of a step on this machine: the median of some, on full rows of zeros."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     rows = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), batch)
-    full = rows.rows.replace(segment=np.ones_like(rows.rows.segment), view=np.ones_like(rows.rows.view))
-    rows = rows.replace(
-        rows=full, weight=np.ones_like(rows.weight), product=np.arange(len(rows.product), dtype=np.int32)
-    )
+    product = np.arange(len(rows.product), dtype=np.int32)
+    full = full_rows(rows.rows, config.data.text_tokens)
+    rows = rows.replace(rows=full, weight=np.ones_like(rows.weight), product=product)
     given = jax.device_put(rows, jax.tree.map(lambda leaf: leaf.sharding, batch))
     create = jax.jit(lambda: nn.unbox(initial_state(config, rows.rows)), out_shardings=shardings)
     found = []

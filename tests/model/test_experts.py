@@ -184,7 +184,7 @@ def test_the_bank_of_a_gpu_equals_the_oracle(case, monkeypatch):
 
 def test_a_gpu_without_its_kernel_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
-    with pytest.raises(UserError, match=r"on a GPU the grouped matmul is tokamax's; pip install 'moon_jax\[cuda\]'"):
+    with pytest.raises(UserError, match=r"on a GPU the grouped matmul is tokamax's; pip install -e '.\[cuda\]'"):
         both(4, 2, "balanced", "gpu", monkeypatch)
 
 
