@@ -229,6 +229,7 @@ def test_a_template_may_hold_any_sign(tmp_path):
         {"language.pooling": "last"},
         {"data.template": "<|image_pad|>{}"},
         {"training.param_dtype": "bfloat16"},
+        {"experts.router_term": "hard", "experts.per_token": 1},
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ import moon_jax
 from moon_jax import sharding
 from moon_jax.config import UserError
 from moon_jax.data import pipeline
+from moon_jax.model import experts, router
 from moon_jax.model.encoder import Encoder
 from moon_jax.training import loop
 from moon_jax.training import step as step_lib
@@ -63,6 +65,8 @@ def test_learning_rates_by_group_and_decay_by_name(batch):
         "temperature": 1,
         "router": 1,
     }
+    term = [jax.tree_util.DictKey("encoder"), jax.tree_util.DictKey("router_term")]
+    assert step_lib.parameter_group(tuple(term)) == "router" and not step_lib.is_decayed(tuple(term))
     assert decayed == {"kernel", "gate_up", "down", "router", "token_embedding", "positions", "patch_kernel"}
     # Adam's first update has length 1 per entry: the change is each group's learning rate at step 0 of the schedule.
     grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
@@ -179,8 +183,25 @@ def test_only_training_drops(batch):
     dropped = np.asarray(metrics["dropped"])
     assert dropped.shape == (2,) and (dropped > 0.2).all() and (dropped < 0.9).all()
     assert not np.asarray(served.dropped).any()
-    plain = jax.jit(Encoder(tiny()).apply)({"params": state.params["encoder"]}, batch.rows)
-    np.testing.assert_allclose(served.embedding, plain.embedding, atol=1e-5)
+    alone = jax.jit(Encoder(config).apply)({"params": state.params["encoder"]}, batch.rows)  # no mesh: as it is served
+    np.testing.assert_allclose(served.embedding, alone.embedding, atol=1e-5)
+
+
+def test_a_shard_drops_what_exceeds_its_own_room(batch):
+    """The share dropped is that of the shards' own capacity, not of the whole batch's: by hand from the routing."""
+    config = tiny(experts__dispatch="expert_parallel", experts__capacity=0.3, mesh__expert=4, mesh__data=2)
+    tokens = batch.rows.tokens.size // 8
+    room = -(-math.ceil(0.3 * tokens * 2 / 4) // 8) * 8
+    gate = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(4), batch.rows.tokens.size), jnp.float32)
+    index = jax.lax.top_k(gate, 2)[1]
+    routing = router.Routing(gate=gate, index=index, prob=gate, logsumexp=gate[:, 0])
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        assert sharding.shards() == 8
+        assert experts.capacity_of(tokens, 2, 4, 0.3) == room < tokens
+        keep = np.asarray(router.keep_strongest(routing, jnp.ones(index.shape[0], bool), room, sharding.shards()))
+    kept = np.where(keep, np.asarray(index), -1).reshape(8, -1)
+    assert all((kept == expert).sum(axis=1).max() == room for expert in range(4))
 
 
 @pytest.mark.parametrize("term", ["learned", "hard"])
