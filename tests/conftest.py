@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Collectives one by one: see backend.compiler_options.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
