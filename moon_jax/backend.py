@@ -22,7 +22,7 @@ def compiler_options() -> dict[str, str | bool]:
     from run to run in their last bits, and a resumed run from an undisturbed one. XLA's own code does not, and the
     quickstart's step is 10% faster with it.
 
-    Simulated devices share the processor's few threads. Left to itself XLA runs independent collectives at a time, devices
+    Simulated devices share a few threads. Left to itself XLA runs independent collectives at a time, the devices
     wait for each other in different ones, and the process is ended.
     """
     if platform() != "cpu":
