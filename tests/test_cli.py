@@ -221,6 +221,7 @@ def run(catalogue, workdir, prefix):
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.long
 def test_a_full_disk(catalogue, tmp_path):
     """A file system of 400 KB: a checkpoint of this model is larger."""
     full = tmp_path / "full"
@@ -284,7 +285,7 @@ def start(catalogue, workdir):
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("delay", [0.3, 1.5, 3.0, 6.0])
+@pytest.mark.parametrize("delay", [0.3, 1.5, 3.0, pytest.param(6.0, marks=pytest.mark.long)])
 def test_ctrl_c_is_never_lost(catalogue, tmp_path, delay):
     process = start(catalogue, tmp_path / "w")
     time.sleep(delay)
