@@ -145,7 +145,7 @@ def placed():
             yield pytest.param(count, per_token, number, id=f"{name}-{count}-{per_token}", marks=marks)
 
 
-@pytest.mark.parametrize(("count", "per_token", "number"), placed())
+@pytest.mark.parametrize(("count", "per_token", "number"), list(placed()))
 def test_strategies_equal_the_oracle(count, per_token, number):
     """Dropless ones, and expert_parallel with a capacity of half the even share too."""
     axes = dict(data=1) if number is None else meshes(count)[number]
