@@ -52,6 +52,8 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One line of HLO: `name = shapes opcode(text), attributes`; `operands` are the names within `text`."""
+
     name: str
     opcode: str
     shapes: tuple[Shape, ...]  # of the result; several for a tuple
@@ -62,6 +64,8 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
+    """A named body of instructions, in the order of the text; `root` is the one whose result it returns."""
+
     name: str
     instructions: dict[str, Instruction]
     root: str

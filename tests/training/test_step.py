@@ -221,3 +221,16 @@ def test_a_router_term_trains(prepared, tokenizer, term):
     else:  # each modality's tokens keep to their own experts: e mod 3
         modality = np.asarray(metrics["modality"])
         assert modality[:, 0, [1, 2]].sum() == modality[:, 1, [0, 2, 3]].sum() == 0 < modality.sum()
+
+
+def test_what_is_kept_is_not_computed_again(batch):
+    """Products in the gradient: fewest where all is kept, most where each layer is computed anew."""
+
+    def products(remat):
+        config = tiny(training__remat=remat)
+        params = jax.eval_shape(functools.partial(step_lib.initial_state, config), batch.rows)
+        value = jax.grad(lambda p: step_lib.loss(p, jax.tree.map(jnp.asarray, batch), config, jnp.int32(0))[0])
+        return str(jax.make_jaxpr(value)(nn.unbox(params).params)).count("dot_general")
+
+    none, selective, full = map(products, ("none", "selective", "full"))
+    assert none < selective < full
