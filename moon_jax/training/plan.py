@@ -265,57 +265,48 @@ def plan(
             except jax.errors.JaxRuntimeError as error:
                 raise UserError(_too_large(str(error), machine)) from None
             text = _optimized(Path(dump)) if topology else compiled.as_text()
-        seconds = time.monotonic() - began
+        compiling = time.monotonic() - began
         measured = None if topology else _measure(compiled, config, state, batch, busy)
     cost = hlo.Program(text, len(devices), slices).cost()
     memory = compiled.memory_analysis()
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    return _assemble(
-        config, CHIPS.get(chip), cost, mesh, len(devices), slices, measured,
-        config_name=name, machine=machine, parameters=parameters, compile_seconds=seconds, memory=memory,
-    )  # fmt: skip
-
-
-def _assemble(
-    config: config_lib.Config, chip: Chip | None, cost: hlo.Cost, mesh: Any, chips: int, slices: int,
-    measured: float | None, *, config_name: str, machine: str, parameters: int, compile_seconds: float, memory: Any,
-) -> Plan:  # fmt: skip
+    kind = CHIPS.get(chip)
     seconds = {}
-    if chip and chip.axes:  # a GPU's program calls libraries whose work cannot be read
-        seconds = {"compute": cost.flops / chip.flops, "memory": cost.bytes / chip.bandwidth}
+    if kind and kind.axes:  # a GPU's program calls libraries whose work cannot be read
+        seconds = {"compute": cost.flops / kind.flops, "memory": cost.bytes / kind.bandwidth}
         inside = sum(sent for (_, _, crosses), sent in cost.collectives.items() if not crosses)
         across = sum(sent for (_, _, crosses), sent in cost.collectives.items() if crosses)
-        seconds |= {"links": inside / (2 * chip.link), "network": across / chip.network}
+        seconds |= {"links": inside / (2 * kind.link), "network": across / kind.network}
     bound = max(seconds, key=seconds.get, default=None)
     step = seconds.get(bound)
-    ideal = model_flops(config) / chips
+    ideal = model_flops(config) / len(devices)
     taken = measured or step
     return Plan(
-        config=config_name,
+        config=name,
         machine=machine,
-        chips=chips,
+        chips=len(devices),
         slices=slices,
         mesh=dict(mesh.shape),
-        options={name: config_lib.leaves(config)[name] for name in TOLD},
+        options={option: config_lib.leaves(config)[option] for option in TOLD},
         triplets=config.data.batch,
         parameters=parameters,
-        compile_seconds=round(compile_seconds, 1),
+        compile_seconds=round(compiling, 1),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        memory_bytes=int(chip.memory) if chip else None,
+        memory_bytes=int(kind.memory) if kind else None,
         flops=cost.flops,
         model_flops=ideal,
         moved_bytes=cost.bytes,
         collective_bytes={
-            f"{kind} over {size}" + (" between slices" if crosses else ""): sent
-            for (kind, size, crosses), sent in sorted(cost.collectives.items(), key=lambda item: -item[1])
+            f"{operation} over {size}" + (" between slices" if crosses else ""): sent
+            for (operation, size, crosses), sent in sorted(cost.collectives.items(), key=lambda item: -item[1])
         },
         uncounted=sorted(cost.uncounted),
         seconds=seconds,
         step_seconds=step,
         bound=bound,
-        utilization=ideal / chip.flops / taken if chip and taken else None,
+        utilization=ideal / kind.flops / taken if kind and taken else None,
         triplets_per_second=config.data.batch / taken if taken else None,
         measured_step_seconds=measured,
     )
