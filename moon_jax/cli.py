@@ -50,10 +50,11 @@ examples:
 
 
 TRAIN = """\
-Trains a config on a catalogue, without judging the model; the same command again resumes. With --init the run begins
-from public weights, of Qwen3-VL 2B to 30B-A3B or of Qwen3-VL-Embedding. Where the config wants experts and the weights
-are dense, every expert begins as a copy of the dense feed-forward. Sizes, pooling and template are those of the
-weights, unless the config says otherwise.
+Trains a config on a catalogue; the same command again resumes, on any number of hosts or devices. With --init the run
+begins from public weights, of Qwen3-VL 2B to 30B-A3B or of Qwen3-VL-Embedding, or from another run's workdir. Where the
+config wants experts and the weights are dense, every expert begins as a copy of the dense feed-forward. Sizes, pooling
+and template are those of the weights, unless the config says otherwise. Several processes find each other on TPU pods
+and SLURM, else by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; launch/ has scripts.
 
 examples:
   moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
@@ -61,8 +62,11 @@ examples:
   moon-jax train --config quickstart --data catalogue/ --workdir runs/scratch --steps 500
   moon-jax train --config moon2_qwen3vl_8b --init models/Qwen3-VL-8B-Instruct --data catalogue/ --workdir runs/8b \\
     --config.mesh.fsdp=8 --config.experts.redrawn=0.5
+  moon-jax train --config quickstart --workdir runs/more --init runs/scratch --config.training.optimizer=lion
+  moon-jax train --config quickstart --workdir runs/watched --config.evaluation.every=50 --profile 10:15
 
---init takes a folder, or hf://owner/name[@revision] of the Hugging Face hub; nothing else asks the network.
+--init takes a folder, or hf://owner/name[@revision] of the Hugging Face hub; nothing else asks the network beyond the
+hosts of the run.
 --config.a.b=VALUE changes any option of the config; moon_jax/config.py has them all with their meaning.
 """
 
@@ -126,8 +130,14 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--data", help="a .parquet or .jsonl file of products, or a folder of them; default: rendered ones"
     )
     train.add_argument("--workdir", required=True, help="where the run lives")
-    train.add_argument("--init", help="a Hugging Face folder or hf://owner/name to begin from; default: random weights")
+    train.add_argument(
+        "--init", help="a workdir, a Hugging Face folder or hf://owner/name to begin from; default: random weights"
+    )
     train.add_argument("--steps", type=int, help="training steps, in place of the config's")
+    train.add_argument("--profile", metavar="FIRST:LAST", help="a profiler trace of these steps, counted from 1")
+    train.add_argument(
+        "--stall-minutes", type=float, default=10.0, help="without a step for so long, show all stacks (default: 10)"
+    )
     export = commands.add_parser("export", help="write a Hugging Face folder", description=EXPORT, **layout)
     export.add_argument("--model", required=True, help="a workdir, a Hugging Face folder, or hf://owner/name")
     export.add_argument("--output", required=True, help="a folder that is new or empty")
@@ -165,7 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0; 2 after a mistake of the user's or a refusal of the system's (disk, permissions), 130 after Ctrl-C.
+        0, also after a stop by SIGTERM; 2 after a mistake of the user's or a refusal of the system's (disk,
+        permissions), 1 where another process of the run was lost, 130 after Ctrl-C.
     """
     try:
         with interrupt.remembered():
@@ -177,7 +188,17 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno not in REMEDIES:
             raise
         return _fail(_refused(error, parsed))
+    except RuntimeError as error:
+        # Several processes compute as one: what the others do not give ends as an error of XLA's.
+        if not interrupt.RELAY.is_set() or type(error).__name__ != "JaxRuntimeError":
+            raise
+        why = str(error).splitlines()[0][:200]
+        _fail(f"another process was lost ({why}); start all again: the run goes on from its newest checkpoint")
+        return 1
     except KeyboardInterrupt:
+        if interrupt.TERMINATED.is_set():
+            _fail("stopped by SIGTERM; the same command goes on from here")
+            return 0
         anew = parsed.command in ("export", "plan")
         goes_on = "nothing was written; the same command starts anew" if anew else "the same command goes on from here"
         _fail(f"interrupted; {goes_on}")
@@ -211,11 +232,21 @@ def _refused(error: OSError, parsed: argparse.Namespace) -> str:
     return f"{place}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"
 
 
+def _hush() -> None:
+    """What Orbax and its tasks log as an error comes to us as an exception, and is told in one line."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def _configured(parsed: argparse.Namespace, overrides: list[str], name: str, init: str = "") -> config_lib.Config:
     """The config of a run: the defaults, what the model to begin from decides, the config's differences, the flags."""
     for flag in ("data", "workdir"):
         if getattr(parsed, flag) == "":
             raise UserError(f"--{flag}: empty; give a path, or leave the flag out")
+        if "://" in (getattr(parsed, flag) or ""):
+            raise UserError(
+                f"--{flag} {getattr(parsed, flag)}: not a folder of this machine; mount it, and give that path"
+            )
     if parsed.steps is not None and parsed.steps < 1:
         raise UserError(f"--steps {parsed.steps}: give 1 or more")
     base = {}
@@ -231,11 +262,12 @@ def _begun(init: str, workdir: Path) -> dict[str, object]:
     """The options that the model to begin from decides. A run that goes on asks its own config, and needs no folder."""
     from moon_jax.hub import folder
 
-    held = config_lib.leaves(config_lib.read_json(path)) if (path := workdir / "config.json").is_file() else {}
-    if held.get("training.init") != init:
-        return folder.settings(folder.locate(init))
-    groups = ("vision.", "language.", "experts.")
-    return {name: value for name, value in held.items() if name.startswith(groups) or name in folder.CARRIED}
+    own = workdir / "config.json"
+    if own.is_file() and config_lib.read_json(own).training.init == init:
+        return folder.of_run(own)
+    if folder.is_workdir(init):
+        return folder.of_run(Path(init) / "config.json")
+    return folder.settings(folder.locate(init))
 
 
 def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -243,12 +275,16 @@ def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     init = parsed.init or ""
     init = init if init.startswith("hf://") else str(Path(init)) if init else ""
     config = _configured(parsed, overrides, parsed.config, init)
-    from moon_jax.training import loop, watch
+    from moon_jax import hosts
+    from moon_jax.evaluation import training
+    from moon_jax.training import watch
 
     interrupt.check()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _hush()
     workdir = Path(parsed.workdir)
-    loop.train(config, workdir)
+    watching = watch.Watching(parsed.profile and watch.parse_profile(parsed.profile), parsed.stall_minutes)
+    hosts.start()
+    training.train(config, workdir, watching)
     export = shlex.join(["moon-jax", "export", "--model", str(workdir), "--output", f"{workdir}-served"])
     watch.Watch(workdir).line(f"the model is in {workdir}; to serve it: {export}")
 
@@ -264,7 +300,7 @@ def run_export(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
     export.refuse_taken(output)
     interrupt.check()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _hush()
     report = watch.Watch()
     trained = embedder.read(parsed.model, track=functools.partial(report.track, "loading"))
     if parsed.dtype:
@@ -339,14 +375,14 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
     # Importing JAX takes seconds; mistakes on the command line are told before.
     from moon_jax.evaluation import report as report_lib
+    from moon_jax.evaluation import training
     from moon_jax.serving import embedder as serving
-    from moon_jax.training import loop, watch
+    from moon_jax.training import watch
 
     interrupt.check()
-    # What Orbax logs as an error comes to us as an exception, and is told in one line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _hush()
     began = time.monotonic()
-    prepared = loop.train(config, workdir)
+    prepared = training.train(config, workdir)
     report = watch.Watch(workdir)
     metrics = report_lib.evaluate(serving.load(workdir), prepared, workdir, report)
     for table in report_lib.tables(metrics):

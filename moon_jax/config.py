@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,15 @@ class Training:
 
     init: str = option("", "Hugging Face folder, or hf://owner/name, whose weights begin the run; empty draws them")
     steps: int = option(22500, "optimiser steps; an epoch of MBE2.0 at batch 256 (paper)")
+    optimizer: str = option("adamw", "any of optax by name")
     learning_rate: float = option(1e-5, "backbone and experts (paper)")
     router_learning_rate: float = option(1e-4, "router (ours)")
     dual_learning_rate: float = option(1e-2, "W* (ours)")
     temperature_learning_rate: float = option(0.0, "log temperatures; 0 keeps them fixed, as the paper does")
+    rates: tuple[str, ...] = option((), "PATTERN=FACTOR of learning rates by path, the first counts; 0 freezes")
     warmup: float = option(0.03, "share of the steps that warm up")
     min_warmup: int = option(100, "least number of warm-up steps")
-    betas: tuple[float, float] = option((0.9, 0.98), "decay of AdamW's two moments")
+    betas: tuple[float, float] = option((0.9, 0.98), "decay of the optimizer's moments, where it has them")
     weight_decay: float = option(0.05, "on matrices only")
     clip: float = option(1.0, "largest global norm of the gradient")
     param_dtype: str = option("float32", "dtype of the parameters")
@@ -147,8 +150,11 @@ class Training:
         "full", "what the backward pass recomputes: full, all of a layer; selective, no product with weights; none"
     )
     log_every: int = option(10, "steps between metric lines")
+    bad_steps: int = option(20, "so many steps in a row that are not finite end the run")
     save_every: int = option(500, "steps between checkpoints")
     keep: int = option(3, "newest checkpoints that are kept")
+    keep_every: int = option(0, "checkpoints of every so many steps are kept as well; 0 keeps none")
+    keep_best: int = option(0, "of the evaluated ones so many of the highest mean R@10 are kept as well")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +169,9 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How queries are altered where query and candidate share a modality."""
+    """When the model is judged, and how queries are altered where query and candidate share a modality."""
+
+    every: int = option(0, "steps between evaluations while training; 0 leaves them to the end")
 
     keep_word: float = option(0.5, "each word of the query is kept with this probability, at least one")
     crop: tuple[float, float] = option((0.6, 0.9), "area of the crop of the query's image")
@@ -217,17 +225,22 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple of numbers"}
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple of such values"}
 
-ANY_LENGTH = ("vision.deepstack", "experts.dense_layers", "objective.matryoshka")
-"""Options that hold as many integers as one likes."""
+ANY_LENGTH = {
+    "vision.deepstack": int,
+    "experts.dense_layers": int,
+    "objective.matryoshka": int,
+    "training.rates": str,
+}
+"""Options that hold as many values as one likes, of this type."""
 
 
 def _coerce(name: str, value: Any, default: Any) -> Any:
     """`value` as the type of `default`, or an error that names the option."""
     if isinstance(default, tuple):
         if isinstance(value, list | tuple) and (len(value) == len(default) or name in ANY_LENGTH):
-            kind = type(default[0]) if default else int
+            kind = ANY_LENGTH.get(name) or type(default[0])
             return tuple(_coerce(name, item, kind()) for item in value)
     elif isinstance(default, bool):
         if isinstance(value, bool):
@@ -271,7 +284,8 @@ def check(config: Config) -> Config:
     """Refuses what cannot work, in one line each; returns `config`."""
     language, vision, experts = config.language, config.vision, config.experts
     unbounded = ("vision.deepstack", "experts.dense_layers", "objective.margin")
-    may_be_zero = ("seed", "evaluation.seed", "experts.count", "training.min_warmup")
+    may_be_zero = ("seed", "evaluation.seed", "evaluation.every", "experts.count", "training.min_warmup")
+    may_be_zero += ("training.keep_every", "training.keep_best")
     for name, value in leaves(config).items():
         if isinstance(value, bool) or name.startswith("mesh.") or name in unbounded:
             continue
@@ -352,6 +366,14 @@ def check(config: Config) -> Config:
         (min(config.objective.temperature) > 0, "objective.temperature must be positive"),
         (max(config.training.betas) < 1, "training.betas must lie below 1"),
         (config.training.remat in ("full", "selective", "none"), "training.remat must be full, selective or none"),
+        (
+            all(re.fullmatch(r"[^=]+=[0-9.e+-]*[0-9.]", rate) for rate in config.training.rates),
+            "training.rates must be of the form PATTERN=FACTOR, such as encoder/vision/*=0",
+        ),
+        (
+            config.training.keep_best == 0 or config.evaluation.every > 0,
+            "training.keep_best keeps what evaluations found best: set evaluation.every",
+        ),
         (
             {config.training.dtype, config.training.param_dtype} <= {"float32", "bfloat16"},
             "training.dtype and training.param_dtype must be float32 or bfloat16",
@@ -465,3 +487,9 @@ def from_json(text: str, where: str) -> Config:
 def warmup_steps(training: Training) -> int:
     """Warm-up steps of a run: a share of it, at least `min_warmup`, never more than half of it."""
     return min(max(round(training.warmup * training.steps), training.min_warmup), training.steps // 2)
+
+
+def rates(training: Training) -> list[tuple[str, float]]:
+    """Patterns of parameter paths with the factors of their learning rates (`training.rates`)."""
+    pairs = (rate.rpartition("=") for rate in training.rates)
+    return [(pattern, float(factor)) for pattern, _, factor in pairs]

@@ -1,8 +1,9 @@
-"""Ctrl-C that is never lost, and never strikes inside a library.
+"""Ctrl-C and SIGTERM that are never lost, and never strike inside a library.
 
 A KeyboardInterrupt vanishes where a library swallows every exception (an optional import, a callback from C), and has
 crashed C extensions while they were imported. So the first Ctrl-C is only remembered, and whoever reports progress asks
-for it; the second one ends the process. Imports nothing that is slow.
+for it; the second one ends the process. SIGTERM, by which clusters announce that a machine will be taken, is remembered
+likewise. Imports nothing that is slow.
 """
 
 import contextlib
@@ -14,28 +15,52 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 REQUESTED = threading.Event()
+"""Work shall stop at the next place where nothing is lost."""
+
+TERMINATED = threading.Event()
+"""It shall stop for a SIGTERM, not for Ctrl-C."""
+
+RELAY = threading.Event()
+"""Several processes run together (hosts.py): Ctrl-C shall become a SIGTERM, on which they agree."""
+
+_PRESSED = threading.Event()
 
 
 @contextlib.contextmanager
 def remembered() -> Iterator[None]:
-    """Within it the first Ctrl-C is remembered."""
-    REQUESTED.clear()
-    before = signal.signal(signal.SIGINT, _remember)
+    """Within it the first Ctrl-C, and any SIGTERM, is remembered."""
+    for event in (REQUESTED, TERMINATED, _PRESSED):
+        event.clear()
+    before = {kind: signal.signal(kind, _remember) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
-def _remember(*_: object) -> None:
-    if REQUESTED.is_set():
+def _remember(kind: int, _: object) -> None:
+    if kind == signal.SIGTERM:
+        terminate()
+        return
+    if _PRESSED.is_set():
         os._exit(130)
-    REQUESTED.set()
+    _PRESSED.set()
     print("\nstopping after this piece of work; Ctrl-C again stops at once", file=sys.stderr)
+    if RELAY.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)  # JAX's own handler has taken the place of ours
+    else:
+        REQUESTED.set()
+
+
+def terminate() -> None:
+    """Asks for the stop that a SIGTERM asks for."""
+    TERMINATED.set()
+    REQUESTED.set()
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt if Ctrl-C was pressed."""
+    """Raises KeyboardInterrupt if a stop was asked for."""
     if REQUESTED.is_set():
         raise KeyboardInterrupt
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
-from moon_jax.types import Array
+from moon_jax.types import Array, Batch
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
@@ -93,6 +95,18 @@ def of_variables(mesh: Mesh, variables: Any) -> Any:
     Raises:
         UserError: an axis of the mesh that does not divide the axis of a variable that it is to divide; names both.
     """
+
+    def named(box: Any) -> Any:
+        """An optimizer may keep less of a matrix than the matrix, say the means of its rows: that is replicated."""
+        if not isinstance(box, nn.LogicallyPartitioned):
+            return box
+        if len(box.names) != len(box.value.shape):
+            return box.value
+        whole = [None if size == 1 else name for name, size in zip(box.names, box.value.shape, strict=True)]
+        return box.replace(names=tuple(whole))
+
+    is_box = lambda node: isinstance(node, nn.LogicallyPartitioned)  # noqa: E731
+    variables = jax.tree.map(named, variables, is_leaf=is_box)
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(variables), mesh, RULES)
 
     def check(path: tuple[Any, ...], leaf: Any, sharding: NamedSharding) -> None:
@@ -142,3 +156,52 @@ def lookup(table: Array, index: Array) -> Array:
 def rows(mesh: Mesh) -> NamedSharding:
     """The sharding of everything whose first axis is R or B."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def share(mesh: Mesh, count: int) -> list[int]:
+    """Which of `count` rows this process's devices hold, rising.
+
+    Raises:
+        UserError: another process would hold more of them, or fewer.
+    """
+    places = rows(mesh).devices_indices_map((count,))
+    held: dict[int, set[int]] = {}
+    for device, (part,) in places.items():
+        held.setdefault(device.process_index, set()).update(range(*part.indices(count)))
+    sizes = {index: len(numbers) for index, numbers in held.items()}
+    if len({*sizes.values()}) > 1:
+        told = ", ".join(f"{size} in process {index}" for index, size in sorted(sizes.items()))
+        raise UserError(f"config.mesh: rows do not divide evenly over processes ({told}); give all as many devices")
+    return sorted(held[jax.process_index()])
+
+
+def spread(mesh: Mesh, tree: Any, held: Sequence[int] | None = None, count: int = 0) -> Any:
+    """Numpy arrays on the devices, divided along their first axis as rows are.
+
+    Args:
+        held: the rows that the arrays hold, of `count`: what `share` gives. By default they are whole.
+    """
+    start_of = {number: index for index, number in enumerate(held or ())}
+
+    def put(array: np.ndarray) -> Array:
+        whole = count if held else len(array)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, stop, _ = index[0].indices(whole)
+            begin = start_of[first] if held else first
+            return array[begin : begin + stop - first]
+
+        return jax.make_array_from_callback((whole, *array.shape[1:]), rows(mesh), part)
+
+    return jax.tree.map(put, tree)
+
+
+def place(mesh: Mesh, batch: Batch, held: Sequence[int]) -> Batch:
+    """A batch on the devices.
+
+    Args:
+        batch: numpy arrays; its `rows` are the ones that this process holds, the rest of it is whole.
+        held: their numbers, what `share` gives.
+    """
+    local = spread(mesh, batch.rows, held, len(batch.product))
+    return spread(mesh, batch.replace(rows=None)).replace(rows=local)

@@ -135,3 +135,4 @@ class TrainState:
     params: Any  # {"encoder": …, "alignment": {"dual" f32[L,E,M] if L > 0, "log_temperature" f32[2]}}
     opt_state: Any
     bad_steps: Array  # i32[]: steps skipped because the loss or a gradient was not finite
+    bad_in_a_row: Array  # i32[]: those of them that nothing finite has followed yet

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# Most of the time goes into compiling: LLVM shall not try hard.
+QUICK = "--xla_backend_optimization_level=0"
 # Collectives one by one: see backend.compiler_options.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+FLAGS = f"--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false {QUICK}"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -29,10 +31,11 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def environment() -> dict[str, str]:
-    """For a process that tests start: one device, and the same compilation cache."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """For a process that tests start: so many simulated devices, and the same compilation cache."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-    return {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | cache
+    flags = FLAGS.replace("device_count=8", f"device_count={devices}")
+    return os.environ | cache | {"XLA_FLAGS": flags}
 
 
 COLOURS = {"red": (200, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 200), "yellow": (220, 210, 40)}

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import moon_jax
 from moon_jax import cli, interrupt
 from moon_jax.training import watch
 from tests.conftest import SCHEMA, jpeg, overrides, tiny
@@ -213,11 +214,11 @@ def test_a_damaged_checkpoint(capsys, catalogue, trained, tmp_path):
         if file.is_file():
             file.write_bytes(b"")
     told = one_line(capsys, *arguments(catalogue, workdir))
-    assert f"{workdir / 'checkpoints' / '4'}: not a readable checkpoint" in told
+    assert f"{workdir / 'checkpoints'}: no checkpoint is whole, all are damaged: 4 (" in told
 
 
-def run(catalogue, workdir, prefix):
-    command = [*prefix, sys.executable, "-m", "moon_jax.cli", "quickstart", *arguments(catalogue, workdir)]
+def run(catalogue, workdir, prefix, *more):
+    command = [*prefix, sys.executable, "-m", "moon_jax.cli", "quickstart", *arguments(catalogue, workdir), *more]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
@@ -238,11 +239,25 @@ def test_a_full_disk(catalogue, tmp_path):
 
 
 def test_a_disk_that_refuses_large_files(catalogue, tmp_path):
-    done = run(catalogue, tmp_path / "w", ["sh", "-c", 'ulimit -f 200 && exec "$@"', "sh"])
+    """The save fails behind the scenes. It is seen within some steps, and the older checkpoint is whole."""
+    workdir = tmp_path / "w"
+    process = start(catalogue, workdir, "--config.training.save_every=5")
+    while process.poll() is None and not (workdir / "checkpoints" / "5").is_dir():
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    older = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    limited = ["sh", "-c", 'ulimit -f 200 && exec "$@"', "sh"]
+    done = run(catalogue, workdir, limited, "--config.training.steps=100000", "--config.training.save_every=20")
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     # TensorStore's threads may have said more before; the last line is ours, and says what to do.
-    assert last.startswith("moon-jax: ") and os.strerror(errno.EFBIG) in last and str(tmp_path / "w") in last
+    assert last.startswith("moon-jax: ") and os.strerror(errno.EFBIG) in last and str(workdir) in last
+    steps = (workdir / "metrics.jsonl").read_bytes().count(b"\n")
+    failing = (older // 20 + 1) * 20
+    assert f"resuming {workdir} at step {older} " in done.stdout and failing <= steps < failing + 20
+    assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()] == [str(older)]
+    assert moon_jax.load(workdir).step == older
 
 
 @pytest.fixture
@@ -279,9 +294,9 @@ def test_no_permission_to_read(capsys, foreign, closed):
 # --- Ctrl-C -------------------------------------------------------------------------------------------------------
 
 
-def start(catalogue, workdir):
+def start(catalogue, workdir, *more):
     command = [sys.executable, "-m", "moon_jax.cli", "quickstart", *arguments(catalogue, workdir)]
-    command += ["--config.training.steps=100000"]
+    command += ["--config.training.steps=100000", *more]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

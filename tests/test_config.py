@@ -42,7 +42,7 @@ def test_an_unknown_key_names_the_closest():
     ("argument", "message"),
     [
         ("--config.experts.count='many'", "config.experts.count: 'many' is not a whole number"),
-        ("--config.data.crop=3", "config.data.crop: 3 is not a tuple of numbers"),
+        ("--config.data.crop=3", "config.data.crop: 3 is not a tuple of such values"),
         ("--verbose", "--verbose: not understood"),
         ("--config.experts.per_token=9", "experts.per_token must lie between"),
         ("--config.experts.dispatch=alltoall", "experts.dispatch must be grouped, expert_parallel or dense"),

@@ -13,6 +13,7 @@ ORDER = [
     "config",
     "interrupt",
     "backend",
+    "hosts",
     "sharding",
     "similarity",
     "data",

@@ -83,47 +83,56 @@ class Reader:
         return rows_lib.segments(tokens, patches, self.tokenizer, merge, views, self.template, term)
 
 
-def batches(prepared: Prepared, reader: Reader) -> grain.MapDataset[Batch]:
-    """The endless dataset whose element `step` is that step's batch, as numpy arrays."""
+STEPS = 2**40
+"""Length of a dataset that nobody reads to its end."""
+
+
+def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = None) -> grain.MapDataset[Batch]:
+    """The endless dataset whose element `step` is that step's batch, as numpy arrays.
+
+    Args:
+        share: the rows of the batch, rising, that this process reads, its `rows`; the rest of a Batch, which costs
+            nothing, is whole. All rows by default. What a row holds does not depend on who reads it.
+    """
     config = reader.config
     layout = rows_lib.Layout.of(config, reader.template)
-    data = config.data
+    data, count = config.data, 3 * config.data.batch
+    share = range(count) if share is None else share
     query_alteration = Alteration(data.keep_word, 2, data.crop, data.mirror)
+    order = grain.MapDataset.range(len(prepared.triplets)).seed(config.seed).shuffle().repeat()
 
-    def read(index: int, rng: np.random.Generator) -> tuple[int, list[list[rows_lib.Segment]]]:
-        triplet = prepared.triplets[index]
-        members = []
-        for role, member in enumerate(triplet[:3]):
-            alteration = query_alteration if role == 0 else None
-            product = None if member is None else prepared.products[member]
-            try:
-                members.append([] if product is None else reader.read(product, VIEWS, alteration, rng, draw=True))
-            except BadImage as error:
-                raise UserError(f"product {product.id}: image: {error}; it could be read when the run began") from None
-        return index, members
+    def triplets_of(step: int) -> list[int]:
+        return [int(order[step * data.batch + place]) for place in range(data.batch)]
 
-    def collate(elements: Sequence[tuple[int, list[list[rows_lib.Segment]]]]) -> Batch:
-        chosen = [prepared.triplets[index] for index, _ in elements]
+    def read(number: int, rng: np.random.Generator) -> list[rows_lib.Segment]:
+        step, row = divmod(number, count)
+        role, place = divmod(row, data.batch)
+        member = prepared.triplets[order[step * data.batch + place]][role]
+        if member is None:
+            return []
+        product, alteration = prepared.products[member], query_alteration if role == 0 else None
+        try:
+            return reader.read(product, VIEWS, alteration, rng, draw=True)
+        except BadImage as error:
+            raise UserError(f"product {product.id}: image: {error}; it could be read when the run began") from None
+
+    every_row = grain.MapDataset.range(STEPS * count).seed(config.seed).random_map(read)
+
+    def batch(step: int) -> Batch:
+        indices = triplets_of(step)
+        chosen = [prepared.triplets[index] for index in indices]
         members = np.array(
             [-1 if triplet[role] is None else triplet[role] for role in range(3) for triplet in chosen], np.int32
         )
-        rows = [[segments[role]] for role in range(3) for _, segments in elements]
         return Batch(
-            rows=rows_lib.pack(rows, layout, reader.tokenizer.pad),
+            rows=rows_lib.pack([[every_row[step * count + row]] for row in share], layout, reader.tokenizer.pad),
             product=members,
             group=np.where(members >= 0, prepared.group[members], -1).astype(np.int32),
             weight=np.array([triplet.weight for triplet in chosen], np.float32),
-            triplet=np.array([index for index, _ in elements], np.int32),
+            triplet=np.array(indices, np.int32),
         )
 
-    return (
-        grain.MapDataset.range(len(prepared.triplets))
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
-        .random_map(read)
-        .batch(data.batch, batch_fn=collate)
-    )
+    return grain.MapDataset.range(STEPS).map(batch)
 
 
 def from_step(dataset: grain.MapDataset[Batch], step: int, threads: int) -> Iterator[Batch]:

@@ -44,6 +44,18 @@ def is_folder(path: Path) -> bool:
     )
 
 
+def is_workdir(path: str | Path) -> bool:
+    """Whether a run of ours lives there."""
+    return (Path(path) / "config.json").is_file() and (Path(path) / "checkpoints").is_dir()
+
+
+def of_run(path: Path) -> dict[str, Any]:
+    """The options that a run's config.json would decide, by dotted name, for one that begins from its parameters."""
+    held = config_lib.leaves(config_lib.read_json(path))
+    groups = ("vision.", "language.", "experts.")
+    return {name: value for name, value in held.items() if name.startswith(groups) or name in CARRIED}
+
+
 def _json_or_nothing(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -13,9 +15,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from moon_jax import backend, similarity
+from moon_jax import backend, sharding, similarity
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.data import rows as rows_lib
@@ -58,12 +61,21 @@ class Embedder:
     A product's vector does not depend on what else is in the batch.
     """
 
-    def __init__(self, config: config_lib.Config, params: Any, tokenizer: Tokenizer, fingerprint: str, step: int):
+    def __init__(
+        self,
+        config: config_lib.Config,
+        params: Any,
+        tokenizer: Tokenizer,
+        fingerprint: str,
+        step: int,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         """
         Args:
             params: of the encoder.
             step: steps it was trained for.
             fingerprint: of weights and tokenizer; vectors with equal ones lie in the same space.
+            mesh: where the parameters lie, if on several devices. All processes that hold a part of them call alike.
         """
         self.config = config
         self.fingerprint = fingerprint
@@ -72,10 +84,22 @@ class Embedder:
         self.reader = Reader(self.config, tokenizer, within_budget=False)
         self._params = params
         encoder = Encoder(self.config)
-        self._encode = jax.jit(
-            lambda params, rows: encoder.apply({"params": params}, rows).embedding,
-            compiler_options=backend.compiler_options(),
-        )
+        self._mesh = mesh
+        with self._placed():
+            self._encode = jax.jit(
+                lambda params, rows: encoder.apply({"params": params}, rows).embedding,
+                out_shardings=NamedSharding(mesh, PartitionSpec()) if mesh else None,
+                compiler_options=backend.compiler_options(),
+            )
+
+    def _placed(self) -> contextlib.AbstractContextManager:
+        return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
+
+    def of(self, params: Any) -> Embedder:
+        """The same with other parameters, without a new compilation."""
+        other = copy.copy(self)
+        other._params = params
+        return other
 
     @property
     def dimension(self) -> int:
@@ -198,7 +222,10 @@ class Embedder:
     ) -> np.ndarray:
         """f32[numbers,G,D]; one product a row, in batches of a few sizes that are filled up with empty rows."""
         largest = batch_size or self.config.evaluation.batch
-        sizes = sorted({size for size in BATCHES if size < largest} | {largest})
+        with self._placed():
+            parts = sharding.shards()  # each takes as many rows
+        wanted = (*(size for size in BATCHES if size < largest), largest)
+        sizes = sorted({-(-size // parts) * parts for size in wanted})
         results = [np.zeros((0, len(VIEWS), self.dimension), np.float32)]
         with ThreadPoolExecutor(self.config.data.threads) as pool:
             for start in range(0, len(numbers), largest):
@@ -207,7 +234,10 @@ class Embedder:
                 size = next(size for size in sizes if size >= len(chunk))
                 rows = [[parts] for parts in segments] + [[]] * (size - len(chunk))
                 packed: Rows = rows_lib.pack(rows, layout.holding(segments), self.reader.tokenizer.pad)
-                results.append(np.asarray(self._encode(self._params, packed))[: len(chunk)])
+                with self._placed():
+                    if self._mesh:
+                        packed = sharding.spread(self._mesh, packed)
+                    results.append(np.asarray(self._encode(self._params, packed))[: len(chunk)])
                 advance(len(chunk))
         return np.concatenate(results)
 

@@ -1,24 +1,66 @@
-"""Checkpoints of a TrainState with Orbax. Parameters are an item of their own, so that a reader needs nothing else."""
+"""Checkpoints of a TrainState with Orbax. Parameters are an item of their own, so that a reader needs nothing else.
+
+A checkpoint also holds `about`: step, config, version of the code, fingerprint of the data, and of every array its
+shape, dtype and a digest. What is read counts only if it is bit for bit what was saved.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
+import json
 import os
 import shutil
+import subprocess
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from moon_jax import config as config_lib
+from moon_jax import hosts
 from moon_jax.config import UserError
-from moon_jax.types import TrainState
+from moon_jax.types import Array, TrainState
 
 ITEMS = ("params", "rest")
+BEST = "R@10"
+"""What `training.keep_best` goes by: the mean of R@10 over all directions, in percent."""
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was saved; says why."""
+
+
+def _split(state: TrainState) -> dict[str, Any]:
+    rest = {name: getattr(state, name) for name in ("step", "opt_state", "bad_steps", "bad_in_a_row")}
+    return {"params": state.params, "rest": rest}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _flatten(items: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(items)}
+
+
+def _as_saved(like: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Abstract arrays in the dtypes that they were saved with: a digest is of bits, before any cast."""
+
+    def one(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(about["arrays"][_name(path)][1]), sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, like)
 
 
 class Checkpoints:
@@ -26,59 +68,137 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, config: config_lib.Training | None = None):
         """Opens for writing with `config`, for reading without."""
+        policies = []
+        if config:
+            policies.append(keep.LatestN(config.keep))
+            if config.keep_every:
+                policies.append(keep.EveryNSteps(config.keep_every))
+            if config.keep_best:
+                score = lambda metrics: metrics[BEST]  # noqa: E731
+                best = keep.BestN(get_metric_fn=score, n=config.keep_best, keep_checkpoints_without_metrics=False)
+                policies.append(best)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep if config else None,
+            preservation_policy=keep.AnyPreservationPolicy(policies) if policies else None,
             create=config is not None,
             cleanup_tmp_directories=config is not None,
         )
         self._folder = (workdir / "checkpoints").absolute()
-        handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS}
+        self._writes = config is not None
+        handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"about": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
-        self._every = config.save_every if config else 0
 
-    def latest(self) -> int | None:
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint, damaged or not."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, step: int, last: bool) -> None:
-        """Saves at every `save_every`-th step and at the last one.
+    def save(self, state: TrainState, step: int, about: dict[str, Any], scores: dict[str, float] | None = None) -> None:
+        """Begins to save, unless this step is saved already; the state may be given away as soon as this returns.
+
+        Args:
+            about: what `describe` gives.
+            scores: {BEST: …} of an evaluation of this state.
 
         Raises:
             UserError: the disk refused this save, or the one before it.
         """
-        if (last or step % self._every == 0) and self.latest() != step:
-            rest = {"step": state.step, "opt_state": state.opt_state, "bad_steps": state.bad_steps}
-            items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(rest)}
-            self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-            with self._disk_errors():
-                self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        if self.newest() == step:
+            return
+        items = _split(state)
+        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        about = _seal(about | {"step": step, "arrays": _arrays(items)})
+        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        with self._disk_errors():
+            args = ocp.args.Composite(**args, about=ocp.args.JsonSave(about))
+            self._manager.save(step, args=args, metrics=scores or None, force=True)
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of `step`; `like` gives shapes, dtypes and shardings.
+    def check(self) -> None:
+        """Looks whether a save under way has failed; takes no time.
 
         Raises:
-            UserError: the checkpoint is of another architecture, or cannot be read.
+            UserError: the disk refused it.
         """
-        rest = {"step": like.step, "opt_state": like.opt_state, "bad_steps": like.bad_steps}
-        found = self._restore(step, {"params": like.params, "rest": rest})
-        return TrainState(params=found["params"], **found["rest"])
+        with self._disk_errors():
+            self._manager.check_for_errors()
 
-    def restore_params(self, step: int, like: Any) -> Any:
-        """The parameters of `step` alone. Raises what `restore` does."""
-        return self._restore(step, {"params": like})["params"]
+    def restore(
+        self, like: TrainState, expected: dict[str, Any], tell: Callable[[str], None]
+    ) -> tuple[int, TrainState] | None:
+        """Step and state of the newest checkpoint that is whole; None where there is none at all.
 
-    def _restore(self, step: int, like: dict[str, Any]) -> Any:
-        place = self._folder / str(step)
-        try:
-            held = self._manager.item_metadata(step)["params"].tree
-        except Exception as error:  # Orbax and TensorStore raise nearly anything on damaged files
-            raise UserError(_unreadable(place, error)) from None
-        _check_architecture(place, held, like["params"])
-        try:
-            return self._manager.restore(
-                step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(item) for name, item in like.items()})
+        Damaged ones that are newer are moved to the workdir's folder `damaged`.
+
+        Args:
+            like: shapes, dtypes and shardings.
+            expected: entries of `about` that must be these, such as the data's fingerprint.
+            tell: is told of damaged ones, a line each.
+
+        Raises:
+            UserError: it is of another architecture, or of other data; or all are damaged.
+        """
+        found = self._newest(_split(like), expected, tell)
+        return found and (found[0], TrainState(params=found[1]["params"], **found[1]["rest"]))
+
+    def restore_params(self, like: Any, tell: Callable[[str], None]) -> tuple[int, Any] | None:
+        """Step and parameters of the newest checkpoint whose parameters are whole. As `restore` otherwise."""
+        found = self._newest({"params": like}, {}, tell)
+        return found and (found[0], found[1]["params"])
+
+    def _newest(self, like: dict[str, Any], expected: dict[str, Any], tell: Callable) -> tuple[int, Any] | None:
+        damaged, problem = [], ""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            items, problem = None, ""
+            place = self._folder / str(step)
+            with hosts.together():
+                try:
+                    about = self._about(step)
+                    _check_architecture(place, about, like)
+                    for name, value in expected.items():
+                        if about[name] != value:
+                            raise UserError(f"{place}: was saved with another {name}, {about[name]}; this is {value}")
+                    args = {name: ocp.args.StandardRestore(item) for name, item in _as_saved(like, about).items()}
+                    items = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
+                except UserError:
+                    raise
+                except Exception as error:  # Orbax and TensorStore raise nearly anything on damaged files
+                    problem = (str(error) or type(error).__name__).splitlines()[0][:200]
+            # One process may have met what the others did not read.
+            problem = next(filter(None, hosts.gather(problem)), "")
+            if not problem:
+                differing = [name for name, entry in _arrays(items).items() if entry != about["arrays"][name]]
+                if not differing:
+                    if self._writes:
+                        self._set_aside(damaged)
+                    return step, jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), items, like)
+                problem = f"{differing[0].removeprefix('params/')} is not what was saved"
+            tell(f"{place}: a damaged checkpoint ({problem}); skipped, the one before is taken")
+            damaged.append(step)
+        if damaged:
+            names = ", ".join(map(str, damaged))
+            raise UserError(
+                f"{self._folder}: no checkpoint is whole, all are damaged: {names} ({problem}); bring one back, or take"
+                " another workdir"
             )
-        except Exception as error:
-            raise UserError(_unreadable(place, error)) from None
+        return None
+
+    def _about(self, step: int) -> dict[str, Any]:
+        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        seal = about.pop("digest")
+        if _seal(about)["digest"] != seal:
+            raise Damaged("about is not what was saved")
+        return about
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves damaged checkpoints out of the way: their steps will be saved anew."""
+        if not steps:
+            return
+        if hosts.first():
+            for step in steps:
+                aside = self._folder.parent / "damaged" / str(step)
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                shutil.move(self._folder / str(step), aside)
+        hosts.gather("")  # the others wait
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits for saves under way.
@@ -120,51 +240,93 @@ class Checkpoints:
             raise
 
 
-def _unreadable(place: Path, error: Exception) -> str:
-    first = (str(error) or type(error).__name__).splitlines()[0][:200]
-    return f"{place}: not a readable checkpoint ({first}); remove it, and the one before it is taken"
+def describe(config: config_lib.Config, fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint says of the run: config, version of the code, fingerprint of the data."""
+    version = metadata.version("moon_jax")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).parent
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+        version += "+" + subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return {"config": json.loads(config_lib.to_json(config)), "version": version, "data": fingerprint}
 
 
-def _check_architecture(place: Path, held: Any, like: Any) -> None:
-    """Raises UserError for the first parameter that the checkpoint and the config do not share."""
+def _seal(about: dict[str, Any]) -> dict[str, Any]:
+    digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return about | {"digest": digest}
 
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
-        }
 
-    there, here = shapes(held), shapes(like)
+def _digest(x: Array) -> Array:
+    """Two checksums of an array's bits and their places, modulo 2^32; u32[2]. Any single flip changes both.
+
+    A sum of integers does not depend on its order, so they are the same on any number of devices and processes, which
+    compute them where the array lies.
+    """
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    sums = []
+    for salt in (2654435761, 2246822519):
+        # Murmur's finalizer: no two words at a place give the same, so a single change always shows.
+        mixed = bits ^ (place * jnp.uint32(salt) + jnp.uint32(salt >> 7))
+        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+        mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+        sums.append((mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32))
+    return jnp.stack(sums)
+
+
+@functools.cache
+def _digests() -> Callable[[list[Array]], Array]:
+    return jax.jit(lambda leaves: jnp.stack([_digest(leaf) for leaf in leaves]))
+
+
+def _arrays(items: dict[str, Any]) -> dict[str, list]:
+    """Shape, dtype and digest of every array by name."""
+    leaves = _flatten(items)
+    sums = np.asarray(_digests()(list(leaves.values())))
+    return {
+        name: [list(leaf.shape), str(leaf.dtype), "".join(f"{number:08x}" for number in pair)]
+        for (name, leaf), pair in zip(leaves.items(), sums.tolist(), strict=True)
+    }
+
+
+def _check_architecture(place: Path, about: dict[str, Any], like: dict[str, Any]) -> None:
+    """Raises UserError for the first array that the checkpoint and the config do not share."""
+    here = {name: tuple(leaf.shape) for name, leaf in _flatten(like).items()}
+    there = {name: tuple(entry[0]) for name, entry in about["arrays"].items() if name.split("/")[0] in like}
     for name in sorted({*there, *here}):
         if there.get(name) != here.get(name):
             raise UserError(
-                f"{place}: a checkpoint of another architecture: {name} has shape {there.get(name, 'none')} there,"
-                f" and {here.get(name, 'none')} by config.json; give the config that it was trained with"
+                f"{place}: a checkpoint of another architecture: {name.removeprefix('params/')} has shape"
+                f" {there.get(name, 'none')} there, and {here.get(name, 'none')} by config.json; give the config that"
+                " it was trained with"
             )
 
 
 def latest_params(workdir: Path, like: Any) -> tuple[int, Any]:
-    """Step and parameters of the newest checkpoint.
+    """Step and parameters of the newest checkpoint that is whole; warns of damaged ones.
 
     Args:
         like: abstract parameters with shardings.
 
     Raises:
-        UserError: none there, of another architecture, or unreadable.
+        UserError: none there, of another architecture, or all are damaged.
     """
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir}: no checkpoints there; train first, or give another model")
     checkpoints = Checkpoints(workdir)
     try:
-        step = checkpoints.latest()
-        if step is None:
+        found = checkpoints.restore_params(like, lambda line: warnings.warn(line, stacklevel=3))
+        if found is None:
             raise UserError(f"{workdir}: its training has not reached a first checkpoint yet")
-        return step, checkpoints.restore_params(step, like)
+        return found
     finally:
         checkpoints.close()
 
 
 def on_one_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """An abstract array on the first device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """An abstract array on the first device of this process."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

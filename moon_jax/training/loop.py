@@ -3,115 +3,51 @@
 from __future__ import annotations
 
 import functools
-import json
-import shutil
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from moon_jax import backend, interrupt, sharding
+from moon_jax import backend, hosts, interrupt, sharding
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
-from moon_jax.data import pipeline, prepare, sources, synthetic, text
+from moon_jax.data import pipeline, prepare, text
+from moon_jax.data import rows as rows_lib
 from moon_jax.hub import folder, weights
-from moon_jax.training import watch
-from moon_jax.training.checkpoints import Checkpoints
+from moon_jax.training import checkpoints as checkpoints_lib
+from moon_jax.training import health, optimizer, watch
+from moon_jax.training import workdir as workdir_lib
 from moon_jax.training.step import initial_state, train_step
 from moon_jax.types import Batch, TrainState
 
+OWN = ("data.path", "data.threads")
+"""Options that each process has for itself."""
 
-def check_workdir(config: config_lib.Config, workdir: Path) -> None:
-    """Refuses a workdir that belongs to another config or to anything else, or that cannot be written.
-
-    Where the data lies and how many threads read it may change; the data itself is held to by its fingerprint.
-    """
-    path = workdir / "config.json"
-    place = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=place) as probe:
-            probe.write(b"0")
-    except OSError as error:
-        raise UserError(f"--workdir {workdir}: {place}: {error.strerror}; give a folder that can be written") from None
-    if not path.exists():
-        others = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
-        others = sorted(name for name in others if name not in ("catalogue", "run.log") and not name.startswith("."))
-        if others:
-            raise UserError(f"--workdir {workdir}: holds no run but {others[0]}; give a folder that is new or empty")
-        return
-    held = config_lib.leaves(config_lib.read_json(path))
-    if bool(held["data.path"]) != bool(config.data.path):
-        what = f"--data {held['data.path']}" if held["data.path"] else "the synthetic catalogue, without --data"
-        raise UserError(f"--workdir {workdir}: holds a run on {what}; give the same, or take another workdir")
-    for name, value in config_lib.leaves(config).items():
-        if held[name] != value and name not in ("data.path", "data.threads"):
-            raise UserError(
-                f"--workdir {workdir}: holds a run with config.{name} = {held[name]!r}, not {value!r};"
-                " take another workdir, or remove this one"
-            )
+Judge = Callable[[Any], dict[str, Any]]
+"""Encoder parameters on the mesh → scores, with checkpoints.BEST among them. All processes call it."""
 
 
-def open_workdir(config: config_lib.Config, workdir: Path) -> None:
-    """Makes the workdir the home of this config.
+def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh, template: text.Template = text.BARE) -> Batch:
+    """Shapes, dtypes and shardings of a training batch."""
+    size = config.data.batch
+    placed = sharding.rows(mesh)
+    one = rows_lib.pack([[]], rows_lib.Layout.of(config, template), 0)
 
-    Raises:
-        UserError: it cannot be written.
-    """
-    path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(config_lib.to_json(config), encoding="utf-8")
-            temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"--workdir {workdir}: {error.strerror}; give a folder that can be written") from None
+    def of(count: int, like: np.ndarray | None, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, *(like.shape[1:] if like is not None else ())), dtype, sharding=placed)
 
-
-def open_base(config: config_lib.Config, workdir: Path, report: watch.Watch) -> Path | None:
-    """The folder of `training.init`, where a run is to begin from it; None where there is none, or the run goes on.
-
-    Raises:
-        UserError: no such folder, or its model is not of the config's sizes.
-    """
-    resumes = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
-    if not config.training.init or resumes:
-        return None
-    base = folder.locate(config.training.init)
-    folder.check(config, base)
-    weights.check(base, config)
-    theirs = folder.config(base, {})
-    for name in ("language.pooling", "data.template"):
-        mine, other = (config_lib.leaves(one)[name] for one in (config, theirs))
-        if mine != other:
-            report.line(f"config.{name} is {mine!r}; {config.training.init} was trained with {other!r}")
-    return base
-
-
-def open_tokenizer(
-    config: config_lib.Config, workdir: Path, prepared: prepare.Prepared, base: Path | None = None
-) -> text.Tokenizer:
-    """The run's tokenizer.json: the configured one, that of the model it begins from, or one trained on the catalogue.
-
-    Raises:
-        UserError: it has more tokens than `language.vocab`.
-    """
-    path = workdir / "tokenizer.json"
-    if not path.exists():
-        if config.data.tokenizer or base:
-            given = config.data.tokenizer or folder.tokenizer(base)
-            text.Tokenizer.load(given)
-            temporary = path.with_suffix(".tmp")
-            shutil.copyfile(given, temporary)  # byte by byte: the fingerprint is taken of it
-            temporary.replace(path)
-        else:
-            titles = (prepared.products[index].text for index in prepared.train)
-            temporary = path.with_suffix(".tmp")
-            text.train((title for title in titles if title), config.language.vocab).save(temporary)
-            temporary.replace(path)
-    return text.Tokenizer.load(path, config.language.vocab)
+    return Batch(
+        rows=jax.tree.map(lambda array: of(3 * size, array, array.dtype), one),
+        product=of(3 * size, None, jnp.int32),
+        group=of(3 * size, None, jnp.int32),
+        weight=of(size, None, jnp.float32),
+        triplet=of(size, None, jnp.int32),
+    )
 
 
 def abstract_state(config: config_lib.Config, rows: object, mesh: jax.sharding.Mesh) -> TrainState:
@@ -126,140 +62,171 @@ def abstract_state(config: config_lib.Config, rows: object, mesh: jax.sharding.M
 def lower_step(config: config_lib.Config, state: TrainState, batch: Batch) -> jax.stages.Lowered:
     """The training step for the mesh in use, which may be of devices that this machine lacks; both abstract."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    # The state comes out as it goes in; left to itself XLA would divide norms, and the next step refuse them.
-    jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state", out_shardings=(shardings, None))
+    # The state comes out as it goes in; left to itself XLA would divide norms, and the next step refuse them. What is
+    # told of a step is whole in every process.
+    mesh = batch.weight.sharding.mesh
+    told = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state", out_shardings=(shardings, told))
     platform = {"gpu": "cuda"}.get(backend.platform(), backend.platform())
     return jitted.trace(state, batch, config=config).lower(lowering_platforms=(platform,))
 
 
-def train(config: config_lib.Config, workdir: str | Path) -> prepare.Prepared:
+def _begin(
+    config: config_lib.Config, opened: workdir_lib.Opened, abstract: TrainState, rows: Any, report: watch.Watch
+) -> TrainState:
+    """The state of step 0, each array made where it lies: no host holds the model."""
+    params: dict[str, Any] = {}
+    if opened.base and folder.is_workdir(opened.base):
+        with report.busy(f"loading {opened.base}"):
+            saved = checkpoints_lib.Checkpoints(opened.base)
+            found = saved.restore_params(abstract.params, report.line)
+            saved.close()
+        if not found:
+            raise UserError(f"--init {opened.base}: its training has not reached a first checkpoint yet")
+        params = found[1]
+    elif opened.base:
+        track = functools.partial(report.track, f"loading {config.training.init}")
+        params = {"encoder": weights.load(opened.base, config, abstract.params["encoder"], track)}
+
+    def make(params: dict[str, Any]) -> TrainState:
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rows)  # no number follows from it
+        return nn.unbox(initial_state(config, blank, **params))
+
+    create = jax.jit(
+        make,
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+        donate_argnames="params",
+    )
+    return create(params)
+
+
+def train(
+    config: config_lib.Config,
+    workdir: str | Path,
+    judge: Callable[[config_lib.Config, prepare.Prepared, text.Tokenizer, jax.sharding.Mesh], Judge],
+    watching: watch.Watching = watch.Watching(),  # noqa: B008
+) -> prepare.Prepared:
     """Trains on `config.data.path` until `config.training.steps`, from the newest checkpoint if there is one.
 
     Args:
         config: the run is a function of it. A workdir belongs to one config.
-        workdir: receives config.json, tokenizer.json, data/, checkpoints/, metrics.jsonl, tensorboard/ and run.log;
-            without `config.data.path` also catalogue/, the synthetic one.
+        workdir: receives config.json, tokenizer.json, data/, checkpoints/, metrics.jsonl, speed.jsonl, tensorboard/ and
+            run.log; without `config.data.path` also catalogue/, the synthetic one.
+        judge: makes what evaluates every `config.evaluation.every` steps.
+        watching: what is watched beside.
 
     Returns:
         The prepared data, for evaluation.
 
     Raises:
-        UserError: the workdir holds a run of another config or of other data; the data cannot be used.
+        UserError: the workdir holds a run of another config or of other data; the data cannot be used; the numbers have
+            not been finite for `config.training.bad_steps` steps.
+        KeyboardInterrupt: a stop was asked for, and what was reached is saved.
     """
     if not isinstance(config, config_lib.Config):
         raise UserError(f"config: {config!r} is no Config; moon_jax.config.load gives one by name")
+    if "://" in str(workdir):
+        raise UserError(f"workdir {workdir}: not a folder of this machine; mount it, and give that path")
     workdir = Path(workdir)
-    check_workdir(config, workdir)
+    held_by_all = {name: value for name, value in config_lib.leaves(config).items() if name not in OWN}
+    hosts.same("config", held_by_all)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check(config, mesh)
-    if config.data.tokenizer:
-        text.Tokenizer.load(config.data.tokenizer)  # one that cannot be read is told before the data is
+    with hosts.together():
+        workdir_lib.check(config, workdir)
+        sharding.check(config, mesh)
+        held = sharding.share(mesh, 3 * config.data.batch)
     report = watch.Watch(workdir)
-    base = open_base(config, workdir, report)
-    prepared = prepare_data(config, workdir, report)
-    open_workdir(config, workdir)
-    prepared.save(workdir / "data")
-    tokenizer = open_tokenizer(config, workdir, prepared, base)
-    if base:
-        about = {"model": config.training.init, "licence": folder.licence(base)}
-        if config.training.init.startswith(folder.HUB):
-            about["commit"] = base.name  # of the hub's cache
-        (workdir / "base.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    dataset = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))
+    opened = workdir_lib.open_run(config, workdir, report)
+    prepared = opened.prepared
+    reader = pipeline.Reader(config, opened.tokenizer)
+    dataset = pipeline.batches(prepared, reader, held)
 
-    steps = config.training.steps
+    steps, options = config.training.steps, config.training
+    about = checkpoints_lib.describe(config, prepared.fingerprint)
+    checkpoints = checkpoints_lib.Checkpoints(workdir, options)
     with jax.set_mesh(mesh):
-        sample: Batch = dataset[0]
-        abstract = abstract_state(config, sample.rows, mesh)
-        checkpoints = Checkpoints(workdir, config.training)
-        newest = checkpoints.latest()
-        start = newest or 0
+        placed = abstract_batch(config, mesh, reader.template)
+        abstract = abstract_state(config, placed.rows, mesh)
+        optimizer.check(options, abstract.params)
+        restored = checkpoints.restore(abstract, {"data": prepared.fingerprint}, report.line)
+        start, state = restored or (0, None)
         if start >= steps:
             checkpoints.close()
             report.line(f"{workdir} is trained already: its newest checkpoint is of step {start}")
             return prepared
-        if newest is not None:
-            state = checkpoints.restore(newest, abstract)
+        if restored:
             report.line(f"resuming {workdir} at step {start} of {steps}")
-
-        placed = jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding.rows(mesh)), sample
-        )
         began = time.monotonic()
         with report.busy("compiling the training step"):
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             compiled = lower_step(config, abstract, placed).compile(compiler_options=backend.compiler_options())
         compiling = time.monotonic() - began
-        if newest is None:
-            encoder = None
-            if base:
-                track = functools.partial(report.track, f"loading {config.training.init}")
-                encoder = weights.load(base, config, abstract.params["encoder"], track)
-            create = jax.jit(
-                lambda encoder: nn.unbox(initial_state(config, sample.rows, encoder)),
-                out_shardings=shardings,
-                donate_argnames="encoder",
-            )
-            state = create(encoder)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-        drawn = "" if config.training.init else ", drawn at random,"
-        report.line(
-            f"{parameters:,} parameters{drawn} on {mesh.size} {jax.devices()[0].platform} device(s);"
-            f" compiled in {compiling:.1f} s"
-        )
-
-        log = watch.MetricLog(workdir / "metrics.jsonl", start, workdir / "tensorboard")
-        batches = pipeline.from_step(dataset, start, config.data.threads)
-        metrics, note = None, ""
-        with report.progress("training", steps, start) as advance:
-            for step in range(start, steps):
-                batch = jax.device_put(next(batches), sharding.rows(mesh))
-                # The device works on one step while the next one's data is read; never further ahead.
-                jax.block_until_ready(metrics)
-                state, metrics = compiled(state, batch)
-                done = step + 1
-                if done % config.training.log_every == 0 or done == steps:
-                    line = watch.describe(done, jax.device_get(metrics), config)
-                    log.write(line | {"synthetic": prepared.synthetic})
-                    note = (
-                        f"loss {line['total']:.3f} at {done}" if line["finite"] else f"step {done} not finite, skipped"
-                    )
-                stopping = interrupt.REQUESTED.is_set()
-                checkpoints.save(state, done, last=stopping or done == steps)
-                if stopping:
-                    checkpoints.close()
-                    report.line(f"saved at step {done} of {steps}")
-                advance(note=note)
-        log.close()
-        checkpoints.close()
-        report.line(f"training step compiled {watch.COMPILED['train_step']} time(s); bad steps: {int(state.bad_steps)}")
-    return prepared
-
-
-def prepare_data(config: config_lib.Config, workdir: Path, report: watch.Watch) -> prepare.Prepared:
-    """`prepare.prepare` with progress shown and the quarantine summed up; without a path, of a rendered catalogue."""
-    if not config.data.path:
-        path = workdir / "catalogue" / "synthetic.parquet"
-        report.line(f"no --data given: a synthetic catalogue of rendered products, {path}")
-        if not synthetic.stands(path, config.data.synthetic, config.seed):
-            track = functools.partial(report.track, "rendering")
-            synthetic.write(path, config.data.synthetic, config.seed, config.data.threads, track)
-        config = config_lib.replace(config, {"data.path": str(path)})
-    with report.busy("opening the catalogue"):
-        catalogue = sources.read(config.data.path)
-    prepared = prepare.prepare(config, functools.partial(report.track, "reading"), catalogue)
-    products = [prepared.products[index] for index in {*prepared.train, *prepared.val}]
-    without_text = sum(product.text is None for product in products)
-    without_image = sum(not product.images for product in products)
-    asked = len({triplet.query for triplet in prepared.triplets} - {*prepared.train}) + len(prepared.val_queries)
-    kind = "synthetic products" if prepared.synthetic else "products"
+        if state is None:
+            state = _begin(config, opened, abstract, placed.rows, report)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    drawn = "" if options.init else ", drawn at random,"
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    report.table(optimizer.table(options, abstract.params))
     report.line(
-        f"{len(prepared.train):,} {kind} to train on, {len(prepared.val):,} to find"
-        f" ({without_text:,} without text, {without_image:,} without image), {asked:,} queries of the catalogue's own;"
-        f" {sources.summary(prepared.quarantine) or '0 left out'}"
+        f"{parameters:,} parameters{drawn} on {mesh.size} {jax.devices()[0].platform} device(s){processes};"
+        f" compiled in {compiling:.1f} s"
     )
-    if prepared.quarantine:
-        report.line(f"what was left out is listed in {workdir / 'data' / 'quarantine.jsonl'}")
-    if len(prepared.val) <= 10:
-        report.line(f"only {len(prepared.val)} products to find: R@10 says nothing; give a larger catalogue")
+
+    judging = judge(config, prepared, opened.tokenizer, mesh) if config.evaluation.every else None
+    log = watch.MetricLog(workdir, start)
+    times = watch.Times(config, mesh.size, start)
+    batches = pipeline.from_step(dataset, start, config.data.threads)
+    batch, metrics, note = None, None, ""
+
+    def look(step: int) -> None:
+        """Waits for the step before; ends the run where its numbers have been bad for too long."""
+        if metrics is not None and int(metrics["bad_in_a_row"]) >= options.bad_steps:
+            where = health.dump(config, workdir, state, batch, sharding.place(mesh, batch, held), prepared, step)
+            raise UserError(
+                f"step {step}: no finite loss or gradient for {options.bad_steps} steps in a row; they changed nothing;"
+                f" {where} tells the last one's triplets and norms; lower the learning rate, or begin anew"
+            )
+
+    # A stop that is asked for between here and there waits for the place where what was reached is saved.
+    progress = report.progress("training", steps, start, interruptible=False)
+    with progress as advance, watching.over(workdir) as alive:
+        for step in range(start, steps):
+            alive(step)
+            with times.of("data"):
+                following = next(batches)
+            with times.of("device"):
+                # The device works on one step while the next one's data is read; never further ahead.
+                look(step)
+                batch = following
+                state, metrics = compiled(state, sharding.place(mesh, batch, held))
+            done = step + 1
+            evaluated = judging is not None and done % config.evaluation.every == 0
+            line, best = None, {}
+            if done % options.log_every == 0 or done == steps or evaluated:
+                with times.of("device"):
+                    line = watch.describe(done, jax.device_get(metrics), config) | {"synthetic": prepared.synthetic}
+                note = f"loss {line['total']:.3f} at {done}" if line["finite"] else f"step {done} not finite, skipped"
+            if evaluated:
+                with times.of("evaluation"):
+                    scores = judging(state.params["encoder"])
+                line |= {"evaluation": scores}
+                best = {checkpoints_lib.BEST: scores[checkpoints_lib.BEST]}
+                note += f", {checkpoints_lib.BEST} {scores[checkpoints_lib.BEST]:.1f}"
+            if line:  # before the save: a run that comes back to it finds the line
+                log.write(line, times.line(done))
+            stopping = hosts.stopping(done)
+            due = done % options.save_every == 0 or (evaluated and options.keep_best)
+            with times.of("checkpoint"):
+                if due or stopping or done == steps:
+                    look(done)
+                    checkpoints.save(state, done, about, best)
+                checkpoints.check()
+            if stopping:
+                checkpoints.close()
+                report.line(f"saved at step {done} of {steps}")
+                interrupt.check()
+            advance(note=note)
+    log.close()
+    checkpoints.close()
+    report.line(times.summary())
+    report.line(f"training step compiled {watch.COMPILED['train_step']} time(s); bad steps: {int(state.bad_steps)}")
     return prepared

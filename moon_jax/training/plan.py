@@ -9,7 +9,6 @@ devices of this machine, and timed on them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -22,44 +21,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
 from moon_jax import backend, sharding
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
-from moon_jax.data import rows as rows_lib
-from moon_jax.data.text import BARE
-from moon_jax.hub import keys
 from moon_jax.training import hlo, loop
+from moon_jax.training.chips import CHIPS, model_flops
 from moon_jax.training.step import initial_state
-from moon_jax.types import Batch
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What its maker says of one chip; bytes and seconds."""
-
-    flops: float  # bfloat16, a second
-    memory: float
-    bandwidth: float
-    link: float = 0.0  # of one link between chips, one way; a ring has two
-    network: float = 0.0  # between slices, a chip's share
-    axes: int = 0  # of the torus
-    cores: int = 1  # that the cloud's names count for each chip
-
-
-CHIPS = {
-    "v4": Chip(2.75e14, 32e9, 1.2e12, 4.5e10, 6.25e9, axes=3, cores=2),
-    "v5p": Chip(4.59e14, 95e9, 2.765e12, 9.0e10, 6.25e9, axes=3, cores=2),
-    "v5e": Chip(1.97e14, 16e9, 8.1e11, 4.5e10, 3.125e9, axes=2),
-    "v6e": Chip(9.18e14, 32e9, 1.64e12, 9.0e10, 1.25e10, axes=2),
-    "NVIDIA H100 80GB HBM3": Chip(9.89e14, 80e9, 3.35e12),
-    "NVIDIA H200": Chip(9.89e14, 141e9, 4.8e12),
-    "NVIDIA A100-SXM4-80GB": Chip(3.12e14, 80e9, 2.04e12),
-    "NVIDIA A100-SXM4-40GB": Chip(3.12e14, 40e9, 1.56e12),
-}
 TOLD = ("experts.dispatch", "experts.capacity", "training.remat", "training.dtype")
 """Options that decide much of what a step costs, and are told with it."""
 
@@ -114,57 +85,6 @@ def devices_of(chip: str, shape: tuple[int, ...], slices: int = 1) -> list[Any]:
         if "TPU support not installed" in str(error) or "libtpu" in str(error):
             raise UserError(f"--topology {name}: needs libtpu; pip install -e '.[tpu]'") from None
         raise UserError(f"--topology {name}: libtpu refuses it ({str(error).splitlines()[0]})") from None
-
-
-def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Batch:
-    """Shapes and shardings of a training batch."""
-    size = config.data.batch
-    placed = sharding.rows(mesh)
-    one = rows_lib.pack([[]], rows_lib.Layout.of(config), 0)
-
-    def of(count: int, like: np.ndarray | None, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, *(like.shape[1:] if like is not None else ())), dtype, sharding=placed)
-
-    return Batch(
-        rows=jax.tree.map(lambda array: of(3 * size, array, array.dtype), one),
-        product=of(3 * size, None, jnp.int32),
-        group=of(3 * size, None, jnp.int32),
-        weight=of(size, None, jnp.float32),
-        triplet=of(size, None, jnp.int32),
-    )
-
-
-def model_flops(config: config_lib.Config) -> float:
-    """FLOPs that a step of full rows needs, without recomputation, padding and capacity: thrice the forward products.
-
-    A token uses K of E experts; attention counts the pairs of a segment, the ones that causality hides included.
-    """
-    layout = rows_lib.Layout.of(config)
-    state = jax.eval_shape(functools.partial(initial_state, config), rows_lib.pack([[]], layout, 0))
-    leaves = keys.flatten(nn.unbox(state).params["encoder"])
-    visual = layout.patches // layout.merge**2
-    total = 0.0
-    for path, leaf in leaves.items():
-        name = path.split("/")[-1]
-        if name in ("token_embedding", "positions") or leaf.ndim - ("layers/" in path or "periods/" in path) < 2:
-            continue
-        tokens = layout.length if path.startswith("decoder") else layout.patches
-        if "merger" in path or "deepstack" in path:
-            tokens = visual
-        share = 1.0
-        if name in ("gate_up", "down"):
-            share = config.experts.per_token / config.experts.count
-        elif name == "patch_kernel":
-            share = 1 / config.vision.temporal
-        total += 2.0 * tokens * math.prod(leaf.shape) * share
-    text, language, vision = config.data.text_tokens, config.language, config.vision
-    alone = visual + 2 * layout.images  # an image segment
-    pairs = text**2 + (alone + text) ** 2
-    if not rows_lib.prefix_is_view(BARE, config.experts.router_term):
-        pairs += alone**2
-    total += 4.0 * language.layers * language.heads * language.head_dim * pairs
-    total += 4.0 * vision.depth * vision.width * layout.images * (layout.patches // max(layout.images, 1)) ** 2
-    return 3 * 3 * config.data.batch * total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +172,7 @@ def plan(
     mesh = sharding.make_mesh(config.mesh, devices)
     _check(config, mesh)
     with jax.set_mesh(mesh):
-        batch = abstract_batch(config, mesh)
+        batch = loop.abstract_batch(config, mesh)
         state = loop.abstract_state(config, batch.rows, mesh)
         began = time.monotonic()
         axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"

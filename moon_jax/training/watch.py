@@ -4,7 +4,11 @@ a count of compilations."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import faulthandler
 import json
+import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,14 +27,20 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from moon_jax import config as config_lib
-from moon_jax import interrupt
+from moon_jax import hosts, interrupt
+from moon_jax.config import UserError
 from moon_jax.objectives import filtering
+from moon_jax.training import chips
 from moon_jax.types import OBJECTIVES
 
 QUIET_SECONDS = 3.0
 """Off a terminal, work that is done sooner is told in one line."""
+
+PHASES = ("data", "device", "checkpoint", "evaluation")
+"""Where the time of a step goes."""
 
 PHI_BINS = 20
 """Equal bins of [0, 1] in the histogram of φ."""
@@ -48,13 +58,63 @@ def _count(event: str, duration: float, **details: Any) -> None:
 jax.monitoring.register_event_duration_secs_listener(_count)
 
 
+@dataclasses.dataclass(frozen=True)
+class Watching:
+    """What is watched while a run goes on, and changes nothing of it."""
+
+    profile: tuple[int, int] | None = None  # first and last step of a profiler trace, written to the workdir's profile/
+    stall_minutes: float = 10.0  # without a step for so long, all threads' stacks are printed
+
+    @contextlib.contextmanager
+    def over(self, workdir: Path) -> Iterator[Callable[[int], None]]:
+        """Watches a run.
+
+        Yields:
+            alive(step): to be called before each step, so many of which are done.
+        """
+        tracing, file = False, sys.stderr
+        try:
+            file.fileno()
+        except (AttributeError, OSError):  # a notebook's
+            file = sys.__stderr__
+
+        def alive(step: int) -> None:
+            nonlocal tracing
+            faulthandler.dump_traceback_later(60 * self.stall_minutes, repeat=True, file=file)
+            if self.profile and step + 1 == self.profile[0]:
+                jax.profiler.start_trace(str(workdir / "profile"))
+                tracing = True
+            if tracing and step == self.profile[1]:
+                jax.profiler.stop_trace()
+                tracing = False
+
+        try:
+            yield alive
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            if tracing:
+                jax.profiler.stop_trace()
+
+
+def parse_profile(text: str) -> tuple[int, int]:
+    """Steps from FIRST:LAST.
+
+    Raises:
+        UserError: it is written otherwise.
+    """
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile {text}: write FIRST:LAST, steps counted from 1")
+    return int(first), int(last)
+
+
 class Watch:
     """The terminal, and `run.log` in the workdir. Times go here, never into metrics: those follow from the config."""
 
     def __init__(self, workdir: Path | None = None, console: Console | None = None):
-        # In a notebook plain lines read better than one HTML block for each.
-        self.console = console or Console(highlight=False, force_jupyter=False)
-        self.workdir = workdir
+        # In a notebook plain lines read better than one HTML block for each. Of several processes the first speaks.
+        self.console = console or Console(highlight=False, force_jupyter=False, quiet=not hosts.first())
+        self.workdir = workdir if hosts.first() else None
         self._unwritten = ""
 
     def line(self, text: str) -> None:
@@ -68,17 +128,24 @@ class Watch:
                 file.write(self._unwritten)
             self._unwritten = ""
 
+    def table(self, table: Table) -> None:
+        """A table on the terminal."""
+        self.console.print(table)
+
     def heading(self, text: str) -> None:
         """A line that parts what follows from what was before."""
         self.console.print()
         self.line(f"── {text} " + "─" * max(0, min(self.console.width, 100) - len(text) - 4))
 
     @contextlib.contextmanager
-    def progress(self, what: str, total: int, start: int = 0) -> Iterator[Callable[..., None]]:
+    def progress(
+        self, what: str, total: int, start: int = 0, interruptible: bool = True
+    ) -> Iterator[Callable[..., None]]:
         """A bar with rate and time left; off a terminal, one line every tenth of the way.
 
         Yields:
-            advance(count=1, note=""): reports work done. Raises KeyboardInterrupt after Ctrl-C.
+            advance(count=1, note=""): reports work done. Where `interruptible`, raises KeyboardInterrupt if a stop was
+                asked for.
         """
         began, done, told = time.monotonic(), start, 0
         bar = Progress(
@@ -99,7 +166,8 @@ class Watch:
 
         def advance(count: int = 1, note: str = "") -> None:
             nonlocal done, told
-            interrupt.check()
+            if interruptible:
+                interrupt.check()
             done += count
             rate = (done - start) / max(time.monotonic() - began, 1e-9)
             speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s each"
@@ -136,24 +204,20 @@ class Watch:
 
 
 class MetricLog:
-    """metrics.jsonl, and the same as TensorBoard events: each logged step once, in order, however often it was resumed.
+    """metrics.jsonl and speed.jsonl, and the same as TensorBoard events: each logged step once, in order, however often
+    the run was resumed. What follows from the config stands in the first, what the clock says in the second.
 
-    The JSON lines are the record. The events are made from them anew when a run is resumed.
+    The JSON lines are the record. The events are made from them anew when a run is resumed. Of several processes the
+    first writes.
     """
 
-    def __init__(self, path: Path, resumed_at: int, tensorboard: Path):
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= resumed_at:
-                        kept.append(line + "\n")
-                except ValueError:  # the line that a kill cut short
-                    break
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, workdir: Path, resumed_at: int):
+        self._files, self._events = {}, None
+        if not hosts.first():
+            return
+        kept = {name: _keep(workdir / f"{name}.jsonl", resumed_at) for name in ("metrics", "speed")}
+        self._files = {name: (workdir / f"{name}.jsonl").open("a", encoding="utf-8") for name in kept}
+        tensorboard = workdir / "tensorboard"
         tensorboard.mkdir(exist_ok=True)
         for old in tensorboard.glob("events.out.tfevents.*"):
             old.unlink()
@@ -161,28 +225,115 @@ class MetricLog:
         from tensorboardX.event_file_writer import EventsWriter
 
         self._events = EventsWriter(str(tensorboard / "events"))
-        for line in kept:
-            self._write_events(json.loads(line))
+        for line in kept["metrics"]:
+            self._write_events(line)
+        for line in kept["speed"]:
+            self._write_events({"step": line["step"], "speed": line})
 
-    def write(self, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps(metrics, ensure_ascii=False) + "\n")
-        self._file.flush()
-        self._write_events(metrics)
+    def write(self, metrics: dict[str, Any], speed: dict[str, Any]) -> None:
+        """A step's lines (`describe`, `Times.line`)."""
+        for name, line in (("metrics", metrics), ("speed", speed)):
+            if name in self._files:
+                self._files[name].write(json.dumps(line, ensure_ascii=False) + "\n")
+                self._files[name].flush()
+        if self._events:
+            self._write_events(metrics)
+            self._write_events({"step": speed["step"], "speed": speed})
 
     def _write_events(self, metrics: dict[str, Any]) -> None:
         from tensorboardX import summary as events
         from tensorboardX.proto.event_pb2 import Event
 
-        found = [events.scalar(tag, value) for tag, value in _scalars(metrics) if tag != "step"]
-        if metrics["phi_histogram"] is not None:
+        found = [events.scalar(tag, value) for tag, value in _scalars(metrics) if tag.split("/")[-1] != "step"]
+        if metrics.get("phi_histogram") is not None:
             found.append(_phi_event(metrics["phi_histogram"]))
         for summary in found:
             self._events.write_event(Event(wall_time=time.time(), step=metrics["step"], summary=summary))
         self._events.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        for file in self._files.values():
+            file.close()
+        if self._events:
+            self._events.close()
+
+
+def _keep(path: Path, resumed_at: int) -> list[dict[str, Any]]:
+    """Strikes the lines of later steps from a file, and the one that a kill cut short; gives those that stay."""
+    kept = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                break
+            if line["step"] <= resumed_at:
+                kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+    return kept
+
+
+class Times:
+    """Where the time goes: waiting for data, on the device, in checkpoints and evaluations, or elsewhere."""
+
+    def __init__(self, config: config_lib.Config, devices: int, start: int):
+        chip = chips.of_device(jax.local_devices()[0])
+        self._ideal = chips.model_flops(config) / (devices * chip.flops) if chip else None  # seconds of a step
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._total = dict.fromkeys(PHASES, 0.0)
+        self._step = start
+        self._start = self._began = time.monotonic()
+
+    @contextlib.contextmanager
+    def of(self, phase: str) -> Iterator[None]:
+        """Time within it belongs to `phase`, one of PHASES."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += time.monotonic() - began
+
+    def line(self, step: int) -> dict[str, Any]:
+        """The time since the last line as one of speed.jsonl; `step` steps are done.
+
+        Seconds of a step, and of them those of each phase; `mfu`, the model's FLOPs over the chips' peak, null where
+        that is not known; bytes that this process and its first device hold.
+        """
+        now = time.monotonic()
+        taken, count = now - self._began, step - self._step
+        each = {phase: _round(seconds / count) for phase, seconds in self._seconds.items()}
+        memory = jax.local_devices()[0].memory_stats() or {}
+        for phase in PHASES:
+            self._total[phase] += self._seconds[phase]
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._step, self._began = step, now
+        return {
+            "step": step,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "seconds": _round(taken / count),
+            **each,
+            "mfu": _round(self._ideal * count / taken) if self._ideal else None,
+            "host_bytes": _held_bytes(),
+            "device_bytes": memory.get("bytes_in_use"),
+        }
+
+    def summary(self) -> str:
+        """Shares of the whole time, in one line."""
+        whole = max(time.monotonic() - self._start, 1e-9)
+        spent = {phase: self._total[phase] + self._seconds[phase] for phase in PHASES}
+        told = ", ".join(f"{phase} {100 * seconds / whole:.1f}%" for phase, seconds in spent.items() if seconds)
+        return f"of the time of a step: {told}"
+
+
+def _held_bytes() -> int | None:
+    """Memory that this process holds; None where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * resource.getpagesize()
 
 
 def _scalars(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -206,6 +357,11 @@ def _phi_event(counts: list[int]) -> Any:
     return events.histogram_raw("phi", **moments, bucket_limits=edges[1:], bucket_counts=counts)
 
 
+def _exact(value: Any) -> Any:
+    """A JSON number that tells a float32 from any other, or None where it is not finite."""
+    return float(f"{float(value):.9g}") if np.isfinite(value) else None
+
+
 def _round(value: Any) -> Any:
     """A JSON number of six significant digits, or None where it is not finite."""
     return float(f"{float(value):.6g}") if np.isfinite(value) else None
@@ -227,14 +383,14 @@ def describe(step: int, metrics: dict[str, Any], config: config_lib.Config) -> d
     named = {
         name: dict(zip(OBJECTIVES, map(kind, values), strict=True))
         for name, kind, values in (
-            ("loss", _round, result.loss),
+            ("loss", _exact, result.loss),
             ("omega", _round, result.weight),
             ("count", int, result.count),
         )
     }
     return {
         "step": step,
-        "total": _round(result.total),
+        "total": _exact(result.total),
         **named,
         "balance": _round(result.balance),
         "sparsity": _round(result.sparsity),

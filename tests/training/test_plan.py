@@ -11,7 +11,7 @@ from moon_jax import cli, sharding
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.model.encoder import composition
-from moon_jax.training import hlo, loop, plan
+from moon_jax.training import chips, hlo, loop, plan
 from tests.conftest import tiny
 
 
@@ -238,11 +238,11 @@ def test_model_flops_are_those_of_the_forward_pass_thrice():
     mergers = 2 * (64 * 64 + 64 * 24)
     products = s * decoder + p * (tower + 8 * 8 * 3 * 16) + v * mergers
     pairs = 2 * 2 * 48 * (12**2 + (s - 12) ** 2) + 2 * 2 * 16 * p**2  # 2 layers, q·k and weights·v
-    assert plan.model_flops(config) == 3 * 3 * (2 * products + 2 * pairs)
+    assert chips.model_flops(config) == 3 * 3 * (2 * products + 2 * pairs)
     # With experts a token uses K of E, and the router is a product as well.
     sparse = tiny(experts__count=4, experts__per_token=2, experts__width=20, data__batch=1)
     more = 2 * 2 * s * (24 * 4 + 2 * 3 * 24 * 20 - 3 * 24 * 40)
-    assert plan.model_flops(sparse) == plan.model_flops(config) + 9 * more
+    assert chips.model_flops(sparse) == chips.model_flops(config) + 9 * more
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_what_is_timed_is_a_full_step():
     """Every token is valid, and routed."""
     config = tiny(data__batch=4)
     batch = jax.tree.map(
-        lambda x: np.zeros(x.shape, x.dtype), plan.abstract_batch(config, sharding.make_mesh(config.mesh))
+        lambda x: np.zeros(x.shape, x.dtype), loop.abstract_batch(config, sharding.make_mesh(config.mesh))
     )
     rows = plan.full_rows(batch.rows, config.data.text_tokens)
     assert (np.asarray(composition(rows)) > 0).all()

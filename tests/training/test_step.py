@@ -18,6 +18,7 @@ from moon_jax.data import pipeline
 from moon_jax.model import experts, router
 from moon_jax.model.encoder import Encoder
 from moon_jax.training import loop
+from moon_jax.training import optimizer as optimizer_lib
 from moon_jax.training import step as step_lib
 from tests.conftest import tiny
 
@@ -57,26 +58,26 @@ def test_learning_rates_by_group_and_decay_by_name(batch):
     params = fresh(config, batch).params
     groups, decayed = {}, set()
     for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]:
-        groups.setdefault(step_lib.parameter_group(path), []).append(jax.tree_util.keystr(path))
-        if step_lib.is_decayed(path):
-            decayed.add(step_lib._names(path)[-1])
+        groups.setdefault(optimizer_lib.parameter_group(path), []).append(jax.tree_util.keystr(path))
+        if optimizer_lib.is_decayed(path):
+            decayed.add(optimizer_lib._names(path)[-1])
     assert {name: len(paths) for name, paths in groups.items() if name != "backbone"} == {
         "dual": 1,
         "temperature": 1,
         "router": 1,
     }
     term = [jax.tree_util.DictKey("encoder"), jax.tree_util.DictKey("router_term")]
-    assert step_lib.parameter_group(tuple(term)) == "router" and not step_lib.is_decayed(tuple(term))
+    assert optimizer_lib.parameter_group(tuple(term)) == "router" and not optimizer_lib.is_decayed(tuple(term))
     assert decayed == {"kernel", "gate_up", "down", "router", "token_embedding", "positions", "patch_kernel"}
     # Adam's first update has length 1 per entry: the change is each group's learning rate at step 0 of the schedule.
     grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
     options = tiny(training__weight_decay=0.0, training__clip=1e9, training__temperature_learning_rate=0.5).training
-    optimizer = step_lib.make_optimizer(options)
+    optimizer = optimizer_lib.make_optimizer(options)
     state = optimizer.init(params)
     for _ in range(3):  # warm-up of 2 steps: the third update is at the peak
         updates, state = optimizer.update(grads, state, params)
     rates = {
-        step_lib.parameter_group(path): -float(np.mean(update))
+        optimizer_lib.parameter_group(path): -float(np.mean(update))
         for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]
     }
     expected = {"backbone": 1e-3, "router": 1e-4, "dual": 1e-2, "temperature": 0.5}
@@ -87,7 +88,7 @@ def test_clipping_and_decay(batch):
     """The second moment holds the clipped gradient's square; a zero gradient leaves the decay alone."""
     options = tiny(training__clip=0.5, training__weight_decay=0.1, training__learning_rate=1e-2).training
     params = {"encoder": {"kernel": jnp.full((2, 2), 3.0), "scale": jnp.full(2, 3.0)}}
-    optimizer = step_lib.make_optimizer(options)
+    optimizer = optimizer_lib.make_optimizer(options)
     state = optimizer.init(params)
     grads = {"encoder": {"kernel": jnp.full((2, 2), 10.0), "scale": jnp.zeros(2)}}  # norm 20, so a 40th is left
     _, state = optimizer.update(grads, state, params)
@@ -113,6 +114,10 @@ def test_a_bad_step_changes_nothing_and_is_counted(batch):
         kept, old = (jax.tree.leaves((s.params, s.opt_state)) for s in (after, before))
         for a, b in zip(kept, old, strict=True):
             np.testing.assert_array_equal(a, b)
+    again, metrics = step(after, batch.replace(weight=batch.weight * jnp.nan))
+    assert int(again.bad_steps) == int(again.bad_in_a_row) == int(metrics["bad_in_a_row"]) == 2
+    good, metrics = step(again, batch)
+    assert int(good.bad_steps) == 2 and int(good.bad_in_a_row) == int(metrics["bad_in_a_row"]) == 0
 
 
 @pytest.fixture(scope="module")

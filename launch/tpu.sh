@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# A run on TPU VMs: asks for a slice, or several, as a queued resource, installs, trains on all hosts, gives it back.
+#
+#   launch/tpu.sh --name run1 --zone us-east5-a --type v5p-128 --spot -- moon-jax train --config C --data D --workdir W
+#   launch/tpu.sh --name run1 --zone us-east5-a --type v5p-128 --slices 4 --spot -- …
+#   launch/tpu.sh --dry-run …                           says what it would do, and does nothing
+#
+# D and W must be seen by all hosts: a mount of Filestore or of a bucket. --source is what pip installs (default: the
+# public repository). When a slice is taken away the whole is asked for anew, and the run goes on from its newest
+# checkpoint, until it ends. Credentials are those of gcloud and of the VMs' service account; none is passed on.
+set -euo pipefail
+
+name='' zone='' type='' runtime='' slices=1 spot=0 dry=0
+source='moon_jax[tpu] @ git+https://github.com/moon-jax/moon_jax'
+die() { echo "launch/tpu.sh: $1" >&2; exit 2; }
+while [[ $# -gt 0 && $1 != -- ]]; do
+  case $1 in
+    --name | --zone | --type | --runtime | --slices | --source)
+      [[ -n ${2:-} ]] || die "$1: give a value"
+      printf -v "${1#--}" %s "$2"
+      shift 2 ;;
+    --spot) spot=1; shift ;;
+    --dry-run) dry=1; shift ;;
+    --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) die "$1: not understood; --help has examples" ;;
+  esac
+done
+shift || true
+for one in name zone type; do [[ -n ${!one} ]] || die "--$one is missing; --help has examples"; done
+[[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices $slices: give a whole number"
+[[ $# -gt 0 ]] || die "no command; give it after --"
+case $type in
+  v4-*) default=tpu-ubuntu2204-base ;;
+  v5p-*) default=v2-alpha-tpuv5 ;;
+  v5litepod-*) default=v2-alpha-tpuv5-lite ;;
+  v6e-*) default=v2-alpha-tpuv6e ;;
+  *) default='' ;;
+esac
+runtime=${runtime:-$default}
+[[ -n $runtime ]] || die "--type $type: its runtime version is not known here; give --runtime"
+
+run() { if (( dry )); then echo "${*@Q}"; else "$@"; fi; }
+
+nodes=("$name")
+create=(gcloud compute tpus queued-resources create "$name" --zone "$zone" --accelerator-type "$type"
+  --runtime-version "$runtime")
+if (( slices > 1 )); then
+  create+=(--node-prefix "$name" --node-count "$slices")
+  nodes=()
+  for (( slice = 0; slice < slices; slice++ )); do nodes+=("$name-$slice"); done
+else
+  create+=(--node-id "$name")
+fi
+if (( spot )); then create+=(--spot); fi
+discard=(gcloud compute tpus queued-resources delete "$name" --zone "$zone" --force --quiet)
+
+state() {
+  gcloud compute tpus queued-resources describe "$name" --zone "$zone" --format 'value(state.state)' 2>/dev/null || true
+}
+
+everywhere() {  # the command on all hosts of all slices; fails if any of them fails
+  local node running=() code=0
+  for node in "${nodes[@]}"; do
+    run gcloud compute tpus tpu-vm ssh "$node" --zone "$zone" --worker all --command "$1" &
+    running+=($!)
+    if (( dry )); then wait "$!"; fi
+  done
+  for node in "${running[@]}"; do wait "$node" || code=$?; done
+  return "$code"
+}
+
+while true; do
+  run "${create[@]}"
+  if (( dry )); then
+    echo "# until it is ACTIVE; anew if it is FAILED or SUSPENDED"
+  else
+    until [[ $(state) == ACTIVE ]]; do
+      [[ $(state) =~ FAILED|SUSPENDED ]] && { "${discard[@]}"; "${create[@]}"; }
+      sleep "${POLL_SECONDS:-30}"
+    done
+  fi
+  code=0
+  everywhere "python3 -m venv ~/moon && ~/moon/bin/pip install -q ${source@Q}" \
+    && everywhere "export PATH=~/moon/bin:\$PATH; ${*@Q}" || code=$?
+  if (( dry )); then
+    echo "# after a preemption: delete, and from the beginning"
+    run "${discard[@]}"
+    exit 0
+  fi
+  # What still stands was not taken away: the run ended, well or with a mistake of the user's. A lost host may be told
+  # before its slice is.
+  (( code == 0 || code == 2 )) || sleep "${SETTLE_SECONDS:-120}"
+  if [[ $(state) == ACTIVE ]]; then
+    "${discard[@]}"
+    exit "$code"
+  fi
+  "${discard[@]}" || true
+done

@@ -1,0 +1,85 @@
+"""What a run leaves behind when its numbers have gone bad."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moon_jax import config as config_lib
+from moon_jax import hosts
+from moon_jax.data.prepare import Prepared
+from moon_jax.training.step import loss
+from moon_jax.types import OBJECTIVES, Batch, TrainState
+
+STACKED = ("layers", "periods")
+"""Names below which parameters have a leading axis of layers."""
+
+
+def norms(tree: Any) -> dict[str, jax.Array]:
+    """The length of every parameter by path, f32[]; of a stack of layers that of each, f32[L]."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = tuple(range(1 if {*STACKED} & {*name.split("/")} else 0, leaf.ndim))
+        found[name] = jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes))
+    return found
+
+
+def dump(
+    config: config_lib.Config,
+    workdir: Path,
+    state: TrainState,
+    batch: Batch,
+    placed: Batch,
+    prepared: Prepared,
+    step: int,
+) -> Path:
+    """Writes bad_step.json: the triplets of the step's batch, its losses, and the norms of gradients and parameters.
+
+    A number that is not finite is null there. All processes call this; the first writes.
+
+    Args:
+        state: as the step left it, which is as it found it.
+        batch: numpy; `placed` is the same on the devices.
+        step: steps that were done, this one included.
+
+    Returns:
+        The file.
+    """
+
+    def measure(params: Any, batch: Batch) -> dict[str, Any]:
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (total, metrics), grads = gradient(params, batch, config, step - 1)
+        return {
+            "total": total,
+            "loss": dict(zip(OBJECTIVES, metrics["objectives"].loss, strict=True)),
+            "gradient_norms": norms(grads),
+            "parameter_norms": norms(params),
+        }
+
+    mesh = placed.weight.sharding.mesh
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with jax.set_mesh(mesh):
+        measured = jax.device_get(jax.jit(measure, out_shardings=whole)(state.params, placed))
+
+    def told(value: Any) -> Any:
+        if np.ndim(value):
+            return [told(item) for item in value]
+        return float(value) if np.isfinite(value) else None
+
+    triplets = []
+    for index in batch.triplet.tolist():
+        triplet = prepared.triplets[index]
+        ids = [None if member is None else prepared.products[member].id for member in triplet[:3]]
+        named = dict(zip(("query", "positive", "negative"), ids, strict=True))
+        triplets.append({"triplet": index, **named, "weight": triplet.weight})
+    content = {"step": step, "triplets": triplets, **jax.tree.map(told, measured)}
+    path = workdir / "bad_step.json"
+    if hosts.first():
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,200 @@
+"""A run's folder: whose it is, what the run begins from, its tokenizer and its data.
+
+All processes of a run see the same folder. The first writes; the others read what it wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from moon_jax import config as config_lib
+from moon_jax import hosts
+from moon_jax.config import UserError
+from moon_jax.data import prepare, sources, synthetic, text
+from moon_jax.hub import folder, weights
+from moon_jax.training import watch
+
+FREE = ("data.path", "data.threads", "mesh.", "training.save_every", "training.keep", "training.bad_steps")
+"""Options that may change when a run goes on, by how they begin: no number of the run follows from them."""
+
+
+def check(config: config_lib.Config, workdir: Path) -> None:
+    """Refuses a workdir that belongs to another config or to anything else, or that cannot be written.
+
+    What FREE names may change; the data itself is held to by its fingerprint.
+    """
+    path = workdir / "config.json"
+    place = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: {place}: {error.strerror}; give a folder that can be written") from None
+    if not path.exists():
+        others = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
+        others = sorted(name for name in others if name not in ("catalogue", "run.log") and not name.startswith("."))
+        if others:
+            raise UserError(f"--workdir {workdir}: holds no run but {others[0]}; give a folder that is new or empty")
+        return
+    held = config_lib.leaves(config_lib.read_json(path))
+    if bool(held["data.path"]) != bool(config.data.path):
+        what = f"--data {held['data.path']}" if held["data.path"] else "the synthetic catalogue, without --data"
+        raise UserError(f"--workdir {workdir}: holds a run on {what}; give the same, or take another workdir")
+    for name, value in config_lib.leaves(config).items():
+        if held[name] != value and not name.startswith(FREE):
+            raise UserError(
+                f"--workdir {workdir}: holds a run with config.{name} = {held[name]!r}, not {value!r};"
+                " take another workdir, or remove this one"
+            )
+
+
+def claim(config: config_lib.Config, workdir: Path) -> None:
+    """Makes the workdir the home of this config.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(config_lib.to_json(config), encoding="utf-8")
+            temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: {error.strerror}; give a folder that can be written") from None
+
+
+def resumes(workdir: Path) -> bool:
+    """Whether a run has a checkpoint to go on from."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
+def base_of(config: config_lib.Config, workdir: Path, report: watch.Watch) -> Path | None:
+    """The model of `training.init`, where a run is to begin from it; None where there is none, or the run goes on.
+
+    Raises:
+        UserError: no such folder, or its model is not of the config's sizes.
+    """
+    init = config.training.init
+    if not init or resumes(workdir):
+        return None
+    if folder.is_workdir(init):
+        base, theirs = Path(init), config_lib.read_json(Path(init) / "config.json")
+    else:
+        base = folder.locate(init)
+        folder.check(config, base)
+        weights.check(base, config)
+        theirs = folder.config(base, {})
+    for name in ("language.pooling", "data.template"):
+        mine, other = (config_lib.leaves(one)[name] for one in (config, theirs))
+        if mine != other:
+            report.line(f"config.{name} is {mine!r}; {init} was trained with {other!r}")
+    return base
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What a run works with."""
+
+    prepared: prepare.Prepared
+    tokenizer: text.Tokenizer
+    base: Path | None  # the model to begin from
+
+
+def open_run(config: config_lib.Config, workdir: Path, report: watch.Watch) -> Opened:
+    """Reads and verifies the data, and makes the workdir the run's. All processes call this.
+
+    Raises:
+        UserError: the data cannot be used, is not the run's or not the same in all processes; the base is of no use.
+    """
+    with hosts.together():
+        if config.data.tokenizer:
+            text.Tokenizer.load(config.data.tokenizer)  # one that cannot be read is told before the data is
+        base = base_of(config, workdir, report)
+        if hosts.first():
+            render(config, workdir, report)
+    with hosts.together():
+        prepared = prepare_data(config, workdir, report)
+    hosts.same("--data", {"fingerprint": prepared.fingerprint})
+    with hosts.together():
+        if hosts.first():
+            claim(config, workdir)
+            prepared.save(workdir / "data")
+            write_tokenizer(config, workdir, prepared, base)
+            if base and not folder.is_workdir(base):
+                about = {"model": config.training.init, "licence": folder.licence(base)}
+                if config.training.init.startswith(folder.HUB):
+                    about["commit"] = base.name  # of the hub's cache
+                (workdir / "base.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            elif base and (base / "base.json").is_file():  # what that run began from, this one began from
+                shutil.copyfile(base / "base.json", workdir / "base.json")
+    with hosts.together():
+        path = workdir / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"--workdir {workdir}: not the folder that process 0 writes; give one that all hosts share")
+        tokenizer = text.Tokenizer.load(path, config.language.vocab)
+    return Opened(prepared, tokenizer, base)
+
+
+def write_tokenizer(config: config_lib.Config, workdir: Path, prepared: prepare.Prepared, base: Path | None) -> None:
+    """Writes the run's tokenizer.json: the configured one, that of the model it begins from, or one trained on the
+    catalogue.
+    """
+    path = workdir / "tokenizer.json"
+    if not path.exists():
+        if config.data.tokenizer or base:
+            given = config.data.tokenizer or folder.tokenizer(base)
+            text.Tokenizer.load(given)
+            temporary = path.with_suffix(".tmp")
+            shutil.copyfile(given, temporary)  # byte by byte: the fingerprint is taken of it
+            temporary.replace(path)
+        else:
+            titles = (prepared.products[index].text for index in prepared.train)
+            temporary = path.with_suffix(".tmp")
+            text.train((title for title in titles if title), config.language.vocab).save(temporary)
+            temporary.replace(path)
+
+
+def _catalogue(workdir: Path) -> Path:
+    return workdir / "catalogue" / "synthetic.parquet"
+
+
+def render(config: config_lib.Config, workdir: Path, report: watch.Watch) -> None:
+    """Renders the synthetic catalogue, where no data is given and it does not stand yet."""
+    path = _catalogue(workdir)
+    if config.data.path:
+        return
+    report.line(f"no --data given: a synthetic catalogue of rendered products, {path}")
+    if not synthetic.stands(path, config.data.synthetic, config.seed):
+        track = functools.partial(report.track, "rendering")
+        synthetic.write(path, config.data.synthetic, config.seed, config.data.threads, track)
+
+
+def prepare_data(config: config_lib.Config, workdir: Path, report: watch.Watch) -> prepare.Prepared:
+    """`prepare.prepare` with progress shown and the quarantine summed up; without a path, of the rendered catalogue."""
+    if not config.data.path:
+        config = config_lib.replace(config, {"data.path": str(_catalogue(workdir))})
+    with report.busy("opening the catalogue"):
+        catalogue = sources.read(config.data.path)
+    prepared = prepare.prepare(config, functools.partial(report.track, "reading"), catalogue)
+    products = [prepared.products[index] for index in {*prepared.train, *prepared.val}]
+    without_text = sum(product.text is None for product in products)
+    without_image = sum(not product.images for product in products)
+    asked = len({triplet.query for triplet in prepared.triplets} - {*prepared.train}) + len(prepared.val_queries)
+    kind = "synthetic products" if prepared.synthetic else "products"
+    report.line(
+        f"{len(prepared.train):,} {kind} to train on, {len(prepared.val):,} to find"
+        f" ({without_text:,} without text, {without_image:,} without image), {asked:,} queries of the catalogue's own;"
+        f" {sources.summary(prepared.quarantine) or '0 left out'}"
+    )
+    if prepared.quarantine:
+        report.line(f"what was left out is listed in {workdir / 'data' / 'quarantine.jsonl'}")
+    if len(prepared.val) <= 10:
+        report.line(f"only {len(prepared.val)} products to find: R@10 says nothing; give a larger catalogue")
+    return prepared

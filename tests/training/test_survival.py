@@ -1,0 +1,407 @@
+"""Runs that are killed, stopped, divided among processes and moved to other machines: real processes, real signals."""
+
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import moon_jax
+from moon_jax import config as config_lib
+from moon_jax import hosts, interrupt, sharding
+from moon_jax.config import UserError
+from moon_jax.training import checkpoints, watch
+from tests.conftest import ROOT, environment, tiny
+
+STEPS = 12
+CONFIG = tiny(
+    training__steps=STEPS, training__save_every=4, training__keep_best=1, evaluation__every=6, evaluation__batch=16
+)
+LAUNCHER = str(ROOT / "launch" / "local.sh")
+
+
+def arguments(catalogue, workdir, *more):
+    return ["train", "--config", "quickstart", "--data", str(catalogue), "--workdir", str(workdir), *_tiny(), *more]
+
+
+@functools.cache
+def _tiny():
+    """Overrides that make the quickstart's config the tiny one."""
+    base, wanted = config_lib.leaves(config_lib.load("quickstart")), config_lib.leaves(CONFIG)
+    return tuple(f"--config.{k}={v!r}" for k, v in wanted.items() if v != base[k] and k != "data.path")
+
+
+def start(command, devices=1, variables=None):
+    """A process with the tests' settings; its output goes to a pipe."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = environment(devices) | {"PYTHONPATH": str(ROOT)} | (variables or {})
+    return subprocess.Popen([str(word) for word in command], env=env, cwd=ROOT, **pipes)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def run(catalogue, workdir, *more, devices=1):
+    return finish(start([sys.executable, "-m", "moon_jax.cli", *arguments(catalogue, workdir, *more)], devices))
+
+
+READ_ONLY = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+"""For processes that are killed: a half-written entry of the compilation cache would be there for all tests."""
+
+
+def run_killed(catalogue, workdir, phase, count, delay):
+    command = [sys.executable, "-m", "tests.training.killed", phase, count, delay, *arguments(catalogue, workdir)]
+    return finish(start(command, variables=READ_ONLY))
+
+
+def several(processes, catalogue, workdir, *more, restarts=0, by=(sys.executable, "-m", "moon_jax.cli")):
+    """The command that starts a run of several processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [LAUNCHER, "--processes", processes, "--restarts", restarts, "--port", port, "--"]
+    return [*launcher, *by, *arguments(catalogue, workdir, *more)]
+
+
+def losses(workdir):
+    return [json.loads(line)["total"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def like(catalogue, tokenizer):
+    """Abstract parameters of CONFIG."""
+    from moon_jax.serving.embedder import abstract_params
+
+    return jax.tree.map(checkpoints.on_one_device, abstract_params(CONFIG, tokenizer))
+
+
+def same_parameters(like, a, b):
+    (step, one), (other, two) = (checkpoints.latest_params(workdir, like) for workdir in (a, b))
+    assert step == other == STEPS
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, one, two)))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(catalogue, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "w"
+    code, out, err = run(catalogue, workdir)
+    assert code == 0, err
+    return workdir, out
+
+
+def test_it_tells_what_trains_and_where_time_goes(undisturbed):
+    workdir, out = undisturbed
+    assert re.search(r"│ alignment/log_temperature +│ +2 │ +frozen │", out)
+    assert re.search(r"│ encoder/decoder/experts/router +│ +192 │ +0.0001 │ +100% │", out)
+    told = re.search(r"of the time of a step: data (.*)%, device (.*)%, checkpoint (.*)%, evaluation (.*)%", out)
+    assert 50 < sum(map(float, told.groups())) <= 100.4
+    lines = [json.loads(line) for line in (workdir / "speed.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line in lines:
+        assert 0 < sum(line[phase] for phase in watch.PHASES) <= line["seconds"] * 1.01
+        assert line["host_bytes"] > 1e8
+    # What an evaluation found stands in the line of its step, and its checkpoint is kept.
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    judged = {line["step"]: line["evaluation"] for line in metrics if "evaluation" in line}
+    assert [*judged] == [6, 12] and set(judged[6]) == {"R@10", "directions"} and len(judged[6]["directions"]) == 9
+    assert judged[6]["R@10"] == pytest.approx(np.mean([*judged[6]["directions"].values()]), abs=1e-3)
+
+
+KILLS = [("device", 5, 0.01), ("checkpoint", 8, 0.02), ("evaluation", 1, 0.05), ("data", 3, 0.0)]
+
+
+def test_killed_in_every_phase_it_ends_with_the_same_bits(catalogue, undisturbed, like, tmp_path):
+    """Four kills of one run, and a fifth start that ends."""
+    _kill(catalogue, tmp_path / "w", KILLS)
+    assert same_parameters(like, undisturbed[0], tmp_path / "w")
+    for name in ("metrics.jsonl", "data/manifest.json", "tokenizer.json", "config.json"):
+        assert (tmp_path / "w" / name).read_bytes() == (undisturbed[0] / name).read_bytes(), name
+
+
+def _kill(catalogue, workdir, kills):
+    for phase, count, delay in kills:
+        code, _, err = run_killed(catalogue, workdir, phase, count, delay)
+        assert code == -signal.SIGKILL, (phase, code, err)
+    code, out, err = run(catalogue, workdir)
+    assert code == 0, err
+    return out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_random_moments_it_ends_with_the_same_bits(catalogue, undisturbed, like, tmp_path, seed):
+    """Five kills each: thirty in all."""
+    rng, workdir, killed = np.random.default_rng(seed), tmp_path / "w", 0
+    most = {"data": 4, "device": 12, "checkpoint": 5, "evaluation": 1}  # a later start has fewer steps to go
+    while killed < 5:
+        phase = str(rng.choice([*most]))
+        count, delay = int(rng.integers(1, most[phase] + 1)), float(rng.uniform(0, 0.3))
+        code, _, err = run_killed(catalogue, workdir, phase, count, delay)
+        assert code in (-signal.SIGKILL, 0), (phase, code, err)
+        killed += code != 0
+        if not code:
+            shutil.rmtree(workdir)  # it was done before the moment came: from the beginning
+    code, _, err = run(catalogue, workdir)
+    assert code == 0, err
+    assert same_parameters(like, undisturbed[0], workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed[0] / "metrics.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def by_two(catalogue, tmp_path_factory):
+    """An undisturbed run of two processes."""
+    workdir = tmp_path_factory.mktemp("two") / "w"
+    code, out, err = finish(start(several(2, catalogue, workdir)))
+    assert code == 0, err
+    assert "on 2 cpu device(s) of 2 processes" in out
+    return workdir
+
+
+def test_two_processes_lose_as_one(undisturbed, by_two):
+    np.testing.assert_allclose(losses(by_two), losses(undisturbed[0]), rtol=1e-6)
+    assert (by_two / "data" / "manifest.json").read_bytes() == (undisturbed[0] / "data" / "manifest.json").read_bytes()
+
+
+@pytest.mark.long
+def test_four_processes_lose_as_one(catalogue, undisturbed, tmp_path):
+    code, _, err = finish(start(several(4, catalogue, tmp_path / "w")))
+    assert code == 0, err
+    np.testing.assert_allclose(losses(tmp_path / "w"), losses(undisturbed[0]), rtol=1e-6)
+
+
+def test_one_of_two_processes_is_killed(catalogue, by_two, like, tmp_path):
+    """The launcher ends the other, starts both again, and the same bits come out."""
+    _kill_one(catalogue, by_two, like, tmp_path / "w", "1", "device", 14, 0.02)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(10))
+def test_one_of_two_processes_is_killed_at_random(catalogue, by_two, like, tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    phase = str(rng.choice(["data", "device", "checkpoint", "evaluation"]))
+    count = int(rng.integers(1, {"data": 10, "device": 20, "checkpoint": 10, "evaluation": 2}[phase] + 1))
+    _kill_one(catalogue, by_two, like, tmp_path / "w", str(seed % 2), phase, count, float(rng.uniform(0, 0.3)))
+
+
+def _kill_one(catalogue, by_two, like, workdir, victim, phase, count, delay):
+    marker, script = workdir.parent / "killed", workdir.parent / "one.sh"
+    script.write_text(
+        f'if [ "$JAX_PROCESS_ID" = {victim} ] && mkdir {marker} 2>/dev/null\n'
+        f'then exec {sys.executable} -m tests.training.killed {phase} {count} {delay} "$@"\n'
+        f'else exec {sys.executable} -m moon_jax.cli "$@"\nfi\n'
+    )
+    command = several(2, catalogue, workdir, restarts=1, by=("bash", script))
+    code, _, err = finish(start(command, variables=READ_ONLY))
+    assert code == 0, err
+    assert "starting all again (1 of 1)" in err and marker.is_dir()
+    assert same_parameters(like, by_two, workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == (by_two / "metrics.jsonl").read_bytes()
+
+
+def _wait_for_lines(workdir, process, lines):
+    log = workdir / "metrics.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+
+
+def test_sigterm_saves_and_ends_with_zero(catalogue, undisturbed, like, tmp_path):
+    workdir = tmp_path / "w"
+    process = start([sys.executable, "-m", "moon_jax.cli", *arguments(catalogue, workdir)])
+    _wait_for_lines(workdir, process, 2)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code == 0 and time.monotonic() - began < 20
+    step = int(re.search(r"saved at step (\d+) of 12", out)[1])
+    assert step < STEPS and "stopped by SIGTERM; the same command goes on from here" in err
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+    code, out, err = run(catalogue, workdir)
+    assert code == 0 and f"resuming {workdir} at step {step} of 12" in out
+    assert same_parameters(like, undisturbed[0], workdir)
+
+
+def _pid_of(process, index):
+    """The process with JAX_PROCESS_ID=index below the launcher."""
+    for entry in os.listdir("/proc"):
+        try:
+            settings = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+            parent = int(Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == process.pid and f"JAX_PROCESS_ID={index}".encode() in settings:
+            return int(entry)
+    raise AssertionError(f"no process {index}")
+
+
+def test_sigterm_on_one_host_stops_all_at_one_step_and_another_number_goes_on(catalogue, undisturbed, tmp_path):
+    workdir = tmp_path / "w"
+    process = start(several(2, catalogue, workdir, "--config.training.save_every=100"))
+    _wait_for_lines(workdir, process, 2)
+    os.kill(_pid_of(process, 1), signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code == 0, err
+    step = int(re.search(r"saved at step (\d+) of 12", out)[1])
+    assert step < STEPS and [path.name for path in (workdir / "checkpoints").iterdir()] == [str(step)]
+    # One process with four devices takes over.
+    code, out, err = run(catalogue, workdir, devices=4)
+    assert code == 0, err
+    assert f"resuming {workdir} at step {step} of 12" in out and "on 4 cpu device(s)" in out
+    np.testing.assert_allclose(losses(workdir), losses(undisturbed[0]), rtol=1e-6)
+
+
+@pytest.mark.long
+def test_who_loses_another_process_says_so_in_one_line(catalogue, tmp_path):
+    """Without a launcher that ends it."""
+    launched = several(2, catalogue, tmp_path / "w", "--config.training.steps=500")
+    command = launched[launched.index("--") + 1 :]
+    settings = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{launched[launched.index('--port') + 1]}"}
+    settings |= {"JAX_NUM_PROCESSES": "2"}
+    processes = [start(command, variables=settings | {"JAX_PROCESS_ID": str(index)}) for index in range(2)]
+    _wait_for_lines(tmp_path / "w", processes[0], 2)
+    processes[1].kill()
+    code, _, err = finish(processes[0])
+    assert code == 1 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("moon-jax: another process was lost (")
+
+
+def test_a_mistake_of_one_process_is_told_and_ends_all(catalogue, tmp_path):
+    """Another seed in one process."""
+    workdir = tmp_path / "w"
+    script = tmp_path / "one.sh"
+    script.write_text(f'exec {sys.executable} -m moon_jax.cli "$@" --config.seed=$JAX_PROCESS_ID\n')
+    code, _, err = finish(start(several(2, catalogue, workdir, by=("bash", script))))
+    assert code == 2
+    assert "moon-jax: process 1: config.seed is 1 there, and 0 in process 0; give all processes the same" in err
+    assert not workdir.exists()
+
+
+def test_the_global_batch_is_the_configs_or_the_run_is_refused(catalogue, tmp_path):
+    code, _, err = run(catalogue, tmp_path / "w", "--config.data.batch=6", devices=4)
+    assert code == 2 and "config.data.batch: 6 triplets do not divide over data x fsdp x expert, 4 devices" in err
+
+
+def test_eight_four_one_and_eight_devices_are_one_run(catalogue, tmp_path, monkeypatch):
+    """Four legs of three steps, each on another mesh, dropless: losses and the order of the data are one leg's."""
+    small = {"language.layers": 1, "vision.depth": 1, "evaluation.every": 0, "training.keep_best": 0}
+    config = config_lib.replace(CONFIG, {"data.path": str(catalogue)} | small)
+    on(monkeypatch, 1)
+    moon_jax.train(config, tmp_path / "one")
+    for leg, (devices, axes) in enumerate([(8, dict(fsdp=2, expert=2)), (4, dict(fsdp=4)), (1, {}), (8, {})]):
+        on(monkeypatch, devices)
+        last = 3 * (leg + 1)
+        monkeypatch.setattr(hosts, "stopping", functools.partial(_stop_at, last if last < STEPS else None))
+        legs = config_lib.replace(config, {f"mesh.{axis}": size for axis, size in axes.items()})
+        try:
+            moon_jax.train(legs, tmp_path / "legs")
+        except KeyboardInterrupt:
+            interrupt.REQUESTED.clear()
+        assert (tmp_path / "legs" / "checkpoints" / str(last)).is_dir()
+    np.testing.assert_allclose(losses(tmp_path / "legs"), losses(tmp_path / "one"), rtol=1e-6)
+
+
+def on(monkeypatch, devices):
+    """The runs of this process use so many of its devices."""
+    make_mesh = sharding.make_mesh
+    every = getattr(make_mesh, "func", make_mesh)
+    monkeypatch.setattr(sharding, "make_mesh", functools.partial(every, devices=jax.devices()[:devices]))
+
+
+def _stop_at(last, step):
+    if step == last:
+        interrupt.REQUESTED.set()
+    return step == last
+
+
+def test_numbers_that_stay_bad_end_the_run(catalogue, tmp_path, monkeypatch):
+    """A learning rate that throws the parameters to infinity: steps change nothing from then on."""
+    on(monkeypatch, 1)
+    config = tiny(
+        data__path=str(catalogue),
+        training__optimizer="sgd",
+        training__learning_rate=1e38,
+        training__clip=1e30,
+        training__bad_steps=3,
+        training__steps=30,
+        training__min_warmup=1,
+        training__warmup=0.0,
+        training__save_every=50,
+    )
+    with pytest.raises(
+        UserError, match=r"no finite loss or gradient for 3 steps in a row; they changed nothing"
+    ) as error:
+        moon_jax.train(config, tmp_path / "w")
+    dump = json.loads((tmp_path / "w" / "bad_step.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
+    assert f"step {dump['step']}: " in str(error.value) and "\n" not in str(error.value)
+    assert [line["finite"] for line in lines[-3:]] == [False] * 3 and dump["step"] == len(lines)
+    assert len(dump["triplets"]) == 8
+    assert all(set(triplet) == {"triplet", "query", "positive", "negative", "weight"} for triplet in dump["triplets"])
+    triplets = pq.read_table(tmp_path / "w" / "data" / "triplets.parquet").to_pylist()
+    for told in dump["triplets"]:
+        assert told["query"] == f"p{triplets[told['triplet']]['query']}"
+    norms = dump["gradient_norms"]["encoder/decoder/periods/layer_0/attention/q_proj/kernel"]
+    assert len(norms) == 2  # of each layer
+    assert set(dump["gradient_norms"]) == set(dump["parameter_norms"]) and dump["total"] is None
+    assert not list((tmp_path / "w" / "checkpoints").iterdir())
+
+
+def test_a_stalled_step_shows_all_stacks(catalogue, tmp_path):
+    """The second batch never comes."""
+    script = tmp_path / "stalled.py"
+    script.write_text(
+        "import sys, time\nfrom moon_jax import cli\nfrom moon_jax.data import pipeline\n"
+        "read = pipeline.from_step\n"
+        "def from_step(*arguments):\n"
+        "    batches = read(*arguments)\n    yield next(batches)\n    yield next(batches)\n    time.sleep(60)\n"
+        "pipeline.from_step = from_step\nsys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, script, *arguments(catalogue, tmp_path / "w", "--stall-minutes", "0.03")]
+    process = start(command)
+    told = ""
+    for line in process.stderr:
+        told += line
+        if "stalled.py" in line and "from_step" in line:
+            break
+    process.kill()
+    process.communicate()
+    assert "Timeout (0:00:01" in told and "most recent call first" in told and told.count("Thread 0x") > 2
+
+
+def test_a_trace_of_chosen_steps(catalogue, tmp_path, monkeypatch):
+    on(monkeypatch, 1)
+    config = tiny(data__path=str(catalogue), training__steps=4)
+    moon_jax.train(config, tmp_path / "w", watch.Watching(profile=(2, 3)))
+    traces = list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 1000
+    for wrong in ("3:2", "0:1", "5", "a:b"):
+        with pytest.raises(UserError, match="write FIRST:LAST"):
+            watch.parse_profile(wrong)
+
+
+def test_a_run_begins_from_another_ones_parameters(catalogue, undisturbed, like, tmp_path):
+    still = ("learning_rate=0.0", "router_learning_rate=0.0", "dual_learning_rate=1e-12")
+    more = ["--init", undisturbed[0], *(f"--config.training.{rate}" for rate in (*still, "steps=1"))]
+    code, out, err = run(catalogue, tmp_path / "w", *more)
+    assert code == 0, err
+    assert "drawn at random" not in out
+    (_, one), (step, two) = (checkpoints.latest_params(w, like) for w in (undisturbed[0], tmp_path / "w"))
+    assert step == 1
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+    assert (tmp_path / "w" / "tokenizer.json").read_bytes() == (undisturbed[0] / "tokenizer.json").read_bytes()
+    code, _, err = run(catalogue, tmp_path / "v", "--init", undisturbed[0], "--config.experts.count=2")
+    assert code == 2 and "another architecture" in err
