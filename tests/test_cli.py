@@ -210,11 +210,11 @@ def test_a_checkpoint_of_another_architecture(capsys, catalogue, trained, tmp_pa
 def test_a_damaged_checkpoint(capsys, catalogue, trained, tmp_path):
     workdir = tmp_path / "w"
     shutil.copytree(trained, workdir)
-    for file in (workdir / "checkpoints" / "4" / "params").rglob("*"):
+    for file in workdir.glob("checkpoints/*/params/**/*"):
         if file.is_file():
             file.write_bytes(b"")
     told = one_line(capsys, *arguments(catalogue, workdir))
-    assert f"{workdir / 'checkpoints'}: no checkpoint is whole, all are damaged: 4 (" in told
+    assert f"{workdir / 'checkpoints'}: no checkpoint is whole, all are damaged: " in told
 
 
 def run(catalogue, workdir, prefix, *more):
