@@ -17,6 +17,7 @@ setup(
     options={"editable_wheel": {"mode": "compat"}},
     entry_points={"console_scripts": ["moon-jax = moon_jax.cli:console"]},
     install_requires=[
+        "etils[epath]>=1.12",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "huggingface_hub>=1.0",
@@ -38,9 +39,12 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2,<0.12", "tokamax>=0.0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "gcs": ["gcsfs>=2026.4"],  # workdirs on gs://
         "hf": ["torch>=2.6", "transformers>=5.23,<6"],
         "notebooks": ["jupyterlab"],
         "test": [
+            "gcp-storage-emulator>=2026.7",
+            "gcsfs>=2026.4",
             "ipykernel>=6",
             "kubeflow-trainer-api>=2.3",  # JobSet's schema
             "nbclient>=0.10",

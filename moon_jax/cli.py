@@ -233,8 +233,8 @@ def _refused(error: OSError, parsed: argparse.Namespace) -> str:
 
 
 def _hush() -> None:
-    """What Orbax and its tasks log as an error comes to us as an exception, and is told in one line."""
-    for name in ("absl", "asyncio"):
+    """What Orbax, its tasks and gcsfs log as an error comes to us as an exception, and is told in one line."""
+    for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
@@ -243,37 +243,41 @@ def _configured(parsed: argparse.Namespace, overrides: list[str], name: str, ini
     for flag in ("data", "workdir"):
         if getattr(parsed, flag) == "":
             raise UserError(f"--{flag}: empty; give a path, or leave the flag out")
-        if "://" in (getattr(parsed, flag) or ""):
-            raise UserError(
-                f"--{flag} {getattr(parsed, flag)}: not a folder of this machine; mount it, and give that path"
-            )
+        given = getattr(parsed, flag) or ""
+        if "://" in given and (flag == "data" or parsed.command == "quickstart"):
+            hint = "; moon-jax train takes gs://" if flag == "workdir" else ""
+            raise UserError(f"--{flag} {given}: not a folder of this machine; mount it, and give that path{hint}")
     if parsed.steps is not None and parsed.steps < 1:
         raise UserError(f"--steps {parsed.steps}: give 1 or more")
     base = {}
     if init:
-        base = _begun(init, Path(parsed.workdir))
+        base = _begun(init, parsed.workdir)
     config = config_lib.load(name, base)
     given = {"data.path": parsed.data, "training.steps": parsed.steps, "training.init": init}
     config = config_lib.replace(config, {name: value for name, value in given.items() if value})
     return config_lib.override(config, overrides)
 
 
-def _begun(init: str, workdir: Path) -> dict[str, object]:
+def _begun(init: str, workdir: str) -> dict[str, object]:
     """The options that the model to begin from decides. A run that goes on asks its own config, and needs no folder."""
+    from moon_jax import places
     from moon_jax.hub import folder
 
-    own = workdir / "config.json"
+    place = places.Place(workdir)
+    place.pull(["config.json"])
+    own = place.files / "config.json"
     if own.is_file() and config_lib.read_json(own).training.init == init:
         return folder.of_run(own)
-    if folder.is_workdir(init):
-        return folder.of_run(Path(init) / "config.json")
+    run = folder.run_at(init)
+    if run:
+        return folder.of_run(run.files / "config.json")
     return folder.settings(folder.locate(init))
 
 
 def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Trains, and nothing else."""
     init = parsed.init or ""
-    init = init if init.startswith("hf://") else str(Path(init)) if init else ""
+    init = init if "://" in init or not init else str(Path(init))
     config = _configured(parsed, overrides, parsed.config, init)
     from moon_jax import hosts
     from moon_jax.evaluation import training
@@ -281,12 +285,13 @@ def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
     interrupt.check()
     _hush()
-    workdir = Path(parsed.workdir)
+    workdir = parsed.workdir
     watching = watch.Watching(parsed.profile and watch.parse_profile(parsed.profile), parsed.stall_minutes)
     hosts.start()
     training.train(config, workdir, watching)
-    export = shlex.join(["moon-jax", "export", "--model", str(workdir), "--output", f"{workdir}-served"])
-    watch.Watch(workdir).line(f"the model is in {workdir}; to serve it: {export}")
+    served = f"{Path(workdir).name if '://' in workdir else workdir}-served"
+    export = shlex.join(["moon-jax", "export", "--model", workdir, "--output", served])
+    watch.Watch().line(f"the model is in {workdir}; to serve it: {export}")
 
 
 def run_export(parsed: argparse.Namespace, overrides: list[str]) -> None:

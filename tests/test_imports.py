@@ -14,6 +14,7 @@ ORDER = [
     "interrupt",
     "backend",
     "hosts",
+    "places",
     "sharding",
     "similarity",
     "data",

@@ -38,8 +38,11 @@ class Prepared:
     synthetic: bool  # rendered, not sold
     fingerprint: str  # of products, split and triplets
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, workdir: object) -> None:
         """Writes manifest.json, triplets.parquet and quarantine.jsonl; the products stay where they are.
+
+        Args:
+            workdir: whose folder it is, for errors.
 
         Raises:
             UserError: the folder holds the manifest of other data.
@@ -62,7 +65,7 @@ class Prepared:
             held = json.loads(path.read_text(encoding="utf-8"))
             if held["fingerprint"] != self.fingerprint:
                 raise UserError(
-                    f"--workdir {folder.parent}: holds a run on other data than is given now;"
+                    f"--workdir {workdir}: holds a run on other data than is given now;"
                     " take another workdir, or remove this one"
                 )
             return

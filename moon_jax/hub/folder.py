@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moon_jax import config as config_lib
+from moon_jax import places
 from moon_jax.config import UserError
 
 HUB = "hf://"
@@ -44,9 +45,25 @@ def is_folder(path: Path) -> bool:
     )
 
 
-def is_workdir(path: str | Path) -> bool:
-    """Whether a run of ours lives there."""
-    return (Path(path) / "config.json").is_file() and (Path(path) / "checkpoints").is_dir()
+OF_RUN = ("config.json", "tokenizer.json", "base.json", "metrics.json", "data/manifest.json")
+"""What a run's workdir says of its model, beside the checkpoints."""
+
+
+def run_at(model: str | Path) -> places.Place | None:
+    """The workdir of a run of ours with OF_RUN at hand; None for anything else.
+
+    Raises:
+        UserError: an address in a bucket where there is no run.
+    """
+    if str(model).startswith(HUB):
+        return None
+    place = places.Place(model)
+    place.pull(OF_RUN)
+    if (place.files / "config.json").is_file() and place.checkpoints.is_dir():
+        return place
+    if place.remote:
+        raise UserError(f"{place}: no run there; a Hugging Face folder must be mounted, or copied to this machine")
+    return None
 
 
 def of_run(path: Path) -> dict[str, Any]:

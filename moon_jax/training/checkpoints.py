@@ -25,10 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from moon_jax import config as config_lib
-from moon_jax import hosts
+from moon_jax import hosts, places
 from moon_jax.config import UserError
 from moon_jax.types import Array, TrainState
 
@@ -66,8 +67,8 @@ def _as_saved(like: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of a workdir, saved asynchronously, each whole or absent."""
 
-    def __init__(self, workdir: Path, config: config_lib.Training | None = None):
-        """Opens for writing with `config`, for reading without."""
+    def __init__(self, folder: epath.Path, config: config_lib.Training | None = None):
+        """Opens `folder`, a place's `checkpoints`, for writing with `config`, for reading without."""
         policies = []
         if config:
             policies.append(keep.LatestN(config.keep))
@@ -82,7 +83,7 @@ class Checkpoints:
             create=config is not None,
             cleanup_tmp_directories=config is not None,
         )
-        self._folder = (workdir / "checkpoints").absolute()
+        self._folder = folder
         self._writes = config is not None
         handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"about": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
@@ -194,9 +195,9 @@ class Checkpoints:
         if hosts.first():
             for step in steps:
                 aside = self._folder.parent / "damaged" / str(step)
-                shutil.rmtree(aside, ignore_errors=True)
+                aside.rmtree(missing_ok=True)
                 aside.parent.mkdir(exist_ok=True)
-                shutil.move(self._folder / str(step), aside)
+                (self._folder / str(step)).rename(aside)
         hosts.gather("")  # the others wait
         self._manager.reload()
 
@@ -213,6 +214,8 @@ class Checkpoints:
 
     def _check_room(self, size: int) -> None:
         """Refuses before anything is half written."""
+        if places.is_remote(self._folder):
+            return
         free = shutil.disk_usage(self._folder).free
         if free < size:
             raise UserError(
@@ -305,25 +308,37 @@ def _check_architecture(place: Path, about: dict[str, Any], like: dict[str, Any]
             )
 
 
-def latest_params(workdir: Path, like: Any) -> tuple[int, Any]:
+def latest_params(folder: epath.Path, like: Any) -> tuple[int, Any]:
     """Step and parameters of the newest checkpoint that is whole; warns of damaged ones.
 
     Args:
+        folder: a place's `checkpoints`.
         like: abstract parameters with shardings.
 
     Raises:
         UserError: none there, of another architecture, or all are damaged.
     """
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir}: no checkpoints there; train first, or give another model")
-    checkpoints = Checkpoints(workdir)
+    if not folder.is_dir():
+        raise UserError(f"{folder.parent}: no checkpoints there; train first, or give another model")
+    checkpoints = Checkpoints(folder)
     try:
         found = checkpoints.restore_params(like, lambda line: warnings.warn(line, stacklevel=3))
         if found is None:
-            raise UserError(f"{workdir}: its training has not reached a first checkpoint yet")
+            raise UserError(f"{folder.parent}: its training has not reached a first checkpoint yet")
         return found
     finally:
         checkpoints.close()
+
+
+def steps(folder: epath.Path) -> list[int]:
+    """The steps whose checkpoints stand in `folder`, damaged or not; those that a kill cut short do not."""
+    if not folder.is_dir():
+        return []
+    opened = Checkpoints(folder)
+    try:
+        return sorted(opened._manager.all_steps())
+    finally:
+        opened._manager.close()
 
 
 def on_one_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -16,6 +16,8 @@ from moon_jax.data.prepare import Prepared
 from moon_jax.training.step import loss
 from moon_jax.types import OBJECTIVES, Batch, TrainState
 
+FILE = "bad_step.json"
+
 STACKED = ("layers", "periods")
 """Names below which parameters have a leading axis of layers."""
 
@@ -38,8 +40,8 @@ def dump(
     placed: Batch,
     prepared: Prepared,
     step: int,
-) -> Path:
-    """Writes bad_step.json: the triplets of the step's batch, its losses, and the norms of gradients and parameters.
+) -> None:
+    """Writes FILE: the triplets of the step's batch, its losses, and the norms of gradients and parameters.
 
     A number that is not finite is null there. All processes call this; the first writes.
 
@@ -47,9 +49,6 @@ def dump(
         state: as the step left it, which is as it found it.
         batch: numpy; `placed` is the same on the devices.
         step: steps that were done, this one included.
-
-    Returns:
-        The file.
     """
 
     def measure(params: Any, batch: Batch) -> dict[str, Any]:
@@ -79,7 +78,6 @@ def dump(
         named = dict(zip(("query", "positive", "negative"), ids, strict=True))
         triplets.append({"triplet": index, **named, "weight": triplet.weight})
     content = {"step": step, "triplets": triplets, **jax.tree.map(told, measured)}
-    path = workdir / "bad_step.json"
     if hosts.first():
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (workdir / FILE).write_text(text, encoding="utf-8")

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moon_jax import backend, hosts, interrupt, sharding
+from moon_jax import backend, hosts, interrupt, places, sharding
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.data import pipeline, prepare, text
 from moon_jax.data import rows as rows_lib
-from moon_jax.hub import folder, weights
+from moon_jax.hub import weights
 from moon_jax.training import checkpoints as checkpoints_lib
 from moon_jax.training import health, optimizer, watch
 from moon_jax.training import workdir as workdir_lib
@@ -76,17 +76,18 @@ def _begin(
 ) -> TrainState:
     """The state of step 0, each array made where it lies: no host holds the model."""
     params: dict[str, Any] = {}
-    if opened.base and folder.is_workdir(opened.base):
-        with report.busy(f"loading {opened.base}"):
-            saved = checkpoints_lib.Checkpoints(opened.base)
+    init = config.training.init
+    if opened.base and opened.base.checkpoints:
+        with report.busy(f"loading {init}"):
+            saved = checkpoints_lib.Checkpoints(opened.base.checkpoints)
             found = saved.restore_params(abstract.params, report.line)
             saved.close()
         if not found:
-            raise UserError(f"--init {opened.base}: its training has not reached a first checkpoint yet")
+            raise UserError(f"--init {init}: its training has not reached a first checkpoint yet")
         params = found[1]
     elif opened.base:
-        track = functools.partial(report.track, f"loading {config.training.init}")
-        params = {"encoder": weights.load(opened.base, config, abstract.params["encoder"], track)}
+        track = functools.partial(report.track, f"loading {init}")
+        params = {"encoder": weights.load(opened.base.files, config, abstract.params["encoder"], track)}
 
     def make(params: dict[str, Any]) -> TrainState:
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rows)  # no number follows from it
@@ -110,8 +111,9 @@ def train(
 
     Args:
         config: the run is a function of it. A workdir belongs to one config.
-        workdir: receives config.json, tokenizer.json, data/, checkpoints/, metrics.jsonl, speed.jsonl, tensorboard/ and
-            run.log; without `config.data.path` also catalogue/, the synthetic one.
+        workdir: a folder of this machine, or gs://bucket/folder; receives config.json, tokenizer.json, data/,
+            checkpoints/, metrics.jsonl, speed.jsonl, tensorboard/ and run.log; without `config.data.path` also
+            catalogue/, the synthetic one.
         judge: makes what evaluates every `config.evaluation.every` steps.
         watching: what is watched beside.
 
@@ -125,25 +127,31 @@ def train(
     """
     if not isinstance(config, config_lib.Config):
         raise UserError(f"config: {config!r} is no Config; moon_jax.config.load gives one by name")
-    if "://" in str(workdir):
-        raise UserError(f"workdir {workdir}: not a folder of this machine; mount it, and give that path")
-    workdir = Path(workdir)
+    place = places.Place(workdir)
+    place.pull()
+    try:
+        return _train(config, place, judge, watching)
+    finally:
+        place.push()
+
+
+def _train(config: config_lib.Config, place: places.Place, judge: Any, watching: watch.Watching) -> prepare.Prepared:
     held_by_all = {name: value for name, value in config_lib.leaves(config).items() if name not in OWN}
     hosts.same("config", held_by_all)
     mesh = sharding.make_mesh(config.mesh)
     with hosts.together():
-        workdir_lib.check(config, workdir)
+        workdir_lib.check(config, place)
         sharding.check(config, mesh)
         held = sharding.share(mesh, 3 * config.data.batch)
-    report = watch.Watch(workdir)
-    opened = workdir_lib.open_run(config, workdir, report)
+    report = watch.Watch(place.files)
+    opened = workdir_lib.open_run(config, place, report)
     prepared = opened.prepared
     reader = pipeline.Reader(config, opened.tokenizer)
     dataset = pipeline.batches(prepared, reader, held)
 
     steps, options = config.training.steps, config.training
     about = checkpoints_lib.describe(config, prepared.fingerprint)
-    checkpoints = checkpoints_lib.Checkpoints(workdir, options)
+    checkpoints = checkpoints_lib.Checkpoints(place.checkpoints, options)
     with jax.set_mesh(mesh):
         placed = abstract_batch(config, mesh, reader.template)
         abstract = abstract_state(config, placed.rows, mesh)
@@ -152,10 +160,10 @@ def train(
         start, state = restored or (0, None)
         if start >= steps:
             checkpoints.close()
-            report.line(f"{workdir} is trained already: its newest checkpoint is of step {start}")
+            report.line(f"{place} is trained already: its newest checkpoint is of step {start}")
             return prepared
         if restored:
-            report.line(f"resuming {workdir} at step {start} of {steps}")
+            report.line(f"resuming {place} at step {start} of {steps}")
         began = time.monotonic()
         with report.busy("compiling the training step"):
             compiled = lower_step(config, abstract, placed).compile(compiler_options=backend.compiler_options())
@@ -172,7 +180,7 @@ def train(
     )
 
     judging = judge(config, prepared, opened.tokenizer, mesh) if config.evaluation.every else None
-    log = watch.MetricLog(workdir, start)
+    log = watch.MetricLog(place.files, start)
     times = watch.Times(config, mesh.size, start)
     batches = pipeline.from_step(dataset, start, config.data.threads)
     batch, metrics, note = None, None, ""
@@ -180,15 +188,15 @@ def train(
     def look(step: int) -> None:
         """Waits for the step before; ends the run where its numbers have been bad for too long."""
         if metrics is not None and int(metrics["bad_in_a_row"]) >= options.bad_steps:
-            where = health.dump(config, workdir, state, batch, sharding.place(mesh, batch, held), prepared, step)
+            health.dump(config, place.files, state, batch, sharding.place(mesh, batch, held), prepared, step)
             raise UserError(
                 f"step {step}: no finite loss or gradient for {options.bad_steps} steps in a row; they changed nothing;"
-                f" {where} tells the last one's triplets and norms; lower the learning rate, or begin anew"
+                f" {place}/{health.FILE} tells the last one's triplets and norms; try a lower learning rate"
             )
 
     # A stop that is asked for between here and there waits for the place where what was reached is saved.
     progress = report.progress("training", steps, start, interruptible=False)
-    with progress as advance, watching.over(workdir) as alive:
+    with progress as advance, watching.over(place.files) as alive:
         for step in range(start, steps):
             alive(step)
             with times.of("data"):
@@ -218,6 +226,8 @@ def train(
             with times.of("checkpoint"):
                 if due or stopping or done == steps:
                     look(done)
+                    if hosts.first():
+                        place.push()  # first: a run that comes back to the checkpoint finds the lines before it
                     checkpoints.save(state, done, about, best)
                 checkpoints.check()
             if stopping:

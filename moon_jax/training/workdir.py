@@ -12,43 +12,47 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from etils import epath
+
 from moon_jax import config as config_lib
-from moon_jax import hosts
+from moon_jax import hosts, places
 from moon_jax.config import UserError
 from moon_jax.data import prepare, sources, synthetic, text
 from moon_jax.hub import folder, weights
-from moon_jax.training import watch
+from moon_jax.training import checkpoints, watch
 
 FREE = ("data.path", "data.threads", "mesh.", "training.save_every", "training.keep", "training.bad_steps")
 """Options that may change when a run goes on, by how they begin: no number of the run follows from them."""
 
 
-def check(config: config_lib.Config, workdir: Path) -> None:
+def check(config: config_lib.Config, place: places.Place) -> None:
     """Refuses a workdir that belongs to another config or to anything else, or that cannot be written.
 
     What FREE names may change; the data itself is held to by its fingerprint.
     """
+    workdir = place.files
     path = workdir / "config.json"
-    place = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
     try:
-        with tempfile.TemporaryFile(dir=place) as probe:
+        with tempfile.TemporaryFile(dir=there) as probe:
             probe.write(b"0")
     except OSError as error:
-        raise UserError(f"--workdir {workdir}: {place}: {error.strerror}; give a folder that can be written") from None
+        raise UserError(f"--workdir {place}: {there}: {error.strerror}; give a folder that can be written") from None
     if not path.exists():
         others = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
+        others += ["checkpoints"] if place.remote and place.checkpoints.is_dir() else []
         others = sorted(name for name in others if name not in ("catalogue", "run.log") and not name.startswith("."))
         if others:
-            raise UserError(f"--workdir {workdir}: holds no run but {others[0]}; give a folder that is new or empty")
+            raise UserError(f"--workdir {place}: holds no run but {others[0]}; give a folder that is new or empty")
         return
     held = config_lib.leaves(config_lib.read_json(path))
     if bool(held["data.path"]) != bool(config.data.path):
         what = f"--data {held['data.path']}" if held["data.path"] else "the synthetic catalogue, without --data"
-        raise UserError(f"--workdir {workdir}: holds a run on {what}; give the same, or take another workdir")
+        raise UserError(f"--workdir {place}: holds a run on {what}; give the same, or take another workdir")
     for name, value in config_lib.leaves(config).items():
         if held[name] != value and not name.startswith(FREE):
             raise UserError(
-                f"--workdir {workdir}: holds a run with config.{name} = {held[name]!r}, not {value!r};"
+                f"--workdir {place}: holds a run with config.{name} = {held[name]!r}, not {value!r};"
                 " take another workdir, or remove this one"
             )
 
@@ -70,27 +74,31 @@ def claim(config: config_lib.Config, workdir: Path) -> None:
         raise UserError(f"--workdir {workdir}: {error.strerror}; give a folder that can be written") from None
 
 
-def resumes(workdir: Path) -> bool:
-    """Whether a run has a checkpoint to go on from."""
-    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The model that a run begins from."""
+
+    files: Path  # a Hugging Face folder, or what another run's workdir holds beside its checkpoints
+    checkpoints: epath.Path | None = None  # of another run
 
 
-def base_of(config: config_lib.Config, workdir: Path, report: watch.Watch) -> Path | None:
+def base_of(config: config_lib.Config, place: places.Place, report: watch.Watch) -> Base | None:
     """The model of `training.init`, where a run is to begin from it; None where there is none, or the run goes on.
 
     Raises:
         UserError: no such folder, or its model is not of the config's sizes.
     """
     init = config.training.init
-    if not init or resumes(workdir):
+    if not init or checkpoints.steps(place.checkpoints):
         return None
-    if folder.is_workdir(init):
-        base, theirs = Path(init), config_lib.read_json(Path(init) / "config.json")
+    run = folder.run_at(init)
+    if run:
+        base, theirs = Base(run.files, run.checkpoints), config_lib.read_json(run.files / "config.json")
     else:
-        base = folder.locate(init)
-        folder.check(config, base)
-        weights.check(base, config)
-        theirs = folder.config(base, {})
+        base = Base(folder.locate(init))
+        folder.check(config, base.files)
+        weights.check(base.files, config)
+        theirs = folder.config(base.files, {})
     for name in ("language.pooling", "data.template"):
         mine, other = (config_lib.leaves(one)[name] for one in (config, theirs))
         if mine != other:
@@ -104,52 +112,65 @@ class Opened:
 
     prepared: prepare.Prepared
     tokenizer: text.Tokenizer
-    base: Path | None  # the model to begin from
+    base: Base | None
 
 
-def open_run(config: config_lib.Config, workdir: Path, report: watch.Watch) -> Opened:
+def open_run(config: config_lib.Config, place: places.Place, report: watch.Watch) -> Opened:
     """Reads and verifies the data, and makes the workdir the run's. All processes call this.
 
     Raises:
         UserError: the data cannot be used, is not the run's or not the same in all processes; the base is of no use.
     """
+    workdir = place.files
     with hosts.together():
         if config.data.tokenizer:
             text.Tokenizer.load(config.data.tokenizer)  # one that cannot be read is told before the data is
-        base = base_of(config, workdir, report)
+        base = base_of(config, place, report)
         if hosts.first():
-            render(config, workdir, report)
+            render(config, place, report)
+    _share(place)
     with hosts.together():
-        prepared = prepare_data(config, workdir, report)
+        prepared = prepare_data(config, place, report)
     hosts.same("--data", {"fingerprint": prepared.fingerprint})
     with hosts.together():
         if hosts.first():
             claim(config, workdir)
-            prepared.save(workdir / "data")
+            prepared.save(workdir / "data", place)
             write_tokenizer(config, workdir, prepared, base)
-            if base and not folder.is_workdir(base):
-                about = {"model": config.training.init, "licence": folder.licence(base)}
+            if base and not base.checkpoints:
+                about = {"model": config.training.init, "licence": folder.licence(base.files)}
                 if config.training.init.startswith(folder.HUB):
-                    about["commit"] = base.name  # of the hub's cache
+                    about["commit"] = base.files.name  # of the hub's cache
                 (workdir / "base.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-            elif base and (base / "base.json").is_file():  # what that run began from, this one began from
-                shutil.copyfile(base / "base.json", workdir / "base.json")
+            elif base and (base.files / "base.json").is_file():  # what that run began from, this one began from
+                shutil.copyfile(base.files / "base.json", workdir / "base.json")
+    _share(place)
     with hosts.together():
         path = workdir / "tokenizer.json"
         if not path.is_file():
-            raise UserError(f"--workdir {workdir}: not the folder that process 0 writes; give one that all hosts share")
+            raise UserError(f"--workdir {place}: not the folder that process 0 writes; give one that all hosts share")
         tokenizer = text.Tokenizer.load(path, config.language.vocab)
     return Opened(prepared, tokenizer, base)
 
 
-def write_tokenizer(config: config_lib.Config, workdir: Path, prepared: prepare.Prepared, base: Path | None) -> None:
+def _share(place: places.Place) -> None:
+    """What the first process wrote is there for all."""
+    with hosts.together():
+        if hosts.first():
+            place.push()
+    with hosts.together():
+        if not hosts.first():
+            place.pull()
+
+
+def write_tokenizer(config: config_lib.Config, workdir: Path, prepared: prepare.Prepared, base: Base | None) -> None:
     """Writes the run's tokenizer.json: the configured one, that of the model it begins from, or one trained on the
     catalogue.
     """
     path = workdir / "tokenizer.json"
     if not path.exists():
         if config.data.tokenizer or base:
-            given = config.data.tokenizer or folder.tokenizer(base)
+            given = config.data.tokenizer or folder.tokenizer(base.files)
             text.Tokenizer.load(given)
             temporary = path.with_suffix(".tmp")
             shutil.copyfile(given, temporary)  # byte by byte: the fingerprint is taken of it
@@ -161,25 +182,24 @@ def write_tokenizer(config: config_lib.Config, workdir: Path, prepared: prepare.
             temporary.replace(path)
 
 
-def _catalogue(workdir: Path) -> Path:
-    return workdir / "catalogue" / "synthetic.parquet"
+CATALOGUE = "catalogue/synthetic.parquet"
 
 
-def render(config: config_lib.Config, workdir: Path, report: watch.Watch) -> None:
+def render(config: config_lib.Config, place: places.Place, report: watch.Watch) -> None:
     """Renders the synthetic catalogue, where no data is given and it does not stand yet."""
-    path = _catalogue(workdir)
     if config.data.path:
         return
-    report.line(f"no --data given: a synthetic catalogue of rendered products, {path}")
+    path = place.files / CATALOGUE
+    report.line(f"no --data given: a synthetic catalogue of rendered products, {place}/{CATALOGUE}")
     if not synthetic.stands(path, config.data.synthetic, config.seed):
         track = functools.partial(report.track, "rendering")
         synthetic.write(path, config.data.synthetic, config.seed, config.data.threads, track)
 
 
-def prepare_data(config: config_lib.Config, workdir: Path, report: watch.Watch) -> prepare.Prepared:
+def prepare_data(config: config_lib.Config, place: places.Place, report: watch.Watch) -> prepare.Prepared:
     """`prepare.prepare` with progress shown and the quarantine summed up; without a path, of the rendered catalogue."""
     if not config.data.path:
-        config = config_lib.replace(config, {"data.path": str(_catalogue(workdir))})
+        config = config_lib.replace(config, {"data.path": str(place.files / CATALOGUE)})
     with report.busy("opening the catalogue"):
         catalogue = sources.read(config.data.path)
     prepared = prepare.prepare(config, functools.partial(report.track, "reading"), catalogue)
@@ -194,7 +214,7 @@ def prepare_data(config: config_lib.Config, workdir: Path, report: watch.Watch) 
         f" {sources.summary(prepared.quarantine) or '0 left out'}"
     )
     if prepared.quarantine:
-        report.line(f"what was left out is listed in {workdir / 'data' / 'quarantine.jsonl'}")
+        report.line(f"what was left out is listed in {place}/data/quarantine.jsonl")
     if len(prepared.val) <= 10:
         report.line(f"only {len(prepared.val)} products to find: R@10 says nothing; give a larger catalogue")
     return prepared

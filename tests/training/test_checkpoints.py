@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moon_jax import config as config_lib
-from moon_jax import sharding
+from moon_jax import places, sharding
 from moon_jax.config import UserError
 from moon_jax.training import checkpoints as lib
 from moon_jax.types import TrainState
@@ -48,7 +48,7 @@ def training(**options):
 
 def write(workdir, steps, options=None, scores=()):
     workdir.mkdir(exist_ok=True)
-    opened = lib.Checkpoints(workdir, options or training())
+    opened = lib.Checkpoints(places.Place(workdir).checkpoints, options or training())
     for step in steps:
         opened.save(state(step), step, ABOUT, dict(scores).get(step))
     opened.close()
@@ -57,7 +57,7 @@ def write(workdir, steps, options=None, scores=()):
 def restore(workdir, expected=None, abstract=None):
     """Step and state, and what was told."""
     told = []
-    opened = lib.Checkpoints(workdir, training())
+    opened = lib.Checkpoints(places.Place(workdir).checkpoints, training())
     try:
         return opened.restore(abstract or like(state(0)), expected or {"data": "catalogue"}, told.append), told
     finally:
@@ -74,7 +74,7 @@ def two(tmp_path_factory):
 def test_what_is_restored_is_what_was_saved(two):
     (step, found), told = restore(two)
     assert step == 7 and equal(found, state(7)) and not told
-    reader = lib.Checkpoints(two)
+    reader = lib.Checkpoints(places.Place(two).checkpoints)
     step, params = reader.restore_params(like(state(0).params), told.append)
     assert step == 7 and equal(params, state(7).params) and not told
     about = json.loads((two / "checkpoints" / "7" / "about" / "metadata").read_text())
@@ -88,7 +88,7 @@ def test_parameters_may_be_read_in_another_dtype(two):
     half = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), like(state(0).params)
     )
-    step, params = lib.latest_params(two, half)
+    step, params = lib.latest_params(places.Place(two).checkpoints, half)
     assert step == 7 and equal(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state(7).params))
 
 
@@ -180,7 +180,7 @@ def test_all_damaged_is_one_line(two, tmp_path):
     assert "\n" not in str(error.value) and "7, 5" in str(error.value)
     assert not (workdir / "damaged").exists()  # else the next start would begin anew, without a word
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match="no checkpoint is whole"):
-        lib.latest_params(workdir, like(state(0).params))
+        lib.latest_params(places.Place(workdir).checkpoints, like(state(0).params))
 
 
 def test_a_reader_skips_and_moves_nothing(two, tmp_path):
@@ -188,7 +188,7 @@ def test_a_reader_skips_and_moves_nothing(two, tmp_path):
     shutil.copytree(two, workdir)
     shutil.rmtree(workdir / "checkpoints" / "7" / "params")
     with pytest.warns(UserWarning, match="checkpoints/7: a damaged checkpoint"):
-        step, params = lib.latest_params(workdir, like(state(0).params))
+        step, params = lib.latest_params(places.Place(workdir).checkpoints, like(state(0).params))
     assert step == 5 and equal(params, state(5).params) and (workdir / "checkpoints" / "7").is_dir()
 
 
@@ -257,7 +257,7 @@ def test_saved_on_one_mesh_restored_on_another(tmp_path):
     meshes = [sharding.make_mesh(config_lib.Mesh(data=d, fsdp=f), jax.devices()[: d * f]) for d, f in ((2, 2), (8, 1))]
     workdir = tmp_path / "w"
     workdir.mkdir()
-    opened = lib.Checkpoints(workdir, training())
+    opened = lib.Checkpoints(places.Place(workdir).checkpoints, training())
     opened.save(state(3, placed(meshes[0])), 3, ABOUT)
     opened.close()
     (step, found), told = restore(workdir, abstract=like(state(0, placed(meshes[1]))))

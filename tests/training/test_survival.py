@@ -19,7 +19,7 @@ import pytest
 
 import moon_jax
 from moon_jax import config as config_lib
-from moon_jax import hosts, interrupt, sharding
+from moon_jax import hosts, interrupt, places, sharding
 from moon_jax.config import UserError
 from moon_jax.training import checkpoints, watch
 from tests.conftest import ROOT, environment, tiny
@@ -88,8 +88,12 @@ def like(catalogue, tokenizer):
     return jax.tree.map(checkpoints.on_one_device, abstract_params(CONFIG, tokenizer))
 
 
+def trained(workdir, like):
+    return checkpoints.latest_params(places.Place(workdir).checkpoints, like)
+
+
 def same_parameters(like, a, b):
-    (step, one), (other, two) = (checkpoints.latest_params(workdir, like) for workdir in (a, b))
+    (step, one), (other, two) = (trained(workdir, like) for workdir in (a, b))
     assert step == other == STEPS
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, one, two)))
 
@@ -398,7 +402,7 @@ def test_a_run_begins_from_another_ones_parameters(catalogue, undisturbed, like,
     code, out, err = run(catalogue, tmp_path / "w", *more)
     assert code == 0, err
     assert "drawn at random" not in out
-    (_, one), (step, two) = (checkpoints.latest_params(w, like) for w in (undisturbed[0], tmp_path / "w"))
+    (_, one), (step, two) = (trained(w, like) for w in (undisturbed[0], tmp_path / "w"))
     assert step == 1
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-9)
