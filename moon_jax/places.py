@@ -42,8 +42,9 @@ def _told(work: Callable) -> Callable:
         except UserError:
             raise
         except Exception as error:  # of gcsfs, aiohttp, google.auth, and what they are built on
+            cause = "not found" if isinstance(error, FileNotFoundError) else why(error)
             raise UserError(
-                f"{self.address}: {why(error)}; check that the bucket exists and that this machine may read and write"
+                f"{self.address}: {cause}; check that the bucket exists and that this machine may read and write"
                 " it (gcloud auth application-default login)"
             ) from None
 
@@ -53,6 +54,38 @@ def _told(work: Callable) -> Callable:
 def why(error: BaseException) -> str:
     """The first line of an error, not too long."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _bucket() -> Any:
+    """The file system of buckets; it and Orbax's own (epath's) look at what is there each time.
+
+    By default both keep every listing for good, and would not see what another process, or the other one, did.
+    """
+    import fsspec  # slow to import, and only wanted here
+
+    for name in ("gs", "gcs"):
+        fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+    return fsspec.filesystem("gcs")
+
+
+def move(folder: epath.Path, target: epath.Path) -> None:
+    """Moves a folder, in place of what is at `target`; in a bucket object by object."""
+    target.rmtree(missing_ok=True)
+    if is_remote(folder):
+        _bucket().mv(str(folder), str(target), recursive=True)
+    else:
+        target.parent.mkdir(exist_ok=True)
+        shutil.move(folder, target)
+
+
+_COPIES: list[Path] = []
+
+
+@atexit.register
+def remove_copies() -> None:
+    """Removes this process's copies of workdirs in buckets; called when it ends."""
+    while _COPIES:
+        shutil.rmtree(_COPIES.pop(), ignore_errors=True)
 
 
 class Place:
@@ -86,8 +119,9 @@ class Place:
             raise UserError(f"{self.address}: gcsfs is not installed; pip install -e '.[gcs]'")
         self._root = f"{bucket}/{folder}"
         self.address = BUCKET + self._root
+        self._bucket = _bucket()
         self.files = Path(tempfile.mkdtemp(prefix="moon-jax-"))
-        atexit.register(shutil.rmtree, self.files, ignore_errors=True)
+        _COPIES.append(self.files)
         self.checkpoints = epath.Path(self.address) / "checkpoints"
 
     def __str__(self) -> str:
@@ -96,12 +130,6 @@ class Place:
     @property
     def remote(self) -> bool:
         return is_remote(self.address)
-
-    @functools.cached_property
-    def _bucket(self) -> Any:
-        import gcsfs  # slow to import, and only wanted here
-
-        return gcsfs.GCSFileSystem()
 
     @_told
     def pull(self, names: Sequence[str] = ()) -> None:
@@ -112,7 +140,6 @@ class Place:
         """
         if not self.remote:
             return
-        self._bucket.invalidate_cache()
         found = [path.removeprefix(f"{self._root}/") for path in self._bucket.find(self._root)]
         wanted = [name for name in found if (name in names if names else name.split("/")[0] not in APART)]
         self._bucket.get([f"{self._root}/{name}" for name in wanted], [str(self.files / name) for name in wanted])

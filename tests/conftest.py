@@ -138,6 +138,15 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bucket():
+    """The address of a bucket, on a server of this machine."""
+    from tests import bucket as lib
+
+    with lib.bucket() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
 def prepared(catalogue: Path) -> prepare.Prepared:
     return prepare.prepare(tiny(data__path=str(catalogue)))
 

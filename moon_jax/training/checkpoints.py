@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -134,7 +135,7 @@ class Checkpoints:
             tell: is told of damaged ones, a line each.
 
         Raises:
-            UserError: it is of another architecture, or of other data; or all are damaged.
+            UserError: it is of another architecture, or of other data; it cannot be read now; or all are damaged.
         """
         found = self._newest(_split(like), expected, tell)
         return found and (found[0], TrainState(params=found[1]["params"], **found[1]["rest"]))
@@ -161,7 +162,12 @@ class Checkpoints:
                 except UserError:
                     raise
                 except Exception as error:  # Orbax and TensorStore raise nearly anything on damaged files
-                    problem = (str(error) or type(error).__name__).splitlines()[0][:200]
+                    if _unreachable(error):
+                        raise UserError(
+                            f"{place}: cannot be read now ({places.why(error)}), which tells nothing of what is there;"
+                            " mend that and give the same command again, or move it away to go on from the one before"
+                        ) from None
+                    problem = places.why(error)
             # One process may have met what the others did not read.
             problem = next(filter(None, hosts.gather(problem)), "")
             if not problem:
@@ -194,10 +200,7 @@ class Checkpoints:
             return
         if hosts.first():
             for step in steps:
-                aside = self._folder.parent / "damaged" / str(step)
-                aside.rmtree(missing_ok=True)
-                aside.parent.mkdir(exist_ok=True)
-                (self._folder / str(step)).rename(aside)
+                places.move(self._folder / str(step), self._folder.parent / "damaged" / str(step))
         hosts.gather("")  # the others wait
         self._manager.reload()
 
@@ -240,6 +243,11 @@ class Checkpoints:
                         f"{self._folder}: a checkpoint could not be written: {os.strerror(code)}; older ones are whole:"
                         " mend that, and the same command goes on from the newest"
                     ) from None
+            if places.is_remote(self._folder):
+                raise UserError(
+                    f"{self._folder}: a checkpoint could not be written: {places.why(error)}; older ones are whole:"
+                    " mend that, and the same command goes on from the newest"
+                ) from None
             raise
 
 
@@ -251,6 +259,24 @@ def describe(config: config_lib.Config, fingerprint: str) -> dict[str, Any]:
         git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
         version += "+" + subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return {"config": json.loads(config_lib.to_json(config)), "version": version, "data": fingerprint}
+
+
+UNREACHABLE = re.compile(
+    "|".join(
+        ["PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"]
+        + [os.strerror(code) for code in (errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM)]
+    )
+)
+"""Causes, in TensorStore's words and the system's, of a failure to read what may be whole."""
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    """Whether a failure to read tells nothing of what is there: no permission, or a disk that does not answer."""
+    while error:
+        if isinstance(error, PermissionError | ConnectionError | TimeoutError) or UNREACHABLE.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _seal(about: dict[str, Any]) -> dict[str, Any]:

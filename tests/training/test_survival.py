@@ -298,6 +298,38 @@ def test_the_global_batch_is_the_configs_or_the_run_is_refused(catalogue, tmp_pa
     assert code == 2 and "config.data.batch: 6 triplets do not divide over data x fsdp x expert, 4 devices" in err
 
 
+def test_a_workdir_in_a_bucket(catalogue, undisturbed, like, bucket, tmp_path):
+    """Killed in the middle of a save, damaged, begun from: as in a folder of this machine, bit for bit."""
+    workdir, local = f"{bucket}/run", undisturbed[0]
+    _kill(catalogue, workdir, [("checkpoint", 8, 0.05)])
+    assert same_parameters(like, local, workdir)
+    place = places.Place(workdir)
+    place.pull()
+    for name in ("metrics.jsonl", "data/manifest.json", "tokenizer.json", "config.json"):
+        assert (place.files / name).read_bytes() == (local / name).read_bytes(), name
+    assert (
+        len(list((place.files / "tensorboard").iterdir())) == 1 and "saved" not in (place.files / "run.log").read_text()
+    )
+    newest = f"{place.checkpoints}/{STEPS}/params/ocdbt.process_0/d".removeprefix("gs://")
+    place._bucket.rm(place._bucket.find(newest)[0])
+    code, out, err = run(catalogue, workdir)
+    assert code == 0, err
+    assert f"{place.checkpoints}/{STEPS}: a damaged checkpoint (" in out and f"resuming {workdir} at step " in out
+    assert (place.checkpoints.parent / "damaged" / str(STEPS)).is_dir()
+    assert same_parameters(like, local, workdir)
+    assert moon_jax.load(workdir).fingerprint == moon_jax.load(local).fingerprint
+    code, out, err = run(catalogue, tmp_path / "w", "--init", workdir, "--config.training.steps=1")
+    assert code == 0 and "drawn at random" not in out and f"loading {workdir}" in out, err
+
+
+@pytest.mark.long
+def test_two_processes_in_a_bucket(catalogue, by_two, like, bucket):
+    workdir = f"{bucket}/two"
+    code, _, err = finish(start(several(2, catalogue, workdir)))
+    assert code == 0, err
+    assert same_parameters(like, by_two, workdir)
+
+
 def test_eight_four_one_and_eight_devices_are_one_run(catalogue, tmp_path, monkeypatch):
     """Four legs of three steps, each on another mesh, dropless: losses and the order of the data are one leg's."""
     small = {"language.layers": 1, "vision.depth": 1, "evaluation.every": 0, "training.keep_best": 0}
