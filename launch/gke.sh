@@ -6,9 +6,9 @@
 #   launch/gke.sh --dry-run …                           prints the manifest, and sends nothing
 #
 # --hosts are those of one slice, --chips those of a host (default 4), --slices how many slices (default 1). IMAGE holds
-# moon_jax[tpu]. --claim names a volume claim that all pods may write, mounted at /shared. A pod that is preempted saves
-# and fails; the set is started again, --restarts times at most (default 20). --account is the pods' service account:
-# what they may read and write is its permission, and no key is passed.
+# moon_jax[tpu,gcs]. --claim names a volume claim that all pods may write, mounted at /shared; W may be gs:// as well. A
+# pod that is preempted saves and fails; the set is started again, --restarts times at most (default 20). --account is
+# the pods' service account: what they may read and write is its permission, and no key is passed.
 set -euo pipefail
 
 # shellcheck disable=SC2034  # all are read by their names below

@@ -5,13 +5,14 @@
 #   launch/tpu.sh --name run1 --zone us-east5-a --type v5p-128 --slices 4 --spot -- …
 #   launch/tpu.sh --dry-run …                           says what it would do, and does nothing
 #
-# D and W must be seen by all hosts: a mount of Filestore or of a bucket. --source is what pip installs (default: the
-# public repository). When a slice is taken away the whole is asked for anew, and the run goes on from its newest
-# checkpoint, until it ends. Credentials are those of gcloud and of the VMs' service account; none is passed on.
+# D must be seen by all hosts, a mount of Filestore or of a bucket; W as well, or it is gs://bucket/run. --source is
+# what pip installs (default: the public repository). When a slice is taken away the whole is asked for anew, and the
+# run goes on from its newest checkpoint, until it ends. Credentials are those of gcloud and of the VMs' service
+# account; none is passed on.
 set -euo pipefail
 
 name='' zone='' type='' runtime='' slices=1 spot=0 dry=0
-source='moon_jax[tpu] @ git+https://github.com/moon-jax/moon_jax'
+source='moon_jax[tpu,gcs] @ git+https://github.com/moon-jax/moon_jax'
 die() { echo "launch/tpu.sh: $1" >&2; exit 2; }
 while [[ $# -gt 0 && $1 != -- ]]; do
   case $1 in
@@ -21,7 +22,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
       shift 2 ;;
     --spot) spot=1; shift ;;
     --dry-run) dry=1; shift ;;
-    --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) die "$1: not understood; --help has examples" ;;
   esac
 done

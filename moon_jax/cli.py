@@ -64,9 +64,10 @@ examples:
     --config.mesh.fsdp=8 --config.experts.redrawn=0.5
   moon-jax train --config quickstart --workdir runs/more --init runs/scratch --config.training.optimizer=lion
   moon-jax train --config quickstart --workdir runs/watched --config.evaluation.every=50 --profile 10:15
+  moon-jax train --config quickstart --workdir gs://bucket/runs/first    in a bucket; needs pip install -e '.[gcs]'
 
---init takes a folder, or hf://owner/name[@revision] of the Hugging Face hub; nothing else asks the network beyond the
-hosts of the run.
+--init takes a folder, gs://bucket/folder of another run, or hf://owner/name[@revision] of the Hugging Face hub; nothing
+else asks the network beyond the hosts of the run.
 --config.a.b=VALUE changes any option of the config; moon_jax/config.py has them all with their meaning.
 """
 
@@ -129,7 +130,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     train.add_argument(
         "--data", help="a .parquet or .jsonl file of products, or a folder of them; default: rendered ones"
     )
-    train.add_argument("--workdir", required=True, help="where the run lives")
+    train.add_argument("--workdir", required=True, help="where the run lives: a folder, or gs://bucket/folder")
     train.add_argument(
         "--init", help="a workdir, a Hugging Face folder or hf://owner/name to begin from; default: random weights"
     )

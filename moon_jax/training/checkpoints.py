@@ -254,10 +254,11 @@ class Checkpoints:
 def describe(config: config_lib.Config, fingerprint: str) -> dict[str, Any]:
     """What a checkpoint says of the run: config, version of the code, fingerprint of the data."""
     version = metadata.version("moon_jax")
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).parent
-        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-        version += "+" + subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():  # a clone: an installed package may lie within another project's
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+            version += "+" + subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return {"config": json.loads(config_lib.to_json(config)), "version": version, "data": fingerprint}
 
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +184,35 @@ def test_all_damaged_is_one_line(two, tmp_path):
     assert not (workdir / "damaged").exists()  # else the next start would begin anew, without a word
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match="no checkpoint is whole"):
         lib.latest_params(places.Place(workdir).checkpoints, like(state(0).params))
+
+
+@pytest.fixture
+def as_nobody():
+    """A folder for a process without root's powers, which the test then is."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own are closed to nobody
+    folder.chmod(0o777)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield folder
+    if root:
+        os.seteuid(0)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["params/d", "params/ocdbt.process_0", "params/manifest.ocdbt", "about/metadata"])
+def test_what_cannot_be_read_is_not_taken_for_damaged(as_nobody, name):
+    workdir = as_nobody / "w"
+    write(workdir, (5, 7))
+    closed = workdir / "checkpoints" / "7" / name
+    mode = closed.stat().st_mode
+    closed.chmod(0)
+    with pytest.raises(UserError, match=r"checkpoints/7: cannot be read now \(.*mend that and give the same") as error:
+        restore(workdir)
+    assert "\n" not in str(error.value)
+    closed.chmod(mode)
+    (step, found), told = restore(workdir)
+    assert step == 7 and equal(found, state(7)) and not told
 
 
 def test_a_reader_skips_and_moves_nothing(two, tmp_path):
