@@ -86,8 +86,9 @@ class Checkpoints:
         )
         self._folder = folder
         self._writes = config is not None
-        handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS} | {"about": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        self._handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS}
+        self._handlers["about"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=self._handlers)
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint, damaged or not."""
@@ -157,8 +158,10 @@ class Checkpoints:
                     for name, value in expected.items():
                         if about[name] != value:
                             raise UserError(f"{place}: was saved with another {name}, {about[name]}; this is {value}")
-                    args = {name: ocp.args.StandardRestore(item) for name, item in _as_saved(like, about).items()}
-                    items = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
+                    items = {
+                        name: self._read(step, name, ocp.args.StandardRestore(item))
+                        for name, item in _as_saved(like, about).items()
+                    }
                 except UserError:
                     raise
                 except Exception as error:  # Orbax and TensorStore raise nearly anything on damaged files
@@ -187,8 +190,14 @@ class Checkpoints:
             )
         return None
 
+    def _read(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
+        """An item as its handler reads it. The manager would have all processes wait for each other after that, also
+        for one that could not read its part.
+        """
+        return self._handlers[item].restore(self._folder / str(step) / item, args=args)
+
     def _about(self, step: int) -> dict[str, Any]:
-        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        about = self._read(step, "about", ocp.args.JsonRestore())
         seal = about.pop("digest")
         if _seal(about)["digest"] != seal:
             raise Damaged("about is not what was saved")

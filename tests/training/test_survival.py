@@ -216,6 +216,18 @@ def _kill_one(catalogue, by_two, like, workdir, victim, phase, count, delay):
     assert (workdir / "metrics.jsonl").read_bytes() == (by_two / "metrics.jsonl").read_bytes()
 
 
+def test_damage_that_one_of_two_processes_meets_is_skipped_by_both(tmp_path):
+    workdir = tmp_path / "w"
+    workdir.mkdir()
+    launched = several(2, "", workdir)
+    command = [*launched[: launched.index("--") + 1], sys.executable, "-m", "tests.training.torn", workdir]
+    code, out, err = finish(start(command))
+    assert code == 0, err
+    told = sorted(line for line in out.splitlines() if line.startswith("process"))
+    assert told == [f"process {index}: step 5, equal True, told 1" for index in range(2)]
+    assert (workdir / "damaged" / "7").is_dir() and (workdir / "checkpoints" / "5").is_dir()
+
+
 def _wait_for_lines(workdir, process, lines):
     log = workdir / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):

@@ -1,0 +1,51 @@
+"""One of two processes that each save a part of a state: python -m tests.training.torn WORKDIR
+
+The part of the second process in the newest checkpoint is truncated; then both restore, and each prints what it got.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moon_jax import config as config_lib
+from moon_jax import hosts, places, sharding
+from moon_jax.training import checkpoints
+from tests.training.test_checkpoints import ABOUT, like, state, training, truncate
+
+hosts.start()
+workdir = Path(sys.argv[1])
+mesh = sharding.make_mesh(config_lib.Mesh(data=1, fsdp=2))
+
+
+def placed(number):
+    """The state with its kernel divided between the two."""
+    everywhere, divided = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("fsdp",)))
+
+    def put(x):
+        placement = divided if x.ndim == 3 else everywhere
+        return jax.make_array_from_callback(x.shape, placement, lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(put, state(number))
+
+
+opened = checkpoints.Checkpoints(places.Place(workdir).checkpoints, training())
+for step in (5, 7):
+    opened.save(placed(step), step, ABOUT)
+opened.close()
+hosts.gather("")
+if hosts.first():
+    parts = (workdir / "checkpoints" / "7" / "params" / "ocdbt.process_1" / "d").iterdir()
+    truncate(max(parts, key=lambda path: path.stat().st_size))
+hosts.gather("")
+
+told = []
+opened = checkpoints.Checkpoints(places.Place(workdir).checkpoints, training())
+step, found = opened.restore(like(placed(0)), {"data": "catalogue"}, told.append)
+whole = np.asarray(state(5).params["encoder"]["kernel"])
+kernel = found.params["encoder"]["kernel"]
+equal = all(np.array_equal(part.data, whole[part.index]) for part in kernel.addressable_shards)
+print(f"process {jax.process_index()}: step {step}, equal {equal}, told {len(told)}", flush=True)
+opened.close()
