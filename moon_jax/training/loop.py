@@ -71,10 +71,27 @@ def lower_step(config: config_lib.Config, state: TrainState, batch: Batch) -> ja
     return jitted.trace(state, batch, config=config).lower(lowering_platforms=(platform,))
 
 
+def creation(config: config_lib.Config, abstract: TrainState, rows: Any) -> jax.stages.Wrapped:
+    """What makes the state of step 0 from the parameters to begin from (`initial_state`'s, or none), each array where
+    it lies: no host and no device holds the model.
+
+    Args:
+        abstract: what `abstract_state` gives.
+        rows: abstract, of the training layout.
+    """
+
+    def make(params: dict[str, Any]) -> TrainState:
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rows)  # no number follows from it
+        return nn.unbox(initial_state(config, blank, **params))
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(make, out_shardings=shardings, donate_argnames="params")
+
+
 def _begin(
     config: config_lib.Config, opened: workdir_lib.Opened, abstract: TrainState, rows: Any, report: watch.Watch
 ) -> TrainState:
-    """The state of step 0, each array made where it lies: no host holds the model."""
+    """The state of step 0."""
     params: dict[str, Any] = {}
     init = config.training.init
     if opened.base and opened.base.checkpoints:
@@ -89,16 +106,7 @@ def _begin(
         track = functools.partial(report.track, f"loading {init}")
         params = {"encoder": weights.load(opened.base.files, config, abstract.params["encoder"], track)}
 
-    def make(params: dict[str, Any]) -> TrainState:
-        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rows)  # no number follows from it
-        return nn.unbox(initial_state(config, blank, **params))
-
-    create = jax.jit(
-        make,
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
-        donate_argnames="params",
-    )
-    return create(params)
+    return creation(config, abstract, rows)(params)
 
 
 def train(

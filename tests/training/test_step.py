@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import moon_jax
+from moon_jax import config as config_lib
 from moon_jax import sharding
 from moon_jax.config import UserError
 from moon_jax.data import pipeline
@@ -226,6 +227,18 @@ def test_a_router_term_trains(prepared, tokenizer, term):
     else:  # each modality's tokens keep to their own experts: e mod 3
         modality = np.asarray(metrics["modality"])
         assert modality[:, 0, [1, 2]].sum() == modality[:, 1, [0, 2, 3]].sum() == 0 < modality.sum()
+
+
+def test_the_state_is_made_where_it_lies():
+    """On eight devices each makes an eighth of the quickstart's state, and never holds more."""
+    config = config_lib.replace(config_lib.load("quickstart"), {"mesh.data": 1, "mesh.fsdp": 8})
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        rows = loop.abstract_batch(config, mesh).rows
+        state = loop.abstract_state(config, rows, mesh)
+        memory = loop.creation(config, state, rows).lower({}).compile().memory_analysis()
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 1.1 * whole / 8
 
 
 def test_what_is_kept_is_not_computed_again(batch):
