@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,47 @@ BEST = "R@10"
 
 class Damaged(Exception):
     """A checkpoint that is not what was saved; says why."""
+
+
+class _Remembering:
+    """A save under way whose failure is remembered: Orbax tells it only after all processes have waited for each other,
+    and one that failed is waited for in vain.
+    """
+
+    def __init__(self, future: Any, failures: list[Exception]):
+        self._future, self._failures = future, failures
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self._future.result(timeout)
+        except Exception as error:
+            self._failures.append(error)
+            raise
+
+
+def _handler(failures: list[Exception]) -> ocp.StandardCheckpointHandler:
+    """Orbax's own, with failures remembered. Its type stays: arguments are registered by type."""
+    handler = ocp.StandardCheckpointHandler()
+    async_save = handler.async_save
+
+    async def remembering(*arguments: Any, **options: Any) -> list[_Remembering]:
+        return [_Remembering(future, failures) for future in await async_save(*arguments, **options) or ()]
+
+    handler.async_save = remembering
+    return handler
+
+
+class _Best:
+    """Orbax's policy for what is kept, after scores that outlive a restart."""
+
+    def __init__(self, count: int, scores: dict[int, float]):
+        self._count, self._scores = count, scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        scored = [info.step for info in checkpoints if info.step in self._scores]
+        best = sorted(scored, key=lambda step: (self._scores[step], step))[-self._count :]
+        return [info.step in best for info in checkpoints]
 
 
 def _split(state: TrainState) -> dict[str, Any]:
@@ -70,15 +111,13 @@ class Checkpoints:
 
     def __init__(self, folder: epath.Path, config: config_lib.Training | None = None):
         """Opens `folder`, a place's `checkpoints`, for writing with `config`, for reading without."""
-        policies = []
+        policies, self._scores = [], {}
         if config:
             policies.append(keep.LatestN(config.keep))
             if config.keep_every:
                 policies.append(keep.EveryNSteps(config.keep_every))
             if config.keep_best:
-                score = lambda metrics: metrics[BEST]  # noqa: E731
-                best = keep.BestN(get_metric_fn=score, n=config.keep_best, keep_checkpoints_without_metrics=False)
-                policies.append(best)
+                policies.append(_Best(config.keep_best, self._scores))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep.AnyPreservationPolicy(policies) if policies else None,
             create=config is not None,
@@ -86,9 +125,12 @@ class Checkpoints:
         )
         self._folder = folder
         self._writes = config is not None
-        self._handlers = {item: ocp.StandardCheckpointHandler() for item in ITEMS}
-        self._handlers["about"] = ocp.JsonCheckpointHandler()
+        self._failures: list[Exception] = []
+        self._handlers = {item: _handler(self._failures) for item in ITEMS} | {"about": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=self._handlers)
+        for step in self._manager.all_steps() if config and config.keep_best else ():
+            with contextlib.suppress(Exception):  # a damaged one, which nobody keeps for its score
+                self._scores |= {step: score for score in self._about(step)["scores"].values()}
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint, damaged or not."""
@@ -108,19 +150,22 @@ class Checkpoints:
             return
         items = _split(state)
         self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-        about = _seal(about | {"step": step, "arrays": _arrays(items)})
+        about = _seal(about | {"step": step, "scores": scores or {}, "arrays": _arrays(items)})
+        self._scores |= {step: score for score in (scores or {}).values()}
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         with self._disk_errors():
             args = ocp.args.Composite(**args, about=ocp.args.JsonSave(about))
-            self._manager.save(step, args=args, metrics=scores or None, force=True)
+            self._manager.save(step, args=args, force=True)
 
     def check(self) -> None:
-        """Looks whether a save under way has failed; takes no time.
+        """Looks whether this process's part of a save under way has failed; takes no time.
 
         Raises:
             UserError: the disk refused it.
         """
         with self._disk_errors():
+            if self._failures:
+                raise self._failures[0]
             self._manager.check_for_errors()
 
     def restore(
@@ -241,12 +286,15 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            if jax.process_count() > 1:
+                self._failures.append(error)  # no more waiting for the others
             # TensorStore's errors name the cause in their text only.
             for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
                 if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
                     # The save's other threads fail as well, and tell so on stderr: ours shall be the last line.
-                    with contextlib.suppress(Exception):
-                        self._manager.close()
+                    if jax.process_count() == 1:
+                        with contextlib.suppress(Exception):
+                            self._manager.close()
                     time.sleep(1)
                     raise UserError(
                         f"{self._folder}: a checkpoint could not be written: {os.strerror(code)}; older ones are whole:"
