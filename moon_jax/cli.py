@@ -245,7 +245,7 @@ def _configured(parsed: argparse.Namespace, overrides: list[str], name: str, ini
         if getattr(parsed, flag) == "":
             raise UserError(f"--{flag}: empty; give a path, or leave the flag out")
         given = getattr(parsed, flag) or ""
-        if "://" in given and (flag == "data" or parsed.command == "quickstart"):
+        if places.is_address(given) and (flag == "data" or parsed.command == "quickstart"):
             hint = "; moon-jax train takes gs://" if flag == "workdir" else ""
             raise UserError(f"--{flag} {given}: not a folder of this machine; mount it, and give that path{hint}")
     if parsed.steps is not None and parsed.steps < 1:
@@ -277,7 +277,7 @@ def _begun(init: str, workdir: str) -> dict[str, object]:
 def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Trains, and nothing else."""
     init = parsed.init or ""
-    init = init if "://" in init or not init else str(Path(init))
+    init = init if places.is_address(init) or not init else str(Path(init))
     config = _configured(parsed, overrides, parsed.config, init)
     from moon_jax import hosts
     from moon_jax.evaluation import training
@@ -289,7 +289,7 @@ def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     watching = watch.Watching(parsed.profile and watch.parse_profile(parsed.profile), parsed.stall_minutes)
     hosts.start()
     training.train(config, workdir, watching)
-    served = f"{Path(workdir).name if '://' in workdir else workdir}-served"
+    served = f"{Path(workdir).name if places.is_address(workdir) else workdir}-served"
     export = shlex.join(["moon-jax", "export", "--model", workdir, "--output", served])
     watch.Watch().line(f"the model is in {workdir}; to serve it: {export}")
 

@@ -18,7 +18,17 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that names the culprit, what was expected, and the remedy."""
+    """A mistake of the user's: one line that names the culprit, what was expected, and the remedy.
+
+    Attributes:
+        shared: all processes of the run meet it, so that the first tells it for all.
+    """
+
+    shared = False
+
+
+class Unavailable(UserError):
+    """Nobody's mistake: a disk, a bucket or a process that does not answer. The same again may go well later."""
 
 
 def printable(text: str) -> str:
@@ -239,6 +249,8 @@ ANY_LENGTH = {
 def _coerce(name: str, value: Any, default: Any) -> Any:
     """`value` as the type of `default`, or an error that names the option."""
     if isinstance(default, tuple):
+        if isinstance(value, str) and ANY_LENGTH.get(name) is str:
+            value = (value,)
         if isinstance(value, list | tuple) and (len(value) == len(default) or name in ANY_LENGTH):
             kind = ANY_LENGTH.get(name) or type(default[0])
             return tuple(_coerce(name, item, kind()) for item in value)
@@ -369,6 +381,10 @@ def check(config: Config) -> Config:
         (
             all(re.fullmatch(r"[^=]+=[0-9.e+-]*[0-9.]", rate) for rate in config.training.rates),
             "training.rates must be of the form PATTERN=FACTOR, such as encoder/vision/*=0",
+        ),
+        (
+            config.training.keep_every % config.training.save_every == 0,
+            f"training.keep_every must be a multiple of training.save_every, {config.training.save_every}",
         ),
         (
             config.training.keep_best == 0 or config.evaluation.every > 0,

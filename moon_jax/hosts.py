@@ -6,8 +6,10 @@ Each runs the same program. The first of them (index 0) writes what is not an ar
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moon_jax import interrupt
-from moon_jax.config import UserError
+from moon_jax.config import Unavailable, UserError
 
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Environment variables that join processes where no cluster does: host:port of the first, how many, which one."""
@@ -57,8 +59,22 @@ def start() -> None:
         return
     if options:
         print(f"joining process {options['process_id']} of {options['num_processes']}", file=sys.stderr, flush=True)
-    jax.distributed.initialize(**options)
+    try:
+        jax.distributed.initialize(**options)
+    except ValueError as error:
+        if options:
+            raise
+        # A container, say, from which the TPU's metadata cannot be seen.
+        print(
+            f"no other TPU hosts found ({error}); this one is alone. If there are more, set {', '.join(BY_HAND)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return
     interrupt.RELAY.set()
+    if interrupt.REQUESTED.is_set():  # while this one waited for the others, who shall know
+        interrupt.forget()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _by_hand(given: dict[str, str]) -> dict[str, object] | None:
@@ -89,12 +105,12 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-def _on_tpu() -> bool:
+def _on_tpu(root: Path = Path("/")) -> bool:
     """Whether this machine has TPU chips, without asking libtpu, which would claim them."""
     if os.environ.get("JAX_PLATFORMS", "tpu") not in ("tpu", "tpu,cpu"):
         return False
-    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    chips = list(Path("/dev").glob("accel[0-9]*")) + list(Path("/dev/vfio").glob("[0-9]*"))
+    vendors = (root / "sys/bus/pci/devices").glob("*/vendor")
+    chips = list((root / "dev").glob("accel[0-9]*")) + list((root / "dev/vfio").glob("[0-9]*"))
     return bool(chips) and any(path.read_text().strip() == GOOGLE for path in vendors)
 
 
@@ -129,17 +145,34 @@ def gather(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Work that all processes do: a UserError in one of them is one in all, and none waits for another in vain."""
-    problem = ""
+    """Work that all processes do: what one of them fails with ends all, and none waits for another in vain.
+
+    Raises:
+        UserError: in all where it is one in any (Unavailable likewise); also in the others where one fails otherwise,
+            which itself raises what it failed with.
+    """
+    failed: Exception | None = None
     try:
         yield
-    except UserError as error:
-        problem = str(error) or "failed"
+    except Exception as error:
+        failed = error
         if jax.process_count() == 1:
             raise
-    for index, said in enumerate(gather(problem)):
-        if said:
-            raise UserError(said if index == jax.process_index() else f"process {index}: {said}") from None
+    told = "" if failed is None else f"{type(failed).__name__} {str(failed) or 'failed'}"
+    for index, said in enumerate(gather(told)):
+        if not said:
+            continue
+        if failed is not None and not isinstance(failed, UserError):
+            raise failed
+        kind, _, text = said.partition(" ")
+        if kind not in (UserError.__name__, Unavailable.__name__):
+            text = f"{kind}: {text}"
+        own = index == jax.process_index()
+        error = (Unavailable if kind == Unavailable.__name__ else UserError)(
+            text if own else f"process {index}: {text}"
+        )
+        error.shared = True
+        raise error from failed
 
 
 def same(what: str, values: dict[str, Any]) -> None:
@@ -148,12 +181,15 @@ def same(what: str, values: dict[str, Any]) -> None:
     Raises:
         UserError: names the first of them that differs.
     """
-    said = gather(json.dumps(values))
-    for index, other in enumerate(said):
-        if other != said[0]:
-            theirs, ours = json.loads(other), json.loads(said[0])
-            name = next(name for name in ours if theirs.get(name) != ours[name])
-            raise UserError(
-                f"process {index}: {what}.{name} is {theirs.get(name)!r} there, and {ours[name]!r} in process 0; give"
-                " all processes the same"
-            )
+    if len({*gather(hashlib.blake2b(json.dumps(values).encode()).hexdigest())}) == 1:
+        return
+    for name, value in values.items():
+        said = gather(json.dumps(value))
+        for index, other in enumerate(said):
+            if other != said[0]:
+                error = UserError(
+                    f"process {index}: {what}.{name} is {other} there, and {said[0]} in process 0; give all processes"
+                    " the same"
+                )
+                error.shared = True
+                raise error

@@ -28,15 +28,26 @@ _PRESSED = threading.Event()
 
 @contextlib.contextmanager
 def remembered() -> Iterator[None]:
-    """Within it the first Ctrl-C, and any SIGTERM, is remembered."""
-    for event in (REQUESTED, TERMINATED, _PRESSED):
-        event.clear()
+    """Within it the first Ctrl-C, and any SIGTERM, is remembered. Within another one, or beside the main thread, which
+    alone hears of signals, it does nothing.
+    """
+    inner = signal.getsignal(signal.SIGINT) is _remember
+    if inner or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    forget()
     before = {kind: signal.signal(kind, _remember) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
+
+def forget() -> None:
+    """Nothing was asked for."""
+    for event in (REQUESTED, TERMINATED, _PRESSED):
+        event.clear()
 
 
 def _remember(kind: int, _: object) -> None:

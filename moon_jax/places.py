@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import functools
 import importlib.util
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,17 +20,29 @@ from typing import Any
 
 from etils import epath
 
-from moon_jax.config import UserError
+from moon_jax.config import Unavailable, UserError
 
 BUCKET = "gs://"
+
+SCHEME = re.compile(r"([a-z][a-z0-9]+):/+")
+"""How an address begins. A pathlib.Path makes one slash of two."""
 
 APART = ("checkpoints", "damaged", "profile")
 """What is not pulled: checkpoints stay in the bucket, and nothing reads the others."""
 
 
+def is_address(path: str | Path) -> bool:
+    """Whether this is anything but a path of this machine."""
+    return bool(SCHEME.match(str(path)))
+
+
+def _address(path: str | Path) -> str:
+    return SCHEME.sub(r"\1://", str(path), count=1) if is_address(path) else str(path)
+
+
 def is_remote(path: str | Path) -> bool:
     """Whether this is written gs://bucket/folder."""
-    return str(path).startswith(BUCKET)
+    return _address(path).startswith(BUCKET)
 
 
 def _told(work: Callable) -> Callable:
@@ -42,18 +55,19 @@ def _told(work: Callable) -> Callable:
         except UserError:
             raise
         except Exception as error:  # of gcsfs, aiohttp, google.auth, and what they are built on
-            cause = "not found" if isinstance(error, FileNotFoundError) else why(error)
-            raise UserError(
-                f"{self.address}: {cause}; check that the bucket exists and that this machine may read and write"
-                " it (gcloud auth application-default login)"
+            absent = isinstance(error, FileNotFoundError)
+            cause = "not found" if absent else why(error)
+            raise (UserError if absent else Unavailable)(
+                f"{self.address}: {cause}; check that the bucket exists and that this machine may read and write it"
+                " (gcloud auth application-default login)"
             ) from None
 
     return wrapped
 
 
-def why(error: BaseException) -> str:
-    """The first line of an error, not too long."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def why(error: BaseException, longest: int = 200) -> str:
+    """The first line of an error, of so many characters at most."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:longest]
 
 
 def _bucket() -> Any:
@@ -102,10 +116,10 @@ class Place:
         Raises:
             UserError: a gs:// without a folder in a bucket, another kind of address, or gcsfs is not installed.
         """
-        self.address = str(address)
+        self.address = _address(address)
         self._known: dict[str, tuple[int, int]] = {}
         if not is_remote(address):
-            if "://" in self.address:
+            if is_address(address):
                 raise UserError(
                     f"{self.address}: neither a folder of this machine nor gs://; mount it, and give that path"
                 )
@@ -129,6 +143,7 @@ class Place:
 
     @property
     def remote(self) -> bool:
+        """Whether it lies in a bucket."""
         return is_remote(self.address)
 
     @_told

@@ -98,8 +98,8 @@ def of_variables(mesh: Mesh, variables: Any) -> Any:
 
     def named(box: Any) -> Any:
         """An optimizer may keep less of a matrix than the matrix, say the means of its rows: that is replicated."""
-        if not isinstance(box, nn.LogicallyPartitioned):
-            return box
+        if not isinstance(box, nn.LogicallyPartitioned) or not hasattr(box.value, "shape"):
+            return getattr(box, "value", box)  # an optimizer may leave a parameter out
         if len(box.names) != len(box.value.shape):
             return box.value
         whole = [None if size == 1 else name for name, size in zip(box.names, box.value.shape, strict=True)]

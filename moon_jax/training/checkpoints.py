@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +33,17 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from moon_jax import config as config_lib
 from moon_jax import hosts, places
-from moon_jax.config import UserError
+from moon_jax.config import Unavailable, UserError
 from moon_jax.types import Array, TrainState
 
 ITEMS = ("params", "rest")
+
+SETTLE = 60
+"""Seconds after which all processes must see the same checkpoints."""
+
+LOOKED_AT = 100
+"""So many of the newest are compared."""
+
 BEST = "R@10"
 """What `training.keep_best` goes by: the mean of R@10 over all directions, in percent."""
 
@@ -130,7 +139,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=self._handlers)
         for step in self._manager.all_steps() if config and config.keep_best else ():
             with contextlib.suppress(Exception):  # a damaged one, which nobody keeps for its score
-                self._scores |= {step: score for score in self._about(step)["scores"].values()}
+                self._remember(step, self._about(step)["scores"])
+
+    def _remember(self, step: int, scores: dict[str, float]) -> None:
+        if BEST in scores:
+            self._scores[step] = scores[BEST]
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint, damaged or not."""
@@ -151,7 +164,7 @@ class Checkpoints:
         items = _split(state)
         self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         about = _seal(about | {"step": step, "scores": scores or {}, "arrays": _arrays(items)})
-        self._scores |= {step: score for score in (scores or {}).values()}
+        self._remember(step, scores or {})
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         with self._disk_errors():
             args = ocp.args.Composite(**args, about=ocp.args.JsonSave(about))
@@ -193,10 +206,10 @@ class Checkpoints:
 
     def _newest(self, like: dict[str, Any], expected: dict[str, Any], tell: Callable) -> tuple[int, Any] | None:
         damaged, problem = [], ""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self._agreed()):
             items, problem = None, ""
             place = self._folder / str(step)
-            with hosts.together():
+            with hosts.together(), _quiet():
                 try:
                     about = self._about(step)
                     _check_architecture(place, about, like)
@@ -210,12 +223,12 @@ class Checkpoints:
                 except UserError:
                     raise
                 except Exception as error:  # Orbax and TensorStore raise nearly anything on damaged files
+                    problem = _cause(error)
                     if _unreachable(error):
-                        raise UserError(
-                            f"{place}: cannot be read now ({places.why(error)}), which tells nothing of what is there;"
+                        raise Unavailable(
+                            f"{place}: cannot be read now ({problem}), which tells nothing of what is there;"
                             " mend that and give the same command again, or move it away to go on from the one before"
                         ) from None
-                    problem = places.why(error)
             # One process may have met what the others did not read.
             problem = next(filter(None, hosts.gather(problem)), "")
             if not problem:
@@ -234,6 +247,25 @@ class Checkpoints:
                 " another workdir"
             )
         return None
+
+    def _agreed(self) -> list[int]:
+        """The steps whose checkpoints all processes see, rising. A shared folder may show one of them later.
+
+        Raises:
+            Unavailable: they still see different ones after SETTLE seconds.
+        """
+        for _ in range(SETTLE):
+            steps = sorted(self._manager.all_steps())
+            seen = [json.loads(said) for said in hosts.gather(json.dumps(steps[-LOOKED_AT:]))]
+            if all(other == seen[0] for other in seen):
+                return steps
+            time.sleep(1)
+            self._manager.reload()
+        other = next(index for index, steps in enumerate(seen) if steps != seen[0])
+        raise Unavailable(
+            f"{self._folder}: process {other} sees checkpoints {seen[other]} and process 0 {seen[0]}; give all"
+            " processes one folder"
+        )
 
     def _read(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
         """An item as its handler reads it. The manager would have all processes wait for each other after that, also
@@ -301,8 +333,8 @@ class Checkpoints:
                         " mend that, and the same command goes on from the newest"
                     ) from None
             if places.is_remote(self._folder):
-                raise UserError(
-                    f"{self._folder}: a checkpoint could not be written: {places.why(error)}; older ones are whole:"
+                raise Unavailable(
+                    f"{self._folder}: a checkpoint could not be written: {_cause(error)}; older ones are whole:"
                     " mend that, and the same command goes on from the newest"
                 ) from None
             raise
@@ -328,6 +360,28 @@ UNREACHABLE = re.compile(
 """Causes, in TensorStore's words and the system's, of a failure to read what may be whole."""
 
 
+def _cause(error: BaseException) -> str:
+    """Why something could not be read or written, and which file: what lies at the bottom of Orbax's errors."""
+    while error.__cause__:
+        error = error.__cause__
+    text = re.split(r" \[[a-z_]+(?:\[\d+\])?='", places.why(error, 5000))[0]  # TensorStore appends all that it knows
+    files = re.findall(r'local file "([^"]+)"|Failed to open: "([^"]+)"|(gs://[^ :]+)', text)
+    if not files:
+        return text[:200]
+    return f"{next(filter(None, files[-1]))}: {text.rsplit(': ', 1)[-1]}"[:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What Orbax leaves unfinished when it cannot read a checkpoint tells nothing but that, at length, on stderr."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = before
+
+
 def _unreachable(error: BaseException | None) -> bool:
     """Whether a failure to read tells nothing of what is there: no permission, or a disk that does not answer."""
     while error:
@@ -348,6 +402,7 @@ def _digest(x: Array) -> Array:
     A sum of integers does not depend on its order, so they are the same on any number of devices and processes, which
     compute them where the array lies.
     """
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     place, stride = jnp.zeros(x.shape, jnp.uint32), 1
