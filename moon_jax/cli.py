@@ -162,7 +162,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         if not argument.startswith("--config.") or "=" not in argument:
             given = argument.partition("=")[0]
             close = difflib.get_close_matches(given, flags, n=1)
-            others = [name for name, one in commands.choices.items() if given in one.format_usage()]
+            others = [
+                name for name, one in commands.choices.items() if given in re.findall(r"--[\w-]+", one.format_usage())
+            ]
             hint = "options of the config are written --config.a.b=value"
             if given.startswith("--") and others:
                 hint = f"moon-jax {others[0]} has this flag"
@@ -176,40 +178,70 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0, also after a stop by SIGTERM; 2 after a mistake of the user's or a refusal of the system's (disk,
-        permissions), 1 where another process of the run was lost, 130 after Ctrl-C.
+        0, also after a stop by SIGTERM (STOP_CODE); MISTAKE after a mistake of the user's or a refusal of the system's
+        (disk, permissions); AGAIN where another process, a disk or a bucket did not answer; 130 after Ctrl-C.
     """
+    with interrupt.remembered():
+        return _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
     try:
-        with interrupt.remembered():
-            parsed, overrides = parse(arguments)
-            COMMANDS[parsed.command](parsed, overrides)
+        parsed, overrides = parse(arguments)
+        COMMANDS[parsed.command](parsed, overrides)
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), AGAIN if isinstance(error, config_lib.Unavailable) else MISTAKE, error.shared)
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        return _fail(_refused(error, parsed))
+        return _fail(_refused(error, parsed), MISTAKE)
     except RuntimeError as error:
         # Several processes compute as one: what the others do not give ends as an error of XLA's.
-        if not interrupt.RELAY.is_set() or type(error).__name__ != "JaxRuntimeError":
+        if not interrupt.RELAY.is_set() or type(error).__name__ != "JaxRuntimeError" or not LOST.search(str(error)):
             raise
         why = str(error).splitlines()[0][:200]
-        _fail(f"another process was lost ({why}); start all again: the run goes on from its newest checkpoint")
-        return 1
+        told = f"another process was lost ({why}); start all again: the run goes on from its newest checkpoint"
+        return _fail(told, AGAIN)
     except KeyboardInterrupt:
         if interrupt.TERMINATED.is_set():
-            _fail("stopped by SIGTERM; the same command goes on from here")
-            return 0
+            return _fail("stopped by SIGTERM; the same command goes on from here", _stop_code(), shared=True)
         anew = parsed.command in ("export", "plan")
         goes_on = "nothing was written; the same command starts anew" if anew else "the same command goes on from here"
-        _fail(f"interrupted; {goes_on}")
-        return 130
+        return _fail(f"interrupted; {goes_on}", 130)
     return 0
 
 
-def _fail(message: str) -> int:
+MISTAKE = 2
+"""The exit code where a person must mend something."""
+
+AGAIN = 1
+"""The exit code where the same command may go well later."""
+
+STOP_CODE = "MOON_JAX_STOP_CODE"
+"""An environment variable: the exit code after a stop by SIGTERM, 0 by default. A launcher, which must tell a run that
+was stopped from one that is done, sets it.
+"""
+
+LOST = re.compile(
+    "gloo|nccl|peer|connection|heartbeat|coordination|barrier|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE
+)
+"""What XLA says of other processes; it says other things of this one, such as that memory is short."""
+
+
+def _stop_code() -> int:
+    text = os.environ.get(STOP_CODE, "")
+    return int(text) if text.isdigit() and int(text) < 256 else 0
+
+
+def _fail(message: str, code: int, shared: bool = False) -> int:
+    """Tells it in one line, but what is `shared` in one process only; gives the exit code."""
+    if shared and interrupt.RELAY.is_set():
+        from moon_jax import hosts
+
+        if not hosts.first():
+            return code
     print(f"moon-jax: {config_lib.printable(' '.join(message.split()))}", file=sys.stderr)
-    return 2
+    return code
 
 
 ROOM = "make room, then give the same command again"

@@ -28,20 +28,22 @@ _PRESSED = threading.Event()
 
 @contextlib.contextmanager
 def remembered() -> Iterator[None]:
-    """Within it the first Ctrl-C, and any SIGTERM, is remembered. Within another one, or beside the main thread, which
-    alone hears of signals, it does nothing.
+    """Within it the first Ctrl-C, and any SIGTERM, is remembered; one that several processes shall agree on (RELAY) is
+    left to JAX. Within another one, or beside the main thread, which alone hears of signals, it does nothing.
     """
     inner = signal.getsignal(signal.SIGINT) is _remember
     if inner or threading.current_thread() is not threading.main_thread():
         yield
         return
     forget()
-    before = {kind: signal.signal(kind, _remember) for kind in (signal.SIGINT, signal.SIGTERM)}
+    kinds = (signal.SIGINT,) if RELAY.is_set() else (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.signal(kind, _remember) for kind in kinds}
     try:
         yield
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+        forget()
 
 
 def forget() -> None:

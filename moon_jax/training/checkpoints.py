@@ -135,6 +135,7 @@ class Checkpoints:
         self._folder = folder
         self._writes = config is not None
         self._failures: list[Exception] = []
+        self._closed = False
         self._handlers = {item: _handler(self._failures) for item in ITEMS} | {"about": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=self._handlers)
         for step in self._manager.all_steps() if config and config.keep_best else ():
@@ -290,12 +291,26 @@ class Checkpoints:
         hosts.gather("")  # the others wait
         self._manager.reload()
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        """Closes. After a UserError a save under way is waited for all the same, unless it is what failed."""
+        if kind is None:
+            self.close()
+        elif issubclass(kind, UserError) and not self._failures:
+            with contextlib.suppress(Exception):
+                self.close()
+
     def close(self) -> None:
-        """Waits for saves under way.
+        """Waits for saves under way; the second time does nothing.
 
         Raises:
             UserError: the disk refused one of them.
         """
+        if self._closed:
+            return
+        self._closed = True
         with self._disk_errors():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()

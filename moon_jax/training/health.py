@@ -13,6 +13,7 @@ import numpy as np
 from moon_jax import config as config_lib
 from moon_jax import hosts
 from moon_jax.data.prepare import Prepared
+from moon_jax.training import optimizer
 from moon_jax.training.step import loss
 from moon_jax.types import OBJECTIVES, Batch, TrainState
 
@@ -52,8 +53,11 @@ def dump(
     """
 
     def measure(params: Any, batch: Batch) -> dict[str, Any]:
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        (total, metrics), grads = gradient(params, batch, config, step - 1)
+        trained = optimizer.trained(config.training, params)
+        gradient = jax.value_and_grad(
+            lambda trained: loss(optimizer.merge(trained, params), batch, config, step - 1), has_aux=True
+        )
+        (total, metrics), grads = gradient(trained)
         return {
             "total": total,
             "loss": dict(zip(OBJECTIVES, metrics["objectives"].loss, strict=True)),
@@ -63,8 +67,11 @@ def dump(
 
     mesh = placed.weight.sharding.mesh
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    with jax.set_mesh(mesh):
-        measured = jax.device_get(jax.jit(measure, out_shardings=whole)(state.params, placed))
+    try:
+        with jax.set_mesh(mesh):
+            measured = jax.device_get(jax.jit(measure, out_shardings=whole)(state.params, placed))
+    except jax.errors.JaxRuntimeError as error:  # say no memory beside the run's own
+        measured, reason = {}, str(error).splitlines()[0]
 
     def told(value: Any) -> Any:
         if np.ndim(value):
@@ -78,6 +85,8 @@ def dump(
         named = dict(zip(("query", "positive", "negative"), ids, strict=True))
         triplets.append({"triplet": index, **named, "weight": triplet.weight})
     content = {"step": step, "triplets": triplets, **jax.tree.map(told, measured)}
+    if not measured:
+        content["not_measured"] = reason
     if hosts.first():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (workdir / FILE).write_text(text, encoding="utf-8")

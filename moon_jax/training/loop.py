@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import numpy as np
 from moon_jax import backend, hosts, interrupt, places, sharding
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
-from moon_jax.data import pipeline, prepare, text
+from moon_jax.data import pipeline, text
 from moon_jax.data import rows as rows_lib
+from moon_jax.data.prepare import Prepared
 from moon_jax.hub import weights
 from moon_jax.training import checkpoints as checkpoints_lib
 from moon_jax.training import health, optimizer, watch
@@ -30,6 +33,8 @@ OWN = ("data.path", "data.threads")
 
 Judge = Callable[[Any], dict[str, Any]]
 """Encoder parameters on the mesh → scores, with checkpoints.BEST among them. All processes call it."""
+
+MakeJudge = Callable[[config_lib.Config, Prepared, text.Tokenizer, jax.sharding.Mesh], Judge]
 
 
 def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh, template: text.Template = text.BARE) -> Batch:
@@ -112,9 +117,9 @@ def _begin(
 def train(
     config: config_lib.Config,
     workdir: str | Path,
-    judge: Callable[[config_lib.Config, prepare.Prepared, text.Tokenizer, jax.sharding.Mesh], Judge],
+    judge: MakeJudge,
     watching: watch.Watching = watch.Watching(),  # noqa: B008
-) -> prepare.Prepared:
+) -> Prepared:
     """Trains on `config.data.path` until `config.training.steps`, from the newest checkpoint if there is one.
 
     Args:
@@ -136,115 +141,148 @@ def train(
     if not isinstance(config, config_lib.Config):
         raise UserError(f"config: {config!r} is no Config; moon_jax.config.load gives one by name")
     place = places.Place(workdir)
-    place.pull()
-    try:
-        return _train(config, place, judge, watching)
-    finally:
+    if jax.distributed.is_initialized():
+        interrupt.RELAY.set()
+    with interrupt.remembered():
+        place.pull()
+        try:
+            prepared = _train(config, place, judge, watching)
+        except BaseException:
+            with contextlib.suppress(UserError):  # what ended the run is told, not what came after
+                place.push()
+            raise
         place.push()
+    return prepared
 
 
-def _train(config: config_lib.Config, place: places.Place, judge: Any, watching: watch.Watching) -> prepare.Prepared:
+def _train(config: config_lib.Config, place: places.Place, judge: MakeJudge, watching: watch.Watching) -> Prepared:
+    """Opens the workdir, makes or restores the state, compiles, and takes the steps."""
     held_by_all = {name: value for name, value in config_lib.leaves(config).items() if name not in OWN}
     hosts.same("config", held_by_all)
-    mesh = sharding.make_mesh(config.mesh)
-    with hosts.together():
-        workdir_lib.check(config, place)
-        sharding.check(config, mesh)
-        held = sharding.share(mesh, 3 * config.data.batch)
-    report = watch.Watch(place.files)
-    opened = workdir_lib.open_run(config, place, report)
-    prepared = opened.prepared
-    reader = pipeline.Reader(config, opened.tokenizer)
-    dataset = pipeline.batches(prepared, reader, held)
-
-    steps, options = config.training.steps, config.training
-    about = checkpoints_lib.describe(config, prepared.fingerprint)
-    checkpoints = checkpoints_lib.Checkpoints(place.checkpoints, options)
-    with jax.set_mesh(mesh):
-        placed = abstract_batch(config, mesh, reader.template)
-        abstract = abstract_state(config, placed.rows, mesh)
-        optimizer.check(options, abstract.params)
+    mesh, steps, options = sharding.make_mesh(config.mesh), config.training.steps, config.training
+    with contextlib.ExitStack() as until_the_end:
+        until_the_end.enter_context(jax.set_mesh(mesh))
+        with hosts.together():
+            workdir_lib.check(config, place)
+            sharding.check(config, mesh)
+            held = sharding.share(mesh, 3 * config.data.batch)
+            # Parameters do not depend on the template, which the tokenizer alone can read.
+            abstract = abstract_state(config, abstract_batch(config, mesh).rows, mesh)
+            optimizer.check(options, abstract.params)
+            until_the_end.enter_context(workdir_lib.alone(place))
+        report = watch.Watch(place.files)
+        opened = workdir_lib.open_run(config, place, report)
+        prepared = opened.prepared
+        checkpoints = until_the_end.enter_context(checkpoints_lib.Checkpoints(place.checkpoints, options))
         restored = checkpoints.restore(abstract, {"data": prepared.fingerprint}, report.line)
         start, state = restored or (0, None)
         if start >= steps:
-            checkpoints.close()
             report.line(f"{place} is trained already: its newest checkpoint is of step {start}")
             return prepared
         if restored:
             report.line(f"resuming {place} at step {start} of {steps}")
+        reader = pipeline.Reader(config, opened.tokenizer)
+        placed = abstract_batch(config, mesh, reader.template)
         began = time.monotonic()
         with report.busy("compiling the training step"):
             compiled = lower_step(config, abstract, placed).compile(compiler_options=backend.compiler_options())
         compiling = time.monotonic() - began
         if state is None:
             state = _begin(config, opened, abstract, placed.rows, report)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-    drawn = "" if options.init else ", drawn at random,"
-    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    report.table(optimizer.table(options, abstract.params))
-    report.line(
-        f"{parameters:,} parameters{drawn} on {mesh.size} {jax.devices()[0].platform} device(s){processes};"
-        f" compiled in {compiling:.1f} s"
-    )
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+        drawn = "" if restored or options.init else ", drawn at random,"
+        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        report.table(optimizer.table(options, abstract.params))
+        report.line(
+            f"{parameters:,} parameters{drawn} on {mesh.size} {jax.devices()[0].platform} device(s){processes};"
+            f" compiled in {compiling:.1f} s"
+        )
+        judging = judge(config, prepared, opened.tokenizer, mesh) if config.evaluation.every else None
+        batches = pipeline.from_step(pipeline.batches(prepared, reader, held), start, config.data.threads)
+        put = functools.partial(sharding.place, mesh, held=held)
+        run = Run(config, place, prepared, checkpoints, compiled, put, judging)
+        state = _steps(run, state, start, batches, report, watching)
+    report.line(f"training step compiled {watch.COMPILED['train_step']} time(s); bad steps: {int(state.bad_steps)}")
+    return prepared
 
-    judging = judge(config, prepared, opened.tokenizer, mesh) if config.evaluation.every else None
-    log = watch.MetricLog(place.files, start)
-    times = watch.Times(config, mesh.size, start)
-    batches = pipeline.from_step(dataset, start, config.data.threads)
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run's steps work with, the same from the first to the last."""
+
+    config: config_lib.Config
+    place: places.Place
+    prepared: Prepared
+    checkpoints: checkpoints_lib.Checkpoints
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+    put: Callable[[Batch], Batch]  # a batch on the devices
+    judge: Judge | None
+
+
+def _steps(
+    run: Run, state: TrainState, start: int, batches: Iterator[Batch], report: watch.Watch, watching: watch.Watching
+) -> TrainState:
+    """Steps, logs, evaluates and saves, until the last step or a stop that is asked for."""
+    config, options, place, steps = run.config, run.config.training, run.place, run.config.training.steps
+    about = checkpoints_lib.describe(config, run.prepared.fingerprint)
+    times = watch.Times(config, jax.device_count(), start)
     batch, metrics, note = None, None, ""
 
-    def look(step: int) -> None:
-        """Waits for the step before; ends the run where its numbers have been bad for too long."""
-        if metrics is not None and int(metrics["bad_in_a_row"]) >= options.bad_steps:
-            health.dump(config, place.files, state, batch, sharding.place(mesh, batch, held), prepared, step)
+    def bad_in_a_row(step: int) -> int:
+        """Waits for the newest step; ends the run where its numbers have been bad for too long."""
+        count = 0 if metrics is None else int(metrics["bad_in_a_row"])
+        if count >= options.bad_steps:
+            health.dump(config, place.files, state, batch, run.put(batch), run.prepared, step)
             raise UserError(
-                f"step {step}: no finite loss or gradient for {options.bad_steps} steps in a row; they changed nothing;"
-                f" {place}/{health.FILE} tells the last one's triplets and norms; try a lower learning rate"
+                f"step {step}: no finite loss, gradient or update for {options.bad_steps} steps in a row; they changed"
+                f" nothing; {place}/{health.FILE} tells the last one's triplets and norms; try a lower learning rate"
             )
+        return count
 
     # A stop that is asked for between here and there waits for the place where what was reached is saved.
     progress = report.progress("training", steps, start, interruptible=False)
-    with progress as advance, watching.over(place.files) as alive:
+    watched = watching.over(place.files, start, steps, report.line)
+    with contextlib.closing(watch.MetricLog(place.files, start)) as log, progress as advance, watched as alive:
         for step in range(start, steps):
-            alive(step)
+            alive(step, metrics)
             with times.of("data"):
                 following = next(batches)
             with times.of("device"):
                 # The device works on one step while the next one's data is read; never further ahead.
-                look(step)
+                bad_in_a_row(step)
                 batch = following
-                state, metrics = compiled(state, sharding.place(mesh, batch, held))
+                state, metrics = run.step(state, run.put(batch))
             done = step + 1
-            evaluated = judging is not None and done % config.evaluation.every == 0
+            evaluated = run.judge is not None and done % config.evaluation.every == 0
             line, best = None, {}
             if done % options.log_every == 0 or done == steps or evaluated:
                 with times.of("device"):
-                    line = watch.describe(done, jax.device_get(metrics), config) | {"synthetic": prepared.synthetic}
+                    line = watch.describe(done, jax.device_get(metrics), config)
+                line |= {"synthetic": run.prepared.synthetic}
                 note = f"loss {line['total']:.3f} at {done}" if line["finite"] else f"step {done} not finite, skipped"
             if evaluated:
                 with times.of("evaluation"):
-                    scores = judging(state.params["encoder"])
+                    scores = run.judge(state.params["encoder"])
                 line |= {"evaluation": scores}
                 best = {checkpoints_lib.BEST: scores[checkpoints_lib.BEST]}
                 note += f", {checkpoints_lib.BEST} {scores[checkpoints_lib.BEST]:.1f}"
             if line:  # before the save: a run that comes back to it finds the line
                 log.write(line, times.line(done))
             stopping = hosts.stopping(done)
+            ending = stopping or done == steps
             due = done % options.save_every == 0 or (evaluated and options.keep_best)
             with times.of("checkpoint"):
-                if due or stopping or done == steps:
-                    look(done)
+                # Where numbers have gone bad, what led there may fill the newest checkpoints: those before shall stay.
+                if (due or ending) and (bad_in_a_row(done) == 0 or ending):
                     if hosts.first():
                         place.push()  # first: a run that comes back to the checkpoint finds the lines before it
-                    checkpoints.save(state, done, about, best)
-                checkpoints.check()
+                    run.checkpoints.save(state, done, about, best)
+                run.checkpoints.check()
             if stopping:
-                checkpoints.close()
+                run.checkpoints.close()
                 report.line(f"saved at step {done} of {steps}")
                 interrupt.check()
             advance(note=note)
-    log.close()
-    checkpoints.close()
+    run.checkpoints.close()
     report.line(times.summary())
-    report.line(f"training step compiled {watch.COMPILED['train_step']} time(s); bad steps: {int(state.bad_steps)}")
-    return prepared
+    return state

@@ -90,7 +90,9 @@ def named(name: str, betas: tuple[float, float] = (0.9, 0.999)) -> optax.Gradien
     try:
         optimizer = factory(**{key: value for key, value in given.items() if key in parameters})
         probe = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
-        jax.eval_shape(lambda probe: optimizer.update(probe, optimizer.init(probe), probe), probe)
+        state = jax.eval_shape(lambda probe: optimizer.update(probe, optimizer.init(probe), probe)[1], probe)
+        if not all(leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.number) for leaf in jax.tree.leaves(state)):
+            raise ValueError("a random key, which the seed and the step would have to tell")
     except Exception as error:  # optimizers have ways of their own to say so
         first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(
@@ -137,12 +139,16 @@ def make_optimizer(config: config_lib.Training) -> optax.GradientTransformation:
 
 
 def check(config: config_lib.Training, params: Any) -> None:
-    """Refuses an optimizer that does not exist, and a pattern that fits no parameter of the abstract `params`.
+    """Refuses an optimizer that does not exist, a pattern that fits none of the abstract `params`, and to freeze all.
 
     Raises:
         UserError: names it, and what is closest.
     """
     named(config.optimizer, config.betas)
+    if not any(peak(config, path) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
+        raise UserError(
+            "config.training: every learning rate is 0, and nothing would train; leave some parameters free"
+        )
     names = ["/".join(_names(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern, _ in config_lib.rates(config):
         if not fnmatch.filter(names, pattern):

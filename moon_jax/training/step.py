@@ -55,7 +55,7 @@ def loss(
 def train_step(
     state: TrainState, batch: Batch, config: config_lib.Config
 ) -> tuple[TrainState, dict[str, Array | Objectives]]:
-    """One optimiser step. A step whose loss or gradient is not finite changes nothing but the counters.
+    """One optimiser step. One whose loss, gradient or new parameters are not finite changes nothing but the counters.
 
     Returns:
         The next state, and what `loss` returns with {"grad_norm": f32[], "finite": bool[], "bad_in_a_row": i32[]}.
@@ -67,10 +67,10 @@ def train_step(
 
     (total, metrics), grads = jax.value_and_grad(of_trained, has_aux=True)(trained)
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(total) & jnp.isfinite(norm)
-
     updates, opt_state = optimizer.make_optimizer(config.training).update(grads, state.opt_state, trained)
     updated = optax.apply_updates(trained, updates)
+    finite = jnp.isfinite(total) & jnp.isfinite(norm)
+    finite &= jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updated)]).all()
     updated, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (updated, opt_state), (trained, state.opt_state)
     )

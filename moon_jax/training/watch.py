@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import faulthandler
 import json
 import resource
 import sys
+import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -65,35 +66,63 @@ class Watching:
     profile: tuple[int, int] | None = None  # first and last step of a profiler trace, written to the workdir's profile/
     stall_minutes: float = 10.0  # without a step for so long, all threads' stacks are printed
 
+    def __post_init__(self) -> None:
+        if not self.stall_minutes > 0:
+            raise UserError(f"--stall-minutes {self.stall_minutes:g}: give more than 0")
+
     @contextlib.contextmanager
-    def over(self, workdir: Path) -> Iterator[Callable[[int], None]]:
-        """Watches a run.
+    def over(
+        self, workdir: Path, start: int, steps: int, tell: Callable[[str], None]
+    ) -> Iterator[Callable[[int, Any], None]]:
+        """Watches a run of `steps` that has done `start` of them; `tell` is told of a trace that will not be.
 
         Yields:
-            alive(step): to be called before each step, so many of which are done.
+            alive(step, newest): to be called before each step, so many of which are done; `newest` is what the last one
+                gave.
         """
-        tracing, file = False, sys.stderr
-        try:
-            file.fileno()
-        except (AttributeError, OSError):  # a notebook's
-            file = sys.__stderr__
+        tracing, seen, ended = False, time.monotonic(), threading.Event()
+        first, last = self.profile or (0, 0)
+        if self.profile and not start < first <= steps:
+            tell(f"--profile {first}:{last}: step {first} is not among those to come, {start + 1} to {steps}; no trace")
 
-        def alive(step: int) -> None:
-            nonlocal tracing
-            faulthandler.dump_traceback_later(60 * self.stall_minutes, repeat=True, file=file)
-            if self.profile and step + 1 == self.profile[0]:
+        def alive(step: int, newest: Any) -> None:
+            nonlocal tracing, seen
+            seen = time.monotonic()
+            if self.profile and step + 1 == first:
                 jax.profiler.start_trace(str(workdir / "profile"))
                 tracing = True
-            if tracing and step == self.profile[1]:
+            if tracing and step == last:
+                jax.block_until_ready(newest)
                 jax.profiler.stop_trace()
                 tracing = False
 
+        def guard() -> None:
+            nonlocal seen
+            while not ended.wait(min(10.0, 10 * self.stall_minutes)):
+                if time.monotonic() - seen > 60 * self.stall_minutes:
+                    seen = time.monotonic()
+                    told = f"no step for {self.stall_minutes:g} minutes; all stacks:\n{stacks()}"
+                    print(told, file=sys.stderr, flush=True)
+
+        # A thread, not faulthandler: that reads other threads' frames while they change, and has crashed runs.
+        watchdog = threading.Thread(target=guard, name="stall watch", daemon=True)
+        watchdog.start()
         try:
             yield alive
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            ended.set()
+            watchdog.join()
             if tracing:
                 jax.profiler.stop_trace()
+
+
+def stacks() -> str:
+    """What every thread of this process is doing."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    told = ""
+    for ident, frame in sys._current_frames().items():
+        told += f"Thread {names.get(ident, ident)}, most recent call last:\n{''.join(traceback.format_stack(frame))}\n"
+    return told
 
 
 def parse_profile(text: str) -> tuple[int, int]:
@@ -252,6 +281,7 @@ class MetricLog:
         self._events.flush()
 
     def close(self) -> None:
+        """Closes the files."""
         for file in self._files.values():
             file.close()
         if self._events:
@@ -262,7 +292,7 @@ def _keep(path: Path, resumed_at: int) -> list[dict[str, Any]]:
     """Strikes the lines of later steps from a file, and the one that a kill cut short; gives those that stay."""
     kept = []
     if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():  # a cut one ends anywhere
             try:
                 line = json.loads(text)
             except ValueError:

@@ -5,21 +5,28 @@ All processes of a run see the same folder. The first writes; the others read wh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
 
 from moon_jax import config as config_lib
 from moon_jax import hosts, places
-from moon_jax.config import UserError
+from moon_jax.config import Unavailable, UserError
 from moon_jax.data import prepare, sources, synthetic, text
 from moon_jax.hub import folder, weights
 from moon_jax.training import checkpoints, watch
+
+LOCK_SECONDS = 5
+"""So long a run waits for one before it to end."""
 
 FREE = ("data.path", "data.threads", "mesh.", "training.save_every", "training.keep", "training.bad_steps")
 """Options that may change when a run goes on, by how they begin: no number of the run follows from them."""
@@ -41,7 +48,8 @@ def check(config: config_lib.Config, place: places.Place) -> None:
     if not path.exists():
         others = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
         others += ["checkpoints"] if place.remote and place.checkpoints.is_dir() else []
-        others = sorted(name for name in others if name not in ("catalogue", "run.log") and not name.startswith("."))
+        ours = lambda name: name in ("catalogue", "run.log") or name.endswith(".tmp") or name.startswith(".")  # noqa: E731
+        others = sorted(name for name in others if not ours(name))
         if others:
             raise UserError(f"--workdir {place}: holds no run but {others[0]}; give a folder that is new or empty")
         return
@@ -51,10 +59,42 @@ def check(config: config_lib.Config, place: places.Place) -> None:
         raise UserError(f"--workdir {place}: holds a run on {what}; give the same, or take another workdir")
     for name, value in config_lib.leaves(config).items():
         if held[name] != value and not name.startswith(FREE):
+            further = name == "training.steps" and value > held[name]
+            remedy = f"to train further, --init {place} in another workdir" if further else "take another workdir"
             raise UserError(
-                f"--workdir {place}: holds a run with config.{name} = {held[name]!r}, not {value!r};"
-                " take another workdir, or remove this one"
+                f"--workdir {place}: holds a run with config.{name} = {held[name]!r}, not {value!r}; {remedy}"
             )
+
+
+@contextlib.contextmanager
+def alone(place: places.Place) -> Iterator[None]:
+    """Within it no other run of this machine, or of one that shares the folder, may work in the workdir.
+
+    The lock is the system's, on a file of the folder, and falls when the process ends, however it does. In a bucket and
+    on a file system without locks, there is none.
+
+    Raises:
+        Unavailable: another run is at work there.
+    """
+    if place.remote or not hosts.first():
+        yield
+        return
+    place.files.mkdir(parents=True, exist_ok=True)
+    with (place.files / ".lock").open("a") as file:
+        for patience in reversed(range(LOCK_SECONDS)):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not patience:
+                    raise Unavailable(
+                        f"--workdir {place}: another process trains there; wait for it, end it, or take another workdir"
+                    ) from None
+                time.sleep(1)
+            except OSError:
+                break
+            else:
+                break
+        yield
 
 
 def claim(config: config_lib.Config, workdir: Path) -> None:

@@ -381,7 +381,7 @@ def test_numbers_that_stay_bad_end_the_run(catalogue, tmp_path, monkeypatch):
     config = tiny(
         data__path=str(catalogue),
         training__optimizer="sgd",
-        training__learning_rate=1e38,
+        training__learning_rate=1e30,
         training__clip=1e30,
         training__bad_steps=3,
         training__steps=30,
@@ -390,7 +390,7 @@ def test_numbers_that_stay_bad_end_the_run(catalogue, tmp_path, monkeypatch):
         training__save_every=50,
     )
     with pytest.raises(
-        UserError, match=r"no finite loss or gradient for 3 steps in a row; they changed nothing"
+        UserError, match=r"no finite loss, gradient or update for 3 steps in a row; they changed nothing"
     ) as error:
         moon_jax.train(config, tmp_path / "w")
     dump = json.loads((tmp_path / "w" / "bad_step.json").read_text())
@@ -404,7 +404,8 @@ def test_numbers_that_stay_bad_end_the_run(catalogue, tmp_path, monkeypatch):
         assert told["query"] == f"p{triplets[told['triplet']]['query']}"
     norms = dump["gradient_norms"]["encoder/decoder/periods/layer_0/attention/q_proj/kernel"]
     assert len(norms) == 2  # of each layer
-    assert set(dump["gradient_norms"]) == set(dump["parameter_norms"]) and dump["total"] is None
+    frozen = {"alignment/log_temperature"}
+    assert set(dump["gradient_norms"]) == set(dump["parameter_norms"]) - frozen and dump["total"] is None
     assert not list((tmp_path / "w" / "checkpoints").iterdir())
 
 
@@ -427,7 +428,8 @@ def test_a_stalled_step_shows_all_stacks(catalogue, tmp_path):
             break
     process.kill()
     process.communicate()
-    assert "Timeout (0:00:01" in told and "most recent call first" in told and told.count("Thread 0x") > 2
+    assert "no step for 0.03 minutes; all stacks:" in told and told.count("most recent call last:") > 2
+    assert "Thread MainThread, most recent call last:" in told
 
 
 def test_a_trace_of_chosen_steps(catalogue, tmp_path, monkeypatch):
