@@ -269,6 +269,13 @@ def _hush() -> None:
     """What Orbax, its tasks and gcsfs log as an error comes to us as an exception, and is told in one line."""
     for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _but_of_closed_loops
+
+
+def _but_of_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
+    """TensorStore's threads still report to Orbax when that has given a damaged checkpoint, or a full disk, up."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _configured(parsed: argparse.Namespace, overrides: list[str], name: str, init: str = "") -> config_lib.Config:

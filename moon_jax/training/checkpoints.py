@@ -12,6 +12,7 @@ import functools
 import gc
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -390,11 +391,18 @@ def _cause(error: BaseException) -> str:
 def _quiet() -> Iterator[None]:
     """What Orbax leaves unfinished when it cannot read a checkpoint tells nothing but that, at length, on stderr."""
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
+            gc.collect(1)  # what was made just now
     finally:
-        gc.collect()
         sys.unraisablehook = before
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _unreachable(error: BaseException | None) -> bool:
