@@ -22,7 +22,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
       printf -v "${1#--}" %s "$2"
       shift 2 ;;
     --dry-run) dry=1; shift ;;
-    --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help | -h) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) die "$1: not understood; --help has examples" ;;
   esac
 done
@@ -38,6 +38,7 @@ json() {  # the arguments as a JSON list, which is YAML too
   for word in "$@"; do
     word=${word//\\/\\\\}
     word=${word//\"/\\\"}
+    word=${word//\$/\$\$}  # Kubernetes would put variables in
     [[ $word != *$'\n'* ]] || die "a word of the command holds a line break"
     list+="${list:+, }\"$word\""
   done

@@ -6,10 +6,11 @@
 #   launch/local.sh --dry-run --processes 2 -- …        says what it would start, and starts nothing
 #
 # When one process is lost the others are ended, and all are started again, --restarts times at most (default 3): the
-# run goes on from its newest checkpoint. A SIGTERM is passed on: all save at the same step, and this ends with 0.
+# run goes on from its newest checkpoint; not after a mistake (exit code 2). A SIGTERM is passed on: all save at the same
+# step, and this ends with 0. They meet at a --port of this machine (default: any).
 set -euo pipefail
 
-processes=1 gpus=0 restarts=3 port=12355 dry=0
+processes=0 gpus=0 restarts=3 port=$((20000 + RANDOM % 10000)) dry=0
 die() { echo "launch/local.sh: $1" >&2; exit 2; }
 while [[ $# -gt 0 && $1 != -- ]]; do
   case $1 in
@@ -18,14 +19,15 @@ while [[ $# -gt 0 && $1 != -- ]]; do
       printf -v "${1#--}" %s "$2"
       shift 2 ;;
     --dry-run) dry=1; shift ;;
-    --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help | -h) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) die "$1: not understood; --help has examples" ;;
   esac
 done
 shift || true
 [[ $# -gt 0 ]] || die "no command; give it after --"
-(( gpus )) && processes=$gpus
-(( processes )) || die "--processes 0: give 1 or more"
+(( gpus && processes )) && die "--processes and --gpus: give one of them"
+processes=$(( processes + gpus ))
+(( processes )) || die "--processes or --gpus is missing; --help has examples"
 
 running=() stopped=0
 pass_on() { stopped=1; kill -TERM "${running[@]}" 2>/dev/null || true; }
@@ -56,16 +58,20 @@ for (( attempt = 0; ; attempt++ )); do
         alive+=("$one")
       else
         ended=0
-        wait "$one" || ended=$?
-        (( code )) || code=$ended
+        { wait "$one"; } 2> /dev/null || ended=$?  # bash would tell of a kill
+        # A mistake of one is why the others were lost.
+        if (( ended == 2 || ! code )); then code=$ended; fi
       fi
     done
     # A lost process leaves the others waiting for it. A mistake of the user's (2) most of them tell by themselves.
     if (( code == 2 )); then (( patience-- )) || true; fi
-    if (( code && ( code != 2 || patience < 0 ) && ${#alive[@]} )); then kill -KILL "${alive[@]}" 2>/dev/null || true; fi
+    if (( code && ( code != 2 || patience < 0 ) && ${#alive[@]} )); then
+      kill -KILL "${alive[@]}" 2> /dev/null || true
+    fi
     running=("${alive[@]}")
     sleep 0.2
   done
-  (( code == 0 || code == 2 || stopped || attempt == restarts )) && exit "$code"
+  # 126 and 127: there is no such command.
+  (( code == 0 || code == 2 || code == 126 || code == 127 || stopped || attempt == restarts )) && exit "$code"
   echo "launch/local.sh: a process ended with $code; starting all again ($((attempt + 1)) of $restarts)" >&2
 done

@@ -6,29 +6,30 @@
 #   launch/tpu.sh --dry-run …                           says what it would do, and does nothing
 #
 # D must be seen by all hosts, a mount of Filestore or of a bucket; W as well, or it is gs://bucket/run. --source is
-# what pip installs (default: the public repository). When a slice is taken away the whole is asked for anew, and the
-# run goes on from its newest checkpoint, until it ends. Credentials are those of gcloud and of the VMs' service
-# account; none is passed on.
+# what pip installs (default: the public repository). When a slice is taken away it is asked for anew, and when a process
+# is lost all are started again, --restarts times at most (default 20); not after a mistake (exit code 2). The run goes
+# on from its newest checkpoint. Credentials are those of gcloud and of the VMs' service account; none is passed on.
 set -euo pipefail
 
-name='' zone='' type='' runtime='' slices=1 spot=0 dry=0
+name='' zone='' type='' runtime='' slices=1 restarts=20 spot=0 dry=0
 source='moon_jax[tpu,gcs] @ git+https://github.com/moon-jax/moon_jax'
 die() { echo "launch/tpu.sh: $1" >&2; exit 2; }
 while [[ $# -gt 0 && $1 != -- ]]; do
   case $1 in
-    --name | --zone | --type | --runtime | --slices | --source)
+    --name | --zone | --type | --runtime | --slices | --restarts | --source)
       [[ -n ${2:-} ]] || die "$1: give a value"
       printf -v "${1#--}" %s "$2"
       shift 2 ;;
     --spot) spot=1; shift ;;
     --dry-run) dry=1; shift ;;
-    --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help | -h) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) die "$1: not understood; --help has examples" ;;
   esac
 done
 shift || true
 for one in name zone type; do [[ -n ${!one} ]] || die "--$one is missing; --help has examples"; done
 [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices $slices: give a whole number"
+[[ $restarts =~ ^[0-9]+$ ]] || die "--restarts $restarts: give a whole number"
 [[ $# -gt 0 ]] || die "no command; give it after --"
 case $type in
   v4-*) default=tpu-ubuntu2204-base ;;
@@ -56,44 +57,60 @@ if (( spot )); then create+=(--spot); fi
 discard=(gcloud compute tpus queued-resources delete "$name" --zone "$zone" --force --quiet)
 
 state() {
-  gcloud compute tpus queued-resources describe "$name" --zone "$zone" --format 'value(state.state)' 2>/dev/null || true
+  gcloud compute tpus queued-resources describe "$name" --zone "$zone" --format 'value(state.state)'
 }
 
 everywhere() {  # the command on all hosts of all slices; fails if any of them fails
-  local node running=() code=0
+  local node running=() code=0 ended
   for node in "${nodes[@]}"; do
     run gcloud compute tpus tpu-vm ssh "$node" --zone "$zone" --worker all --command "$1" &
     running+=($!)
     if (( dry )); then wait "$!"; fi
   done
-  for node in "${running[@]}"; do wait "$node" || code=$?; done
+  for node in "${running[@]}"; do
+    ended=0
+    wait "$node" || ended=$?
+    if (( ended == 2 || ! code )); then code=$ended; fi  # a mistake of one is why the others were lost
+  done
   return "$code"
 }
 
-while true; do
+# A run that was stopped by a SIGTERM, as before a preemption, must not be taken for one that is done.
+install="python3 -m venv ~/moon && ~/moon/bin/pip install -q ${source@Q}"
+train="export PATH=~/moon/bin:\$PATH MOON_JAX_STOP_CODE=85; ${*@Q}"
+if (( dry )); then
   run "${create[@]}"
-  if (( dry )); then
-    echo "# until it is ACTIVE; anew if it is FAILED or SUSPENDED"
-  else
-    until [[ $(state) == ACTIVE ]]; do
-      [[ $(state) =~ FAILED|SUSPENDED ]] && { "${discard[@]}"; "${create[@]}"; }
+  echo "# until it is ACTIVE; anew if it is FAILED or SUSPENDED"
+  everywhere "$install"
+  everywhere "$train"
+  echo "# after a lost process: again; after a preemption: delete, and from the beginning"
+  run "${discard[@]}"
+  exit 0
+fi
+
+trap 'echo "launch/tpu.sh: $name may still stand, and cost; to give it back: ${discard[*]}" >&2; exit 130' INT TERM
+code=1
+for (( attempt = 0; attempt <= restarts; attempt++ )); do
+  if (( attempt )); then echo "launch/tpu.sh: ended with $code; again ($attempt of $restarts)" >&2; fi
+  if ! now=$(state 2> /dev/null); then
+    "${create[@]}"
+    now=WAITING
+  fi
+  until [[ $now == ACTIVE ]]; do
+    if [[ $now =~ FAILED|SUSPENDED ]]; then
+      echo "launch/tpu.sh: $name is $now" >&2
+      "${discard[@]}" || true
       sleep "${POLL_SECONDS:-30}"
-    done
-  fi
+      continue 2
+    fi
+    sleep "${POLL_SECONDS:-30}"
+    now=$(state || echo UNKNOWN)
+  done
   code=0
-  everywhere "python3 -m venv ~/moon && ~/moon/bin/pip install -q ${source@Q}" \
-    && everywhere "export PATH=~/moon/bin:\$PATH; ${*@Q}" || code=$?
-  if (( dry )); then
-    echo "# after a preemption: delete, and from the beginning"
-    run "${discard[@]}"
-    exit 0
-  fi
-  # What still stands was not taken away: the run ended, well or with a mistake of the user's. A lost host may be told
-  # before its slice is.
-  (( code == 0 || code == 2 )) || sleep "${SETTLE_SECONDS:-120}"
-  if [[ $(state) == ACTIVE ]]; then
-    "${discard[@]}"
-    exit "$code"
-  fi
-  "${discard[@]}" || true
+  { everywhere "$install" && everywhere "$train"; } || code=$?
+  (( code == 0 || code == 2 )) && break
+  # A host may be lost before its slice is said to be.
+  sleep "${SETTLE_SECONDS:-120}"
 done
+"${discard[@]}" || true
+exit "$code"

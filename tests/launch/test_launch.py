@@ -11,6 +11,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
+from moon_jax import cli
 from tests.conftest import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -43,7 +44,11 @@ def test_shellcheck_finds_nothing_and_help_has_an_example(script):
         ("local.sh", ["--processes", "two", "--", "x"], "--processes two: give a whole number"),
         ("local.sh", ["--prosesses", "2"], "--prosesses: not understood"),
         ("local.sh", ["--processes", "2"], "no command; give it after --"),
+        ("local.sh", ["--processes", "2", "--gpus", "2", "--", "x"], "--processes and --gpus: give one of them"),
+        ("local.sh", ["--", "x"], "--processes or --gpus is missing"),
         ("slurm.sh", [], "no command"),
+        ("slurm.sh", ["--dryrun", "x"], "--dryrun: not understood"),
+        ("slurm.sh", ["x"], "no srun here; hand this script to sbatch"),
         ("tpu.sh", ["--name", "a", "--zone", "z", "--", "x"], "--type is missing"),
         ("tpu.sh", [*TPU[:-1], "v9-8", "--", "x"], "--type v9-8: its runtime version is not known here"),
         ("gke.sh", [*GKE[:-4], "--", "x"], "--claim is missing"),
@@ -67,7 +72,10 @@ def test_what_local_would_start():
     assert words.stdout.splitlines() == COMMAND
 
 
-@pytest.mark.parametrize(("last", "code"), [("exit 0", 0), ("exit 7", 7), ("exit 2", 2), ("kill -KILL $$", 137)])
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [("exit 0", 0), ("exit 7", 7), ("exit 2", 2), ("kill -KILL $$", 137), ("exec no-such-command", 127)],
+)
 def test_how_local_ends(last, code):
     """One process of two ends badly: the other is not waited for, and all start again but after a mistake."""
     other = last if code in (0, 2) else "exec sleep 50"
@@ -75,7 +83,13 @@ def test_how_local_ends(last, code):
     began = time.monotonic()
     done = run("local.sh", "--processes", 2, "--restarts", 2, "--", "bash", "-c", script)
     assert done.returncode == code and time.monotonic() - began < 20
-    assert done.stderr.count("starting all again") == (0 if code in (0, 2) else 2)
+    assert done.stderr.count("starting all again") == (0 if code in (0, 2, 127) else 2)
+
+
+def test_a_mistake_of_one_is_why_the_others_were_lost():
+    script = "if [ $JAX_PROCESS_ID = 1 ]; then exit 2; fi; exit 1"
+    done = run("local.sh", "--processes", 2, "--", "bash", "-c", script)
+    assert done.returncode == 2 and "starting" not in done.stderr
 
 
 def test_local_passes_a_sigterm_on(tmp_path):
@@ -97,7 +111,13 @@ def stand_in(folder, name, script):
 
 @pytest.mark.parametrize(
     ("ending", "count", "code", "requeued"),
-    [("exit 0", "0", 0, False), ("exit 1", "0", 1, True), ("exit 1", "3", 1, False), ("exit 2", "0", 2, False)],
+    [
+        ("exit 0", "0", 0, False),
+        ("exit 1", "0", 1, True),
+        ("exit 1", "20", 1, False),
+        ("exit 2", "0", 2, False),
+        ("exit $MOON_JAX_STOP_CODE", "20", 85, True),  # all tasks had a SIGTERM, and saved
+    ],
 )
 def test_slurm_requeues_a_failure_but_not_a_mistake(tmp_path, ending, count, code, requeued):
     stand_in(tmp_path, "srun", f'echo "$@" > {tmp_path}/srun.log; {ending}')
@@ -110,20 +130,22 @@ def test_slurm_requeues_a_failure_but_not_a_mistake(tmp_path, ending, count, cod
         assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
 
 
-def test_slurm_passes_a_sigterm_on_and_requeues(tmp_path):
-    stand_in(
-        tmp_path,
-        "srun",
-        f'trap "touch {tmp_path}/told; exit 0" TERM; touch {tmp_path}/on; while true; do sleep 0.1; done',
-    )
+def test_slurm_waits_for_the_tasks_that_were_told(tmp_path):
+    """A SIGTERM that reaches the script as well does not end it before its tasks, whose signal it is."""
+    stand_in(tmp_path, "srun", f"touch {tmp_path}/on; sleep 1; touch {tmp_path}/saved; exit $MOON_JAX_STOP_CODE")
     stand_in(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/scontrol.log')
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "9"}
     process = subprocess.Popen(["bash", LAUNCH / "slurm.sh", *COMMAND], env=env)
     while not (tmp_path / "on").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 0
-    assert (tmp_path / "told").exists() and (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
+    assert process.wait(timeout=20) == 85
+    assert (tmp_path / "saved").exists() and (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
+
+
+def test_slurm_signals_the_tasks_and_not_the_script():
+    """srun answers a SIGTERM of its own by killing its tasks."""
+    assert "#SBATCH --signal=TERM@120\n" in (LAUNCH / "slurm.sh").read_text()
 
 
 def test_what_tpu_would_do():
@@ -143,26 +165,57 @@ def test_what_tpu_would_do():
     )
 
 
-def test_tpu_asks_anew_after_a_preemption(tmp_path):
-    """The first time the slice is taken away while the run is going on; the second time the run ends."""
-    stand_in(
-        tmp_path,
-        "gcloud",
-        f"""echo "$*" >> {tmp_path}/calls
+GCLOUD = """echo "$*" >> {0}/calls
 case "$*" in
-  *describe*) cat {tmp_path}/state ;;
-  *create*) echo ACTIVE > {tmp_path}/state ;;
+  *describe*) cat {0}/state ;;
+  *delete*) rm -f {0}/state ;;
+  *create*) {1} ;;
   *ssh*pip*) ;;
-  *ssh*) if mkdir {tmp_path}/once 2>/dev/null; then echo SUSPENDED > {tmp_path}/state; exit 255; fi ;;
-esac""",
-    )
-    done = run("tpu.sh", *TPU, "--", *COMMAND, path=tmp_path, POLL_SECONDS="0", SETTLE_SECONDS="0")
+  *ssh*) echo x >> {0}/runs; case $(wc -l < {0}/runs) in {2} esac ;;
+esac"""
+
+
+def on_tpu(tmp_path, created, runs, *more):
+    """tpu.sh with a stand-in of gcloud: what creating does, and what the first, second, … run does."""
+    stand_in(tmp_path, "gcloud", GCLOUD.format(tmp_path, created, runs))
+    done = run("tpu.sh", *TPU, *more, "--", *COMMAND, path=tmp_path, POLL_SECONDS="0", SETTLE_SECONDS="0")
+    lines = (tmp_path / "calls").read_text().splitlines()
+    calls = [next(word for word in ("create", "describe", "ssh", "delete") if word in line.split()) for line in lines]
+    return done, [call for call in calls if call != "describe"]
+
+
+ACTIVE = "echo ACTIVE > {0}/state"
+
+
+@pytest.mark.parametrize("code", [0, 85, 255])
+def test_tpu_asks_anew_after_a_preemption(tmp_path, code):
+    """The first time the slice is taken away while the run is going on, which may have saved and ended before that."""
+    active = ACTIVE.format(tmp_path)
+    lost = f"1) echo SUSPENDED > {tmp_path}/state; exit {code} ;;"
+    done, calls = on_tpu(tmp_path, active, f"{lost} 2) exit 0 ;;")
+    if code == 0:  # done, whatever became of the slice
+        assert done.returncode == 0 and calls == ["create", "ssh", "ssh", "delete"]
+        return
     assert done.returncode == 0, done.stderr
-    calls = [
-        next(word for word in ("create", "describe", "ssh", "delete") if word in line.split())
-        for line in (tmp_path / "calls").read_text().splitlines()
-    ]
-    assert [call for call in calls if call != "describe"] == ["create", "ssh", "ssh", "delete"] * 2
+    assert calls == ["create", "ssh", "ssh", "delete"] * 2
+    assert f"ended with {code}; again (1 of 20)" in done.stderr and "run1 is SUSPENDED" in done.stderr
+
+
+def test_tpu_starts_a_lost_process_again_on_the_same_slice(tmp_path):
+    done, calls = on_tpu(tmp_path, ACTIVE.format(tmp_path), "1) exit 1 ;; 2) exit 0 ;;")
+    assert done.returncode == 0 and calls == ["create", "ssh", "ssh", "ssh", "ssh", "delete"]
+
+
+@pytest.mark.parametrize(("created", "runs", "code"), [("ACTIVE", "*) exit 1 ;;", 1), ("FAILED", "*) ;;", 1)])
+def test_tpu_gives_up_after_so_many_restarts(tmp_path, created, runs, code):
+    done, calls = on_tpu(tmp_path, f"echo {created} > {tmp_path}/state", runs, "--restarts", 2)
+    assert done.returncode == code and calls.count("ssh") == (6 if created == "ACTIVE" else 0)
+    assert calls.count("create") == (1 if created == "ACTIVE" else 3) and calls[-1] == "delete"
+
+
+def test_tpu_does_not_repeat_a_mistake(tmp_path):
+    done, calls = on_tpu(tmp_path, ACTIVE.format(tmp_path), "*) exit 2 ;;")
+    assert done.returncode == 2 and calls == ["create", "ssh", "ssh", "delete"]
 
 
 def manifest(*arguments):
@@ -182,24 +235,23 @@ def test_the_manifest_is_a_jobset():
     job = slices["template"]["spec"]
     assert slices["replicas"] == 2 and job["parallelism"] == job["completions"] == 16
     container = job["template"]["spec"]["containers"][0]
-    assert container["args"] == COMMAND and container["resources"]["limits"] == {"google.com/tpu": 4}
+    command = [word.replace("$$", "$") for word in container["command"]]  # as Kubernetes does
+    assert (
+        command == COMMAND
+        and "$$(x)" in container["command"][-1]
+        and container["resources"]["limits"] == {"google.com/tpu": 4}
+    )
     assert job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
     assert not re.search("@[A-Z]+@", str(found))
 
 
-def test_a_pod_that_is_sent_away_counts_as_failed(tmp_path):
-    """The manifest's own shell, run here."""
-    command = manifest()["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0][
-        "command"
-    ]
-    for code in (0, 2):
-        assert subprocess.run([*command, "bash", "-c", f"exit {code}"], timeout=20).returncode == code
-    script = f'trap "touch {tmp_path}/saved; exit 0" TERM; touch {tmp_path}/on; while true; do sleep 0.1; done'
-    process = subprocess.Popen([*command, "bash", "-c", script])
-    while not (tmp_path / "on").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 143 and (tmp_path / "saved").exists()
+def test_a_pod_that_is_sent_away_counts_as_failed_and_a_mistake_ends_all():
+    job = manifest()["spec"]["replicatedJobs"][0]["template"]["spec"]
+    container = job["template"]["spec"]["containers"][0]
+    assert {"name": cli.STOP_CODE, "value": "85"} in container["env"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [cli.MISTAKE]}
 
 
 def test_gke_hands_the_manifest_to_kubectl(tmp_path):
