@@ -1,10 +1,14 @@
 """Who is taken for one of several processes, and who is not."""
 
+import json
+import os
+import signal
+
 import jax
 import pytest
 
 from moon_jax import hosts, interrupt
-from moon_jax.config import UserError
+from moon_jax.config import Unavailable, UserError
 
 NAMES = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES", *hosts.BY_HAND)
 
@@ -19,6 +23,7 @@ def started(monkeypatch):
     monkeypatch.setattr(hosts, "_on_tpu", lambda: False)
     yield calls
     interrupt.RELAY.clear()
+    interrupt.forget()
 
 
 @pytest.mark.parametrize(
@@ -69,6 +74,47 @@ def test_on_a_tpu_jax_finds_the_others(started, monkeypatch):
     assert started == [{}]
 
 
+def test_a_tpu_whose_others_cannot_be_seen_is_alone_and_says_so(started, monkeypatch, capsys):
+    def initialize(**options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(hosts, "_on_tpu", lambda: True)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    hosts.start()
+    told = capsys.readouterr().err
+    assert "this one is alone. If there are more, set JAX_COORDINATOR_ADDRESS" in told and told.count("\n") == 1
+    assert not interrupt.RELAY.is_set()
+
+
+def test_a_sigterm_that_came_while_waiting_for_the_others_is_told_to_them(started, monkeypatch):
+    sent = []
+    monkeypatch.setattr(hosts.os, "kill", lambda process, kind: sent.append((process, kind)))
+    monkeypatch.setattr(hosts, "_on_tpu", lambda: True)
+    interrupt.terminate()
+    hosts.start()
+    assert sent == [(os.getpid(), signal.SIGTERM)] and not interrupt.REQUESTED.is_set()
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"dev/accel0": "", "sys/bus/pci/devices/0/vendor": "0x1ae0\n"}, True),
+        ({"dev/vfio/0": "", "sys/bus/pci/devices/0/vendor": "0x1ae0\n"}, True),
+        ({"dev/vfio/0": "", "sys/bus/pci/devices/0/vendor": "0x10de\n"}, False),  # another maker's
+        ({"dev/vfio/vfio": "", "sys/bus/pci/devices/0/vendor": "0x1ae0\n"}, False),  # no chip is handed through
+        ({}, False),
+    ],
+)
+def test_a_tpu_is_known_by_its_chips(tmp_path, monkeypatch, files, expected):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert hosts._on_tpu(tmp_path) == expected
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not hosts._on_tpu(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -93,6 +139,40 @@ def test_variables_that_make_no_sense_are_one_line(started, monkeypatch, variabl
     with pytest.raises(UserError, match=message):
         hosts.start()
     assert not started
+
+
+@pytest.mark.parametrize(
+    ("said", "own", "kind", "message"),
+    [
+        (["", "UserError no such file"], None, UserError, "process 1: no such file"),
+        (["", "Unavailable no answer"], None, Unavailable, "process 1: no answer"),
+        (["", "OSError [Errno 28] No space"], None, UserError, "process 1: OSError: [Errno 28] No space"),
+        (["UserError mine", ""], UserError("mine"), UserError, "mine"),
+        (["OSError mine", ""], OSError("mine"), OSError, "mine"),
+    ],
+)
+def test_what_one_process_fails_with_ends_all(monkeypatch, said, own, kind, message):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "gather", lambda _: said)
+    with pytest.raises(kind) as error, hosts.together():
+        if own:
+            raise own
+    assert type(error.value) is kind and str(error.value) == message
+
+
+def test_processes_that_differ_are_told_in_what(monkeypatch):
+    """Also where all that they hold is longer than what they can tell at once."""
+    ours = {"a": 1, "long": "x" * 10_000, "b": [2, 3]}
+    theirs = ours | {"b": [2, 4]}
+
+    def gather(said):  # what the other one would say at the same place
+        found = next((name for name, value in ours.items() if said == json.dumps(value)), None)
+        return [said, json.dumps(theirs[found]) if found else "another digest"]
+
+    monkeypatch.setattr(hosts, "gather", gather)
+    with pytest.raises(UserError, match=r"process 1: config.b is \[2, 4\] there, and \[2, 3\] in process 0") as error:
+        hosts.same("config", ours)
+    assert error.value.shared
 
 
 def test_alone_everything_is_agreed():

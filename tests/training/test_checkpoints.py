@@ -14,7 +14,7 @@ import pytest
 
 from moon_jax import config as config_lib
 from moon_jax import places, sharding
-from moon_jax.config import UserError
+from moon_jax.config import Unavailable, UserError
 from moon_jax.training import checkpoints as lib
 from moon_jax.types import TrainState
 from tests.conftest import tiny
@@ -31,7 +31,8 @@ def state(number, places=None):
     }
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16 if x.dtype == jnp.bfloat16 else jnp.float32), arrays)
     counter = jnp.int32(number)
-    made = TrainState(counter, params, ({"mu": params["encoder"]}, counter), counter, jnp.int32(0))
+    opt_state = ({"mu": params["encoder"]}, counter, jnp.bool_(number % 2))
+    made = TrainState(counter, params, opt_state, counter, jnp.int32(0))
     return made if places is None else jax.device_put(made, places)
 
 
@@ -250,6 +251,55 @@ def test_what_is_kept(tmp_path, options, kept):
     scores = {step: {lib.BEST: float(10 * (step == 6) + 5 * (step == 3) + 0.1 * step)} for step in (3, 6, 9)}
     write(tmp_path / "w", range(1, 13), training(**options), scores)
     assert sorted(int(path.name) for path in (tmp_path / "w" / "checkpoints").iterdir()) == kept
+
+
+def test_the_best_is_kept_over_restarts(tmp_path):
+    scores = {step: {lib.BEST: 50.0 if step == 3 else 10.0} for step in (3, 6)}
+    for steps in (range(1, 5), range(5, 9)):
+        write(tmp_path / "w", steps, training(keep=1, keep_best=1), scores)
+    assert sorted(int(path.name) for path in (tmp_path / "w" / "checkpoints").iterdir()) == [3, 8]
+
+
+def test_a_step_that_was_set_aside_is_saved_anew(two, tmp_path):
+    workdir = tmp_path / "w"
+    shutil.copytree(two, workdir)
+    truncate(next((workdir / "checkpoints" / "7" / "params" / "d").iterdir()))
+    opened = lib.Checkpoints(places.Place(workdir).checkpoints, training())
+    assert opened.restore(like(state(0)), {"data": "catalogue"}, lambda _: None)[0] == 5
+    opened.save(state(7), 7, ABOUT)
+    opened.close()
+    (step, found), told = restore(workdir)
+    assert step == 7 and equal(found, state(7)) and not told
+
+
+def test_too_little_room_is_told_before_anything_is_written(two, tmp_path, monkeypatch):
+    workdir = tmp_path / "w"
+    shutil.copytree(two, workdir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"No space left on device: a checkpoint needs 0.1 MB and 0.0 MB are free"):
+        write(workdir, (9,))
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["5", "7"]
+
+
+def test_processes_that_see_other_checkpoints_wait_and_then_refuse(two, monkeypatch):
+    """As where a shared folder shows one of them a new one later."""
+    seen = [["[5]"], ["[5]"], ["[5, 7]"]]
+    monkeypatch.setattr(lib.time, "sleep", lambda _: None)
+    monkeypatch.setattr(lib.hosts, "gather", lambda said: [said, *(seen.pop(0) if seen else ["[5, 7]"])])
+    opened = lib.Checkpoints(places.Place(two).checkpoints)
+    assert opened._agreed() == [5, 7] and not seen
+    monkeypatch.setattr(lib.hosts, "gather", lambda said: [said, "[5]"])
+    with pytest.raises(Unavailable, match=r"process 1 sees checkpoints \[5\] and process 0 \[5, 7\]; give all"):
+        opened._agreed()
+
+
+def test_an_error_of_the_users_waits_for_a_save_under_way(tmp_path):
+    """Which would be lost with the process."""
+    (tmp_path / "w").mkdir()
+    with pytest.raises(UserError), lib.Checkpoints(places.Place(tmp_path / "w").checkpoints, training()) as opened:
+        opened.save(state(3), 3, ABOUT)
+        raise UserError("numbers went bad")
+    assert (tmp_path / "w" / "checkpoints" / "3").is_dir()
 
 
 def test_the_digest_does_not_depend_on_the_devices_and_sees_every_bit():

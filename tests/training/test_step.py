@@ -21,6 +21,7 @@ from moon_jax.model.encoder import Encoder
 from moon_jax.training import loop
 from moon_jax.training import optimizer as optimizer_lib
 from moon_jax.training import step as step_lib
+from moon_jax.types import TrainState
 from tests.conftest import tiny
 
 
@@ -119,6 +120,30 @@ def test_a_bad_step_changes_nothing_and_is_counted(batch):
     assert int(again.bad_steps) == int(again.bad_in_a_row) == int(metrics["bad_in_a_row"]) == 2
     good, metrics = step(again, batch)
     assert int(good.bad_steps) == 2 and int(good.bad_in_a_row) == int(metrics["bad_in_a_row"]) == 0
+
+
+@pytest.mark.parametrize("what", ["loss", "update"])
+def test_a_loss_or_an_update_alone_that_is_not_finite_is_a_bad_step(monkeypatch, what):
+    """Of a model of three numbers, whose gradient is finite."""
+    options = {"training__optimizer": "sgd", "training__clip": 1e30, "training__min_warmup": 1, "training__warmup": 0.0}
+    config = tiny(**options, training__learning_rate=1e38 if what == "update" else 1e-3)
+    params = {"encoder": {"scale": jnp.ones(3)}, "alignment": {"log_temperature": jnp.zeros(2)}}
+    trained = optimizer_lib.trained(config.training, params)
+    opt_state, zero = optimizer_lib.make_optimizer(config.training).init(trained), jnp.int32(0)
+
+    def loss(params, batch, config, step):
+        total = 1e3 * params["encoder"]["scale"].sum()
+        return total + jnp.nan if what == "loss" else total, {}
+
+    monkeypatch.setattr(step_lib, "loss", loss)
+    state = TrainState(zero, params, opt_state, zero, zero)
+    for number in range(1, 3):  # the first step's learning rate is 0
+        before = state
+        state, metrics = step_lib.train_step(state, None, config)
+        assert np.isfinite(metrics["grad_norm"]) and bool(metrics["finite"]) == (what == "update" and number == 1)
+    assert int(state.bad_in_a_row) == (1 if what == "update" else 2)
+    for a, b in zip(*(jax.tree.leaves((s.params, s.opt_state)) for s in (state, before)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.fixture(scope="module")

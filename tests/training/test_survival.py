@@ -112,6 +112,7 @@ def test_it_tells_what_trains_and_where_time_goes(undisturbed):
     assert re.search(r"│ encoder/decoder/experts/router +│ +192 │ +0.0001 │ +100% │", out)
     told = re.search(r"of the time of a step: data (.*)%, device (.*)%, checkpoint (.*)%, evaluation (.*)%", out)
     assert 50 < sum(map(float, told.groups())) <= 100.4
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["12", "6", "8"]  # 6 for its score
     lines = [json.loads(line) for line in (workdir / "speed.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line in lines:
@@ -226,6 +227,56 @@ def test_damage_that_one_of_two_processes_meets_is_skipped_by_both(tmp_path):
     told = sorted(line for line in out.splitlines() if line.startswith("process"))
     assert told == [f"process {index}: step 5, equal True, told 1" for index in range(2)]
     assert (workdir / "damaged" / "7").is_dir() and (workdir / "checkpoints" / "5").is_dir()
+
+
+def test_a_save_that_fails_in_one_of_two_processes_ends_both(catalogue, tmp_path):
+    """Its disk takes no large files. Orbax would have all wait for it."""
+    script = tmp_path / "one.sh"
+    script.write_text(
+        f'if [ "$JAX_PROCESS_ID" = 1 ]; then ulimit -f 100; fi\nexec {sys.executable} -m moon_jax.cli "$@"\n'
+    )
+    more = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.training.steps=5000", *NEVER_JUDGED)
+    code, _, err = finish(start(several(2, catalogue, tmp_path / "w", *more, by=("bash", script))))
+    assert code == 2 and "Traceback" not in err
+    assert err.count("a checkpoint could not be written: File too large") == 1
+    assert (tmp_path / "w" / "metrics.jsonl").read_bytes().count(b"\n") < 200
+
+
+NEVER_JUDGED = ("--config.evaluation.every=0", "--config.training.keep_best=0")
+
+
+def test_two_runs_of_one_workdir_are_one_too_many(catalogue, tmp_path, monkeypatch):
+    from moon_jax.training import workdir as workdir_lib
+
+    monkeypatch.setattr(workdir_lib, "LOCK_SECONDS", 1)
+    place = places.Place(tmp_path / "w")
+    with workdir_lib.alone(place):
+        asking = "import sys\nfrom moon_jax import places\nfrom moon_jax.training import workdir\n"
+        asking += "workdir.LOCK_SECONDS = 1\nwith workdir.alone(places.Place(sys.argv[1])): pass"
+        code, _, err = finish(start([sys.executable, "-c", asking, place]))
+        assert code == 1 and "another process trains there" in err
+    code, _, err = finish(start([sys.executable, "-c", asking, place]))
+    assert code == 0, err
+
+
+def test_ctrl_c_in_python_saves_as_the_command_does(catalogue, undisturbed, like, tmp_path):
+    """And leaves nothing behind that would stop the next call."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nimport moon_jax\nfrom moon_jax import config, interrupt\n"
+        "config = config.read_json(__import__('pathlib').Path(sys.argv[1]))\n"
+        "try:\n    moon_jax.train(config, sys.argv[2])\n"
+        "except KeyboardInterrupt:\n    print('interrupted', interrupt.REQUESTED.is_set())\n"
+        "moon_jax.train(config, sys.argv[2])\n"
+    )
+    process = start([sys.executable, script, undisturbed[0] / "config.json", tmp_path / "w"])
+    _wait_for_lines(tmp_path / "w", process, 2)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 0, err
+    step = int(re.search(r"saved at step (\d+) of 12", out)[1])
+    assert "interrupted False" in out and f"resuming {tmp_path / 'w'} at step {step} of 12" in out
+    assert same_parameters(like, undisturbed[0], tmp_path / "w")
 
 
 def _wait_for_lines(workdir, process, lines):
@@ -430,6 +481,20 @@ def test_a_stalled_step_shows_all_stacks(catalogue, tmp_path):
     process.communicate()
     assert "no step for 0.03 minutes; all stacks:" in told and told.count("most recent call last:") > 2
     assert "Thread MainThread, most recent call last:" in told
+
+
+def test_a_trace_has_the_steps_that_were_asked_for(tmp_path, monkeypatch):
+    calls, told = [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    with watch.Watching(profile=(2, 3)).over(tmp_path, 0, 9, told.append) as alive:
+        for step in range(5):
+            alive(step, jax.numpy.zeros(()))
+            calls.append(step + 1)
+    assert calls == [1, ("start", str(tmp_path / "profile")), 2, 3, "stop", 4, 5] and not told
+    with watch.Watching(profile=(2, 30)).over(tmp_path, 2, 9, told.append):
+        pass
+    assert told == ["--profile 2:30: step 2 is not among those to come, 3 to 9; no trace"]
 
 
 def test_a_trace_of_chosen_steps(catalogue, tmp_path, monkeypatch):
