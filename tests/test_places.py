@@ -1,5 +1,7 @@
 """Workdirs in a bucket: what is pulled and pushed, and what a mistake says."""
 
+from pathlib import Path
+
 import pytest
 from etils import epath
 
@@ -96,13 +98,18 @@ def test_copies_are_removed(bucket):
     [
         ("gs://", "gs://: names no folder in a bucket; write gs://bucket/folder"),
         ("gs://shop/", "gs://shop/: names no folder in a bucket"),
-        ("s3://shop/run", "s3://shop/run: neither a folder of this machine nor gs://; mount it"),
+        ("s3:/shop/run", "s3://shop/run: neither a folder of this machine nor gs://; mount it"),
     ],
 )
 def test_an_address_that_makes_no_sense(address, message):
     with pytest.raises(UserError) as error:
         places.Place(address)
     assert str(error.value).startswith(message)
+
+
+def test_an_address_that_went_through_a_path_is_the_same(bucket):
+    assert str(places.Place(Path(f"{bucket}/run"))) == f"{bucket}/run" and places.is_remote(Path(f"{bucket}/run"))
+    assert not places.is_address("c/d:/e") and not places.is_address(Path("/a/b"))
 
 
 def test_a_bucket_that_is_not_there_is_one_line(bucket):

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -113,3 +114,13 @@ def test_slices_are_divided_by_data_alone():
     assert {device.slice_index for device in mesh.devices[:2].flat} == {0}
     with pytest.raises(UserError, match=r"config.mesh.data: 1 does not divide over 2 slices"):
         sharding.make_mesh(config_lib.Mesh(data=1, fsdp=16), devices)
+
+
+def test_shares_that_are_not_equal_are_refused(monkeypatch):
+    """Two rows of six in one process, four in the other."""
+    parts = [(0, 0, 2), (1, 2, 4), (1, 4, 6)]
+    devices = [type("Device", (), {"process_index": process})() for process, _, _ in parts]
+    places = {device: (slice(a, b),) for device, (_, a, b) in zip(devices, parts, strict=True)}
+    monkeypatch.setattr(sharding, "rows", lambda mesh: SimpleNamespace(devices_indices_map=lambda shape: places))
+    with pytest.raises(UserError, match=r"not divide evenly over processes \(2 in process 0, 4 in process 1\)"):
+        sharding.share(None, 6)

@@ -169,10 +169,11 @@ def _train(config: config_lib.Config, place: places.Place, judge: MakeJudge, wat
             # Parameters do not depend on the template, which the tokenizer alone can read.
             abstract = abstract_state(config, abstract_batch(config, mesh).rows, mesh)
             optimizer.check(options, abstract.params)
-            until_the_end.enter_context(workdir_lib.alone(place))
         report = watch.Watch(place.files)
         opened = workdir_lib.open_run(config, place, report)
         prepared = opened.prepared
+        with hosts.together():
+            until_the_end.enter_context(workdir_lib.alone(place))
         checkpoints = until_the_end.enter_context(checkpoints_lib.Checkpoints(place.checkpoints, options))
         restored = checkpoints.restore(abstract, {"data": prepared.fingerprint}, report.line)
         start, state = restored or (0, None)

@@ -14,7 +14,7 @@ from rich.console import Console
 from moon_jax import sharding
 from moon_jax.config import UserError
 from moon_jax.data import pipeline
-from moon_jax.training import loop
+from moon_jax.training import checkpoints, loop
 from moon_jax.training import optimizer as lib
 from moon_jax.training import step as step_lib
 from tests.conftest import tiny
@@ -96,16 +96,27 @@ def test_an_optimizer_that_keeps_less_than_a_matrix_on_a_mesh(batch):
     assert losses[-1] < losses[1], losses
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd", "optimistic_adam"])
+def test_whatever_an_optimizer_keeps_is_placed_and_can_be_saved(batch, name):
+    """Some leave parameters out, or keep flags."""
+    config = tiny(training__optimizer=name, mesh__data=1, mesh__fsdp=8)
+    state = loop.abstract_state(config, batch.rows, sharding.make_mesh(config.mesh))
+    assert all(leaf.sharding is not None for leaf in jax.tree.leaves(state))
+    for leaf in jax.tree.leaves(state.opt_state):
+        assert jax.eval_shape(checkpoints._digest, leaf).shape == (2,)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("adamm", "adamm is no optimizer of optax; the closest is adam"),
         ("clip", "clip is no optimizer of optax"),
         ("lbfgs", "lbfgs needs more than gradients"),
+        ("noisy_sgd", "noisy_sgd needs more than gradients (a random key"),
     ],
 )
 def test_an_optimizer_that_will_not_do_is_one_line(name, message):
-    with pytest.raises(UserError, match=f"config.training.optimizer: {message}") as error:
+    with pytest.raises(UserError, match=re.escape(f"config.training.optimizer: {message}")) as error:
         lib.named(name)
     assert "\n" not in str(error.value)
 

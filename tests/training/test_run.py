@@ -173,7 +173,8 @@ def test_the_same_command_again_only_evaluates(catalogue, finished):
 def test_other_config_or_data_in_the_workdir_is_one_line(catalogue, finished, tmp_path):
     done = run(catalogue, finished[0], "--config.training.steps=50")
     assert done.returncode == 2
-    assert "holds a run with config.training.steps = 40, not 50" in done.stderr and done.stderr.count("\n") == 1
+    told = f"config.training.steps = 40, not 50; to train further, --init {finished[0]} in another workdir"
+    assert told in done.stderr and done.stderr.count("\n") == 1
     other = tmp_path / "other"
     other.mkdir()
     table = pq.read_table(catalogue / "products.parquet")
