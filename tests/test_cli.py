@@ -18,6 +18,7 @@ import pytest
 
 import moon_jax
 from moon_jax import cli, interrupt
+from moon_jax.config import Unavailable
 from moon_jax.training import watch
 from tests.conftest import SCHEMA, jpeg, overrides, tiny
 from tests.training.test_run import environment
@@ -345,3 +346,25 @@ def test_a_swallowed_interrupt_is_met_at_the_next_progress():
             advance()
     finally:
         interrupt.REQUESTED.clear()
+
+
+@pytest.mark.parametrize(("given", "code"), [("", 0), ("85", 85), ("x", 0), ("256", 0)])
+def test_a_launcher_may_give_a_stop_a_code_of_its_own(monkeypatch, capsys, given, code):
+    def stopped(parsed, overrides):
+        interrupt.terminate()
+        interrupt.check()
+
+    monkeypatch.setitem(cli.COMMANDS, "train", stopped)
+    monkeypatch.setenv(cli.STOP_CODE, given)
+    assert cli.main(["train", "--config", "quickstart", "--workdir", "w"]) == code
+    assert capsys.readouterr().err == "moon-jax: stopped by SIGTERM; the same command goes on from here\n"
+    assert not interrupt.REQUESTED.is_set()
+
+
+def test_what_may_go_well_later_has_an_exit_code_of_its_own(monkeypatch, capsys):
+    def unavailable(parsed, overrides):
+        raise Unavailable("gs://shop/run: no answer")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", unavailable)
+    assert cli.main(["train", "--config", "quickstart", "--workdir", "w"]) == cli.AGAIN == 1
+    assert capsys.readouterr().err == "moon-jax: gs://shop/run: no answer\n"
