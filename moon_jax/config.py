@@ -18,13 +18,9 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that names the culprit, what was expected, and the remedy.
+    """A mistake of the user's: one line that names the culprit, what was expected, and the remedy."""
 
-    Attributes:
-        shared: all processes of the run meet it, so that the first tells it for all.
-    """
-
-    shared = False
+    shared = False  # whether all processes of a run meet it: the first then tells it for all
 
 
 class Unavailable(UserError):
@@ -182,7 +178,6 @@ class Evaluation:
     """When the model is judged, and how queries are altered where query and candidate share a modality."""
 
     every: int = option(0, "steps between evaluations while training; 0 leaves them to the end")
-
     keep_word: float = option(0.5, "each word of the query is kept with this probability, at least one")
     crop: tuple[float, float] = option((0.6, 0.9), "area of the crop of the query's image")
     seed: int = option(0, "seed of the alteration")
@@ -503,9 +498,3 @@ def from_json(text: str, where: str) -> Config:
 def warmup_steps(training: Training) -> int:
     """Warm-up steps of a run: a share of it, at least `min_warmup`, never more than half of it."""
     return min(max(round(training.warmup * training.steps), training.min_warmup), training.steps // 2)
-
-
-def rates(training: Training) -> list[tuple[str, float]]:
-    """Patterns of parameter paths with the factors of their learning rates (`training.rates`)."""
-    pairs = (rate.rpartition("=") for rate in training.rates)
-    return [(pattern, float(factor)) for pattern, _, factor in pairs]

@@ -1,33 +1,26 @@
 """Checkpoints of a TrainState with Orbax. Parameters are an item of their own, so that a reader needs nothing else.
 
-A checkpoint also holds `about`: step, config, version of the code, fingerprint of the data, and of every array its
-shape, dtype and a digest. What is read counts only if it is bit for bit what was saved.
+A checkpoint also holds what it says of itself (about.py). What is read counts only if it is bit for bit what was saved.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import gc
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
@@ -35,7 +28,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from moon_jax import config as config_lib
 from moon_jax import hosts, places
 from moon_jax.config import Unavailable, UserError
-from moon_jax.types import Array, TrainState
+from moon_jax.training import about as about_lib
+from moon_jax.types import TrainState
 
 ITEMS = ("params", "rest")
 
@@ -99,19 +93,12 @@ def _split(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "rest": rest}
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _flatten(items: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(items)}
-
-
 def _as_saved(like: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     """Abstract arrays in the dtypes that they were saved with: a digest is of bits, before any cast."""
 
     def one(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(about["arrays"][_name(path)][1]), sharding=leaf.sharding)
+        dtype = jnp.dtype(about["arrays"][about_lib.name_of(path)][1])
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(one, like)
 
@@ -165,7 +152,7 @@ class Checkpoints:
             return
         items = _split(state)
         self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-        about = _seal(about | {"step": step, "scores": scores or {}, "arrays": _arrays(items)})
+        about = about_lib.seal(about | {"step": step, "scores": scores or {}, "arrays": about_lib.arrays(items)})
         self._remember(step, scores or {})
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         with self._disk_errors():
@@ -214,7 +201,7 @@ class Checkpoints:
             with hosts.together(), _quiet():
                 try:
                     about = self._about(step)
-                    _check_architecture(place, about, like)
+                    about_lib.check_architecture(place, about, like)
                     for name, value in expected.items():
                         if about[name] != value:
                             raise UserError(f"{place}: was saved with another {name}, {about[name]}; this is {value}")
@@ -234,7 +221,7 @@ class Checkpoints:
             # One process may have met what the others did not read.
             problem = next(filter(None, hosts.gather(problem)), "")
             if not problem:
-                differing = [name for name, entry in _arrays(items).items() if entry != about["arrays"][name]]
+                differing = [name for name, entry in about_lib.arrays(items).items() if entry != about["arrays"][name]]
                 if not differing:
                     if self._writes:
                         self._set_aside(damaged)
@@ -278,7 +265,7 @@ class Checkpoints:
     def _about(self, step: int) -> dict[str, Any]:
         about = self._read(step, "about", ocp.args.JsonRestore())
         seal = about.pop("digest")
-        if _seal(about)["digest"] != seal:
+        if about_lib.seal(about)["digest"] != seal:
             raise Damaged("about is not what was saved")
         return about
 
@@ -356,17 +343,6 @@ class Checkpoints:
             raise
 
 
-def describe(config: config_lib.Config, fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint says of the run: config, version of the code, fingerprint of the data."""
-    version = metadata.version("moon_jax")
-    root = Path(__file__).parents[2]
-    if (root / ".git").exists():  # a clone: an installed package may lie within another project's
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-            version += "+" + subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    return {"config": json.loads(config_lib.to_json(config)), "version": version, "data": fingerprint}
-
-
 UNREACHABLE = re.compile(
     "|".join(
         ["PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"]
@@ -412,62 +388,6 @@ def _unreachable(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _seal(about: dict[str, Any]) -> dict[str, Any]:
-    digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return about | {"digest": digest}
-
-
-def _digest(x: Array) -> Array:
-    """Two checksums of an array's bits and their places, modulo 2^32; u32[2]. Any single flip changes both.
-
-    A sum of integers does not depend on its order, so they are the same on any number of devices and processes, which
-    compute them where the array lies.
-    """
-    x = x.astype(jnp.uint8) if x.dtype == bool else x
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
-    for axis in reversed(range(x.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    sums = []
-    for salt in (2654435761, 2246822519):
-        # Murmur's finalizer: no two words at a place give the same, so a single change always shows.
-        mixed = bits ^ (place * jnp.uint32(salt) + jnp.uint32(salt >> 7))
-        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-        mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-        sums.append((mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32))
-    return jnp.stack(sums)
-
-
-@functools.cache
-def _digests() -> Callable[[list[Array]], Array]:
-    return jax.jit(lambda leaves: jnp.stack([_digest(leaf) for leaf in leaves]))
-
-
-def _arrays(items: dict[str, Any]) -> dict[str, list]:
-    """Shape, dtype and digest of every array by name."""
-    leaves = _flatten(items)
-    sums = np.asarray(_digests()(list(leaves.values())))
-    return {
-        name: [list(leaf.shape), str(leaf.dtype), "".join(f"{number:08x}" for number in pair)]
-        for (name, leaf), pair in zip(leaves.items(), sums.tolist(), strict=True)
-    }
-
-
-def _check_architecture(place: Path, about: dict[str, Any], like: dict[str, Any]) -> None:
-    """Raises UserError for the first array that the checkpoint and the config do not share."""
-    here = {name: tuple(leaf.shape) for name, leaf in _flatten(like).items()}
-    there = {name: tuple(entry[0]) for name, entry in about["arrays"].items() if name.split("/")[0] in like}
-    for name in sorted({*there, *here}):
-        if there.get(name) != here.get(name):
-            raise UserError(
-                f"{place}: a checkpoint of another architecture: {name.removeprefix('params/')} has shape"
-                f" {there.get(name, 'none')} there, and {here.get(name, 'none')} by config.json; give the config that"
-                " it was trained with"
-            )
 
 
 def latest_params(folder: epath.Path, like: Any) -> tuple[int, Any]:

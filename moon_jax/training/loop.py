@@ -22,8 +22,8 @@ from moon_jax.data import pipeline, text
 from moon_jax.data import rows as rows_lib
 from moon_jax.data.prepare import Prepared
 from moon_jax.hub import weights
+from moon_jax.training import about, health, optimizer, watch
 from moon_jax.training import checkpoints as checkpoints_lib
-from moon_jax.training import health, optimizer, watch
 from moon_jax.training import workdir as workdir_lib
 from moon_jax.training.step import initial_state, train_step
 from moon_jax.types import Batch, TrainState
@@ -225,7 +225,7 @@ def _steps(
 ) -> TrainState:
     """Steps, logs, evaluates and saves, until the last step or a stop that is asked for."""
     config, options, place, steps = run.config, run.config.training, run.place, run.config.training.steps
-    about = checkpoints_lib.describe(config, run.prepared.fingerprint)
+    described = about.describe(config, run.prepared.fingerprint)
     times = watch.Times(config, jax.device_count(), start)
     batch, metrics, note = None, None, ""
 
@@ -277,7 +277,7 @@ def _steps(
                 if (due or ending) and (bad_in_a_row(done) == 0 or ending):
                     if hosts.first():
                         place.push()  # first: a run that comes back to the checkpoint finds the lines before it
-                    run.checkpoints.save(state, done, about, best)
+                    run.checkpoints.save(state, done, described, best)
                 run.checkpoints.check()
             if stopping:
                 run.checkpoints.close()

@@ -37,17 +37,23 @@ def is_decayed(path: tuple[Any, ...]) -> bool:
     return names[0] == "encoder" and names[-1] not in UNDECAYED
 
 
+def rates(config: config_lib.Training) -> list[tuple[str, float]]:
+    """Patterns of parameter paths with the factors of their learning rates (`training.rates`)."""
+    pairs = (rate.rpartition("=") for rate in config.rates)
+    return [(pattern, float(factor)) for pattern, _, factor in pairs]
+
+
 def peak(config: config_lib.Training, path: tuple[Any, ...]) -> float:
     """The largest learning rate of a parameter: its group's, times the factor of the first pattern that it fits."""
-    rates = {
+    by_group = {
         "backbone": config.learning_rate,
         "router": config.router_learning_rate,
         "dual": config.dual_learning_rate,
         "temperature": config.temperature_learning_rate,
     }
     name = "/".join(_names(path))
-    factors = (factor for pattern, factor in config_lib.rates(config) if fnmatch.fnmatchcase(name, pattern))
-    return rates[parameter_group(path)] * next(factors, 1.0)
+    factors = (factor for pattern, factor in rates(config) if fnmatch.fnmatchcase(name, pattern))
+    return by_group[parameter_group(path)] * next(factors, 1.0)
 
 
 def _is_box(node: Any) -> bool:
@@ -120,8 +126,8 @@ def make_optimizer(config: config_lib.Training) -> optax.GradientTransformation:
 
     def by_peak(updates: Any) -> optax.GradientTransformation:
         labels = jax.tree_util.tree_map_with_path(lambda path, _: str(peak(config, path)), updates)
-        rates = {label: scheduled(float(label)) for label in sorted({*jax.tree.leaves(labels)})}
-        return optax.multi_transform(rates, labels)
+        by_label = {label: scheduled(float(label)) for label in sorted({*jax.tree.leaves(labels)})}
+        return optax.multi_transform(by_label, labels)
 
     rate_of = optax.GradientTransformation(
         init=lambda params: by_peak(params).init(params),
@@ -150,7 +156,7 @@ def check(config: config_lib.Training, params: Any) -> None:
             "config.training: every learning rate is 0, and nothing would train; leave some parameters free"
         )
     names = ["/".join(_names(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for pattern, _ in config_lib.rates(config):
+    for pattern, _ in rates(config):
         if not fnmatch.filter(names, pattern):
             close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
             raise UserError(f"config.training.rates: {pattern} fits no parameter; the closest is {close}")

@@ -15,6 +15,7 @@ import pytest
 from moon_jax import config as config_lib
 from moon_jax import places, sharding
 from moon_jax.config import Unavailable, UserError
+from moon_jax.training import about
 from moon_jax.training import checkpoints as lib
 from moon_jax.types import TrainState
 from tests.conftest import tiny
@@ -310,7 +311,7 @@ def test_the_digest_does_not_depend_on_the_devices_and_sees_every_bit():
     )
     kernel = spread.params["encoder"]["kernel"]
     assert len(kernel.sharding.device_set) == 8
-    digest = jax.jit(lib._digest)
+    digest = jax.jit(about.digest)
     assert np.array_equal(digest(kernel), digest(made.params["encoder"]["kernel"]))
     for array, unsigned in (
         (made.params["encoder"]["scale"], np.uint16),

@@ -14,7 +14,7 @@ from rich.console import Console
 from moon_jax import sharding
 from moon_jax.config import UserError
 from moon_jax.data import pipeline
-from moon_jax.training import checkpoints, loop
+from moon_jax.training import about, loop
 from moon_jax.training import optimizer as lib
 from moon_jax.training import step as step_lib
 from tests.conftest import tiny
@@ -103,7 +103,7 @@ def test_whatever_an_optimizer_keeps_is_placed_and_can_be_saved(batch, name):
     state = loop.abstract_state(config, batch.rows, sharding.make_mesh(config.mesh))
     assert all(leaf.sharding is not None for leaf in jax.tree.leaves(state))
     for leaf in jax.tree.leaves(state.opt_state):
-        assert jax.eval_shape(checkpoints._digest, leaf).shape == (2,)
+        assert jax.eval_shape(about.digest, leaf).shape == (2,)
 
 
 @pytest.mark.parametrize(
