@@ -86,7 +86,7 @@ def test_every_bad_record_is_quarantined_with_its_reason(tmp_path):
     assert reasons == [reason for reason, group in bad.items() for _ in group]
     assert all(entry.file == "products.jsonl" for entry in found.quarantine)
     assert found.quarantine[4].id == "g3"
-    found.save(tmp_path / "data")
+    found.save(tmp_path / "data", tmp_path)
     assert len((tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()) == len(reasons)
     assert all(entry.detail or entry.reason == "no text and no image" for entry in found.quarantine)
 
@@ -167,15 +167,15 @@ def test_triplets_and_split_follow_from_the_seed(catalogue, prepared):
 
 
 def test_the_manifest_counts_and_refuses_other_data(catalogue, prepared, tmp_path):
-    prepared.save(tmp_path)
+    prepared.save(tmp_path, "runs/w")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["products"] == 60 and manifest["without_image"] == 8 and manifest["without_text"] == 5
     stored = pq.read_table(tmp_path / "triplets.parquet").to_pylist()
     assert [tuple(row.values()) for row in stored] == [tuple(t) for t in prepared.triplets]
-    prepared.save(tmp_path)  # the same again is fine
+    prepared.save(tmp_path, "runs/w")  # the same again is fine
     other = prepare.prepare(tiny(data__path=str(catalogue), seed=1))
-    with pytest.raises(UserError, match="holds a run on other data than is given now"):
-        other.save(tmp_path)
+    with pytest.raises(UserError, match="^--workdir runs/w: holds a run on other data than is given now"):
+        other.save(tmp_path, "runs/w")
 
 
 def test_the_fingerprint_is_of_all_that_is_used(tmp_path):
