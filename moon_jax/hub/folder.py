@@ -55,7 +55,7 @@ def run_at(model: str | Path) -> places.Place | None:
     Raises:
         UserError: an address in a bucket where there is no run.
     """
-    if str(model).startswith(HUB):
+    if places.is_address(model) and not places.is_remote(model):
         return None
     place = places.Place(model)
     place.pull(OF_RUN)

@@ -271,6 +271,8 @@ def read(
     """
     if str(model).startswith(folder_lib.HUB) or folder_lib.is_folder(Path(model)):
         return _from_folder(str(model), options or {}, track)
+    if places.is_address(model) and not places.is_remote(model):
+        raise UserError(f"{model}: {folder_lib.not_there(str(model))}; give a workdir or a Hugging Face folder")
     return _from_workdir(folder_lib.run_at(model) or places.Place(model), options or {})
 
 

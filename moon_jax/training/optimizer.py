@@ -145,16 +145,12 @@ def make_optimizer(config: config_lib.Training) -> optax.GradientTransformation:
 
 
 def check(config: config_lib.Training, params: Any) -> None:
-    """Refuses an optimizer that does not exist, a pattern that fits none of the abstract `params`, and to freeze all.
+    """Refuses an optimizer that does not exist, and a pattern that fits none of the abstract `params`.
 
     Raises:
         UserError: names it, and what is closest.
     """
     named(config.optimizer, config.betas)
-    if not any(peak(config, path) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
-        raise UserError(
-            "config.training: every learning rate is 0, and nothing would train; leave some parameters free"
-        )
     names = ["/".join(_names(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern, _ in rates(config):
         if not fnmatch.filter(names, pattern):

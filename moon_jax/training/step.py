@@ -70,7 +70,8 @@ def train_step(
     updates, opt_state = optimizer.make_optimizer(config.training).update(grads, state.opt_state, trained)
     updated = optax.apply_updates(trained, updates)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
-    finite &= jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updated)]).all()
+    for leaf in jax.tree.leaves(updated):
+        finite &= jnp.isfinite(leaf).all()
     updated, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (updated, opt_state), (trained, state.opt_state)
     )

@@ -174,7 +174,7 @@ def test_the_manifest_counts_and_refuses_other_data(catalogue, prepared, tmp_pat
     assert [tuple(row.values()) for row in stored] == [tuple(t) for t in prepared.triplets]
     prepared.save(tmp_path, "runs/w")  # the same again is fine
     other = prepare.prepare(tiny(data__path=str(catalogue), seed=1))
-    with pytest.raises(UserError, match="^--workdir runs/w: holds a run on other data than is given now"):
+    with pytest.raises(UserError, match=r"^--workdir runs/w: holds a run on other data than is given now"):
         other.save(tmp_path, "runs/w")
 
 
