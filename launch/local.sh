@@ -50,7 +50,7 @@ for (( attempt = 0; ; attempt++ )); do
   running=()
   for (( number = 0; number < processes; number++ )); do start "$number" "$@"; done
   (( dry )) && exit 0
-  code=0 patience=100
+  code=0 waited=0
   while (( ${#running[@]} )); do
     alive=()
     for one in "${running[@]}"; do
@@ -63,9 +63,10 @@ for (( attempt = 0; ; attempt++ )); do
         if (( ended == 2 || ! code )); then code=$ended; fi
       fi
     done
-    # A lost process leaves the others waiting for it. A mistake of the user's (2) most of them tell by themselves.
-    if (( code == 2 )); then (( patience-- )) || true; fi
-    if (( code && ( code != 2 || patience < 0 ) && ${#alive[@]} )); then
+    # A lost process leaves the others waiting for it: they have a second to say what they know. A mistake of the user's
+    # (2) most of them tell by themselves, and take longer for it.
+    if (( code )); then waited=$(( waited + 1 )); fi
+    if (( ${#alive[@]} && waited > ( code == 2 ? 100 : 5 ) )); then
       kill -KILL "${alive[@]}" 2> /dev/null || true
     fi
     running=("${alive[@]}")
