@@ -368,3 +368,11 @@ def test_what_may_go_well_later_has_an_exit_code_of_its_own(monkeypatch, capsys)
     monkeypatch.setitem(cli.COMMANDS, "train", unavailable)
     assert cli.main(["train", "--config", "quickstart", "--workdir", "w"]) == cli.AGAIN == 1
     assert capsys.readouterr().err == "moon-jax: gs://shop/run: no answer\n"
+
+
+@pytest.mark.parametrize("option", ["optimizer=adamm", "rates=encoder/vison/*=0"])
+def test_a_mistake_about_training_leaves_no_workdir(capsys, catalogue, tmp_path, option):
+    """Else the workdir would be that of the mistake, and refuse the command without it."""
+    command = ["train", "--config", "quickstart", "--data", str(catalogue), "--workdir", str(tmp_path / "w")]
+    assert cli.main([*command, f"--config.training.{option}"]) == 2
+    assert "the closest is" in capsys.readouterr().err and not (tmp_path / "w").exists()
