@@ -3,6 +3,7 @@
 The part of the second process in the newest checkpoint is truncated; then both restore, and each prints what it got.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -47,5 +48,6 @@ step, found = opened.restore(like(placed(0)), {"data": "catalogue"}, told.append
 whole = np.asarray(state(5).params["encoder"]["kernel"])
 kernel = found.params["encoder"]["kernel"]
 equal = all(np.array_equal(part.data, whole[part.index]) for part in kernel.addressable_shards)
-print(f"process {jax.process_index()}: step {step}, equal {equal}, told {len(told)}", flush=True)
+# One write: two processes share the pipe, and print() writes its newline apart when Python is unbuffered.
+os.write(1, f"process {jax.process_index()}: step {step}, equal {equal}, told {len(told)}\n".encode())
 opened.close()
