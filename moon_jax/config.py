@@ -95,10 +95,18 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prepare:
+    """How a source becomes prepared data; its seed is fixed, so that runs of different seeds are judged alike."""
+
+    val_fraction: float = option(0.1, "title groups, or of a log the time, kept for evaluation where no file is")
+    longest_side: int = option(1024, "pixels; a larger image is made smaller when it is written")
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """What is read, and how a product becomes a row."""
 
-    path: str = option("", "catalogue: a Parquet or JSONL file, or a folder of them; empty renders a synthetic one")
+    path: str = option("", "prepared data, or what can be prepared (docs/data.md); empty renders a synthetic catalogue")
     synthetic: int = option(4000, "products of the synthetic catalogue, where path is empty")
     tokenizer: str = option("", "tokenizer.json; empty takes training.init's, or trains a BPE of language.vocab")
     template: str = option("bare", "what stands around a view: bare, qwen3_vl_embedding, or a text with {} in it")
@@ -111,7 +119,6 @@ class Data:
     keep_word: float = option(0.7, "a training query keeps each word with this probability, at least two")
     crop: tuple[float, float] = option((0.7, 1.0), "area of the crop of a training query's image")
     mirror: float = option(0.5, "probability that a training query's image is mirrored")
-    val_fraction: float = option(0.1, "title groups kept for evaluation where the catalogue has no split")
     threads: int = option(2, "reader threads")
 
 
@@ -180,7 +187,6 @@ class Evaluation:
     every: int = option(0, "steps between evaluations while training; 0 leaves them to the end")
     keep_word: float = option(0.5, "each word of the query is kept with this probability, at least one")
     crop: tuple[float, float] = option((0.6, 0.9), "area of the crop of the query's image")
-    seed: int = option(0, "seed of the alteration")
     batch: int = option(64, "rows encoded at once")
 
 
@@ -192,6 +198,7 @@ class Config:
     vision: Vision = Vision()
     language: Language = Language()
     experts: Experts = Experts()
+    prepare: Prepare = Prepare()
     data: Data = Data()
     objective: Objective = Objective()
     training: Training = Training()
@@ -239,6 +246,17 @@ ANY_LENGTH = {
     "training.rates": str,
 }
 """Options that hold as many values as one likes, of this type."""
+
+CHOICES = {
+    "language.pooling": ("mean", "last"),
+    "experts.dispatch": ("grouped", "expert_parallel", "dense"),
+    "experts.router_term": ("none", "learned", "hard"),
+    "objective.weighting": ("balanced", "product", "stopped"),
+    "training.dtype": ("float32", "bfloat16"),
+    "training.param_dtype": ("float32", "bfloat16"),
+    "training.remat": ("full", "selective", "none"),
+}
+"""Options that are one of these words."""
 
 
 def _coerce(name: str, value: Any, default: Any) -> Any:
@@ -291,8 +309,8 @@ def check(config: Config) -> Config:
     """Refuses what cannot work, in one line each; returns `config`."""
     language, vision, experts = config.language, config.vision, config.experts
     unbounded = ("vision.deepstack", "experts.dense_layers", "objective.margin")
-    may_be_zero = ("seed", "evaluation.seed", "evaluation.every", "experts.count", "training.min_warmup")
-    may_be_zero += ("training.keep_every", "training.keep_best")
+    may_be_zero = ("seed", "evaluation.every", "experts.count")
+    may_be_zero += tuple(f"training.{name}" for name in ("min_warmup", "keep_every", "keep_best"))
     for name, value in leaves(config).items():
         if isinstance(value, bool) or name.startswith("mesh.") or name in unbounded:
             continue
@@ -330,18 +348,13 @@ def check(config: Config) -> Config:
             "experts.width must be neither language.width nor half of it: no Hugging Face folder could hold the model",
         ),
         (experts.redrawn <= 1, "experts.redrawn must lie between 0 and 1"),
-        (language.pooling in ("mean", "last"), "language.pooling must be mean or last"),
         (
             TEMPLATES.get(config.data.template, config.data.template).count("{}") == 1,
             f"data.template must be one of {', '.join(TEMPLATES)}, or a text with one {{}} in it",
         ),
-        (
-            experts.dispatch in ("grouped", "expert_parallel", "dense"),
-            "experts.dispatch must be grouped, expert_parallel or dense",
-        ),
-        (
-            experts.router_term in ("none", "learned", "hard"),
-            "experts.router_term must be none, learned or hard",
+        *(
+            (leaves(config)[name] in words, f"{name} must be {', '.join(words[:-1])} or {words[-1]}")
+            for name, words in CHOICES.items()
         ),
         (
             experts.count > 0 or experts.router_term == "none",
@@ -353,10 +366,6 @@ def check(config: Config) -> Config:
             f" {experts.per_token}; set experts.count to {3 * experts.per_token} or more, or lower experts.per_token",
         ),
         (
-            config.objective.weighting in ("balanced", "product", "stopped"),
-            "objective.weighting must be balanced, product or stopped",
-        ),
-        (
             0 < config.data.min_visual_tokens <= config.data.visual_tokens,
             "data.min_visual_tokens must lie between 1 and data.visual_tokens",
         ),
@@ -364,7 +373,7 @@ def check(config: Config) -> Config:
             (0 < low <= high <= 1, f"{name} must be two shares of the area, the smaller first")
             for name, (low, high) in (("data.crop", config.data.crop), ("evaluation.crop", config.evaluation.crop))
         ),
-        (0 < config.data.val_fraction < 1, "data.val_fraction must lie between 0 and 1"),
+        (0 < config.prepare.val_fraction < 1, "prepare.val_fraction must lie between 0 and 1"),
         (
             tuple(sorted({*config.objective.matryoshka})) == config.objective.matryoshka
             and max(config.objective.matryoshka, default=0) < language.width,
@@ -372,7 +381,6 @@ def check(config: Config) -> Config:
         ),
         (min(config.objective.temperature) > 0, "objective.temperature must be positive"),
         (max(config.training.betas) < 1, "training.betas must lie below 1"),
-        (config.training.remat in ("full", "selective", "none"), "training.remat must be full, selective or none"),
         (
             all(re.fullmatch(r"[^=]+=[0-9.e+-]*[0-9.]", rate) for rate in config.training.rates),
             "training.rates must be of the form PATTERN=FACTOR, such as encoder/vision/*=0",
@@ -384,10 +392,6 @@ def check(config: Config) -> Config:
         (
             config.training.keep_best == 0 or config.evaluation.every > 0,
             "training.keep_best keeps what evaluations found best: set evaluation.every",
-        ),
-        (
-            {config.training.dtype, config.training.param_dtype} <= {"float32", "bfloat16"},
-            "training.dtype and training.param_dtype must be float32 or bfloat16",
         ),
     ]
     for holds, message in rules:
@@ -451,11 +455,6 @@ def load(source: str, base: dict[str, Any] | None = None) -> Config:
 
 def override(config: Config, arguments: list[str]) -> Config:
     """`config` with command-line overrides, each `--config.a.b=value` (a Python literal, else a string)."""
-    return replace(config, parse_overrides(arguments))
-
-
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """Options by dotted name from command-line overrides."""
     values = {}
     for argument in arguments:
         name, separator, text = argument.removeprefix("--config.").partition("=")
@@ -465,7 +464,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             values[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             values[name] = text
-    return values
+    return replace(config, values)
 
 
 def to_json(config: Config) -> str:
@@ -475,23 +474,14 @@ def to_json(config: Config) -> str:
 def read_json(path: Path) -> Config:
     """A config from a file that `to_json` wrote."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a config written by moon_jax ({error})") from None
-    return from_json(text, str(path))
-
-
-def from_json(text: str, where: str) -> Config:
-    """The inverse of `to_json`; `where` names the file in errors."""
-    try:
-        nested = json.loads(text)
+        nested = json.loads(path.read_text(encoding="utf-8"))
         values = {}
         for key, value in nested.items():
             values |= (
                 {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
             )
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{where}: not a config written by moon_jax ({error})") from None
+    except (ValueError, AttributeError) as error:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{path}: not a config written by moon_jax ({error})") from None
     return replace(Config(), values)
 
 

@@ -95,9 +95,15 @@ def move(folder: epath.Path, target: epath.Path) -> None:
 _COPIES: list[Path] = []
 
 
+def temporary() -> Path:
+    """A folder of this process's own, which is removed when it ends."""
+    _COPIES.append(Path(tempfile.mkdtemp(prefix="moon-jax-")))
+    return _COPIES[-1]
+
+
 @atexit.register
 def remove_copies() -> None:
-    """Removes this process's copies of workdirs in buckets; called when it ends."""
+    """Removes this process's temporary folders; called when it ends."""
     while _COPIES:
         shutil.rmtree(_COPIES.pop(), ignore_errors=True)
 
@@ -134,8 +140,7 @@ class Place:
         self._root = f"{bucket}/{folder}"
         self.address = BUCKET + self._root
         self._bucket = _bucket()
-        self.files = Path(tempfile.mkdtemp(prefix="moon-jax-"))
-        _COPIES.append(self.files)
+        self.files = temporary()
         self.checkpoints = epath.Path(self.address) / "checkpoints"
 
     def __str__(self) -> str:

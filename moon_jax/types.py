@@ -45,6 +45,7 @@ class Product:
         category: path of category names, the broadest first.
         brand: brand name, or empty.
         attributes: free-form name → value.
+        description: long text; co-augmentation reads it, and nothing else.
         enriched_texts, expanded_images: what co-augmentation adds; read in training only.
     """
 
@@ -55,6 +56,7 @@ class Product:
     category: tuple[str, ...] = ()
     brand: str = ""
     attributes: dict[str, str] = dataclasses.field(default_factory=dict)
+    description: str = ""
     enriched_texts: tuple[str, ...] = ()
     expanded_images: tuple[Any, ...] = ()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +26,7 @@ from PIL import Image  # noqa: E402
 
 from moon_jax import config as config_lib  # noqa: E402
 from moon_jax.data import prepare, text  # noqa: E402
+from moon_jax.data.prepared import Prepared  # noqa: E402
 from moon_jax.data.synthetic import SCHEMA  # noqa: E402
 
 CACHE = ROOT / ".jax_cache" / f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -116,6 +119,17 @@ def records(count: int) -> list[dict]:
     return made
 
 
+def prepared_from(source: Path, output: Path, columns: str = "own", **differences: object) -> Prepared:
+    """Prepares a source by two threads."""
+    options = prepare.Options.of(tiny(**differences), columns)
+    with ThreadPoolExecutor(2) as pool:
+        return prepare.prepare(source, output, options, pool, 2)
+
+
+def quarantine(prepared: Prepared) -> list[dict]:
+    return [json.loads(line) for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()]
+
+
 def random_params(config: config_lib.Config, tokenizer: text.Tokenizer, seed: int = 0):
     """The encoder's parameters in numpy, all of them random: norms and biases too."""
     from moon_jax.serving.embedder import abstract_params
@@ -147,10 +161,10 @@ def bucket():
 
 
 @pytest.fixture(scope="session")
-def prepared(catalogue: Path) -> prepare.Prepared:
-    return prepare.prepare(tiny(data__path=str(catalogue)))
+def prepared(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepared_from(catalogue, tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture(scope="session")
-def tokenizer(prepared: prepare.Prepared) -> text.Tokenizer:
+def tokenizer(prepared: Prepared) -> text.Tokenizer:
     return text.train((p.text for p in prepared.products if p.text), 300)

@@ -101,22 +101,30 @@ def nearly_a_column(folder):
 
 
 def csv(folder):
-    (folder / "products.csv").write_text("product_id,title\n1,mug\n")
+    (folder / "products.csv").write_text("product_id,title\n1,mug\n2,hat\n")
+
+
+def spreadsheet(folder):
+    (folder / "products.xlsx").write_text("not really")
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (empty_folder, "no .parquet or .jsonl file there; subfolders are not searched; README says"),
-        (csv, "no .parquet or .jsonl file there; subfolders are not searched; README says"),
-        (no_records, "no usable product; no records there"),
-        (no_rows, "no usable product; no records there"),
-        (zero_bytes, "products.parquet: not a readable Parquet file"),
+        (empty_folder, "no file there that ends with one of .parquet, .jsonl"),
+        (spreadsheet, "no file there that ends with one of .parquet, .jsonl"),
+        (csv, "no product to train on has both a title and an image; nothing was left out"),
+        (no_records, "no product left to train on"),
+        (no_rows, "no product left to train on"),
+        (zero_bytes, "products.parquet: not a readable parquet file"),
         (
             no_column,
             "products.parquet: no column title or images or image; its columns are product_id, titel; rename titel",
         ),
-        (nearly_a_column, "products.parquet: no column title, but titel; rename it to title, or to something else"),
+        (
+            nearly_a_column,
+            "products.parquet: no column title, but titel; rename it to title, or name it in a file for --columns",
+        ),
     ],
 )
 def test_a_catalogue_that_cannot_be_read(capsys, tmp_path, make, message):
@@ -128,9 +136,9 @@ def test_a_catalogue_that_cannot_be_read(capsys, tmp_path, make, message):
 
 
 def test_a_file_of_another_format(capsys, tmp_path):
-    csv(tmp_path)
-    told = one_line(capsys, "--data", tmp_path / "products.csv", "--workdir", tmp_path / "w")
-    assert "products.csv: neither a .parquet nor a .jsonl file" in told
+    spreadsheet(tmp_path)
+    told = one_line(capsys, "--data", tmp_path / "products.xlsx", "--workdir", tmp_path / "w")
+    assert "products.xlsx: none of .parquet, .jsonl" in told
 
 
 def test_bad_records_are_left_out_listed_and_counted(capsys, tmp_path):
@@ -155,7 +163,7 @@ def test_bad_records_are_left_out_listed_and_counted(capsys, tmp_path):
     assert cli.main(["quickstart", *map(str, arguments)]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert (
-        "6 left out (2 bad image, 1 text too long, 1 no id, 1 no text and no image, 1 duplicate id),"
+        "6 left out (2 bad image, 1 duplicate id, 1 no id, 1 no text and no image, 1 text too long),"
         " such as products.jsonl 31: " in told
     )
     assert f"left out: {workdir / 'data' / 'quarantine.jsonl'}" in told
@@ -194,7 +202,7 @@ def test_a_folder_of_other_things_is_no_workdir(capsys, catalogue, tmp_path):
 
 def test_the_run_log_holds_what_was_said_from_the_start(trained):
     lines = (trained / "run.log").read_text().splitlines()
-    assert "products to train on" in "".join(lines[:3]) and "done in" in lines[-1]
+    assert "products to train on" in "".join(lines[:6]) and "done in" in lines[-1]
 
 
 def test_a_checkpoint_of_another_architecture(capsys, catalogue, trained, tmp_path):

@@ -25,6 +25,7 @@ ORDER = [
     "serving",
     "evaluation",
     "augment",
+    "flags",
     "cli",
 ]
 

@@ -26,6 +26,12 @@ class BadImage(ValueError):
     """An image that cannot be used; the message is the reason, without the file's name."""
 
 
+def check_shape(height: int, width: int) -> None:
+    """Raises BadImage for an image that Qwen's rule refuses. A crop of a good image is never checked again."""
+    if max(height, width) > LONGEST_TO_SHORTEST * min(height, width):
+        raise BadImage(f"{width} x {height} pixels: more elongated than {LONGEST_TO_SHORTEST}:1")
+
+
 @dataclasses.dataclass(frozen=True)
 class ResizeRule:
     """The pixel budget of an image and the grid it must fit, in pixels."""
@@ -34,7 +40,6 @@ class ResizeRule:
     merge: int
     min_pixels: int
     max_pixels: int
-    source_pixels: int  # larger images are not decoded
     within_budget: bool  # never above max_pixels
 
     @classmethod
@@ -46,14 +51,8 @@ class ResizeRule:
             merge=config.vision.merge,
             min_pixels=config.data.min_visual_tokens * area,
             max_pixels=config.data.visual_tokens * area,
-            source_pixels=config.data.max_pixels,
             within_budget=within_budget,
         )
-
-    def check(self, height: int, width: int) -> None:
-        """Raises BadImage for an image that Qwen's rule refuses. A crop of a good image is never checked again."""
-        if max(height, width) > LONGEST_TO_SHORTEST * min(height, width):
-            raise BadImage(f"{width} x {height} pixels: more elongated than {LONGEST_TO_SHORTEST}:1")
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing: Qwen's rule (`smart_resize`), multiples of patch · merge.

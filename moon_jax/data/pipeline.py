@@ -15,8 +15,8 @@ import numpy as np
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.data import rows as rows_lib
-from moon_jax.data.images import BadImage, Patches, ResizeRule, crop_box, decode, patchify
-from moon_jax.data.prepare import Prepared
+from moon_jax.data.images import BadImage, Patches, ResizeRule, check_shape, crop_box, decode, patchify
+from moon_jax.data.prepared import Prepared
 from moon_jax.data.text import Tokenizer, keep_words
 from moon_jax.types import VIEWS, Batch, Product
 
@@ -43,7 +43,7 @@ class Reader:
 
     def image(self, source: Any, alteration: Alteration | None, rng: np.random.Generator | None) -> Patches:
         picture = decode(source, self.config.data.max_pixels)
-        self.rule.check(picture.height, picture.width)
+        check_shape(picture.height, picture.width)
         if alteration is None:
             return patchify(picture, self.rule)
         box = crop_box(picture.width, picture.height, alteration.crop, rng)

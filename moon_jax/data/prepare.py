@@ -1,206 +1,434 @@
-"""From a catalogue to what training and evaluation read: products, triplets as indices, splits, a manifest.
+"""From a source to what training and evaluation read: records, triplets as indices, a split, a manifest, a quarantine.
 
-Whatever is filtered is filtered here, so that the training batch stays a function of (seed, step).
+Three passes. Chunks of the source become units (units.py), by any number of workers. Tables of what is known of every
+record decide which stay, and where (tables.py, triplets.py). The records that stay are copied into shards, in their
+order. A pass begins where the last try ended, and the result does not depend on who worked on it or how often it was
+killed. Whatever is filtered is filtered here, so that the training batch stays a function of (seed, step).
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from moon_jax import config as config_lib
+from moon_jax import interrupt
 from moon_jax.config import UserError
-from moon_jax.data import sources, triplets
-from moon_jax.data.images import BadImage, ResizeRule, decode
-from moon_jax.interrupt import thread_pool
-from moon_jax.types import Product, Triplet
+from moon_jax.data import columns as columns_lib
+from moon_jax.data import prepared as prepared_lib
+from moon_jax.data import records, sources, tfds, triplets, units
+from moon_jax.data.tables import SPLITS, Tables
+
+WORK = ".work"
+"""The folder within the output that holds what is half done."""
+
+SOURCE = "source.json"
+"""What the output was made from: files with their sizes and times, and the options."""
+
+SHARD_BYTES = 256 << 20
+"""Records of a shard, about."""
+
+MEGABYTE = 1 << 20
+
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[..., None]]]
+"""Shows progress of what is called so, in so many pieces: yields what is told how many were done."""
+
+
+@contextlib.contextmanager
+def silent(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Shows nothing."""
+    del what, total
+    yield lambda count=1: None
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A catalogue ready for use. Indices point into `products`."""
+class Options:
+    """What the result depends on, beside the source."""
 
-    products: list[Product]
-    group: np.ndarray  # i32[products]: number of the title group, -1 without a title
-    triplets: list[Triplet]  # training
-    train: list[int]  # training products
-    val: list[int]  # candidates of the evaluation
-    val_queries: list[tuple[int, int]]  # query, the product it seeks
-    quarantine: list[sources.Quarantined]  # by file and number
-    synthetic: bool  # rendered, not sold
-    fingerprint: str  # of products, split and triplets
+    columns: columns_lib.ColumnMap
+    val_fraction: float
+    max_pixels: int
+    longest_side: int
+    hosts: tuple[str, ...] = ()
 
-    def save(self, folder: Path, workdir: object) -> None:
-        """Writes manifest.json, triplets.parquet and quarantine.jsonl; the products stay where they are.
-
-        Args:
-            workdir: whose folder it is, for errors.
-
-        Raises:
-            UserError: the folder holds the manifest of other data.
-        """
-        manifest = {
-            "fingerprint": self.fingerprint,
-            "synthetic": self.synthetic,
-            "products": len(self.products),
-            "train": len(self.train),
-            "val": len(self.val),
-            "val_queries": len(self.val_queries),
-            "triplets": len(self.triplets),
-            "triplets_without_negative": sum(t.negative is None for t in self.triplets),
-            "without_text": sum(p.text is None for p in self.products),
-            "without_image": sum(not p.images for p in self.products),
-            "quarantined": dict(sorted(Counter(entry.reason for entry in self.quarantine).items())),
-        }
-        path = folder / "manifest.json"
-        if path.exists():
-            held = json.loads(path.read_text(encoding="utf-8"))
-            if held["fingerprint"] != self.fingerprint:
-                raise UserError(
-                    f"--workdir {workdir}: holds a run on other data than is given now;"
-                    " take another workdir, or remove this one"
-                )
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as file:
-            for entry in self.quarantine:
-                file.write(json.dumps(dataclasses.asdict(entry)) + "\n")
-        columns = zip(*self.triplets, strict=True)
-        kinds = (pa.int64(), pa.int64(), pa.int64(), pa.float32())
-        arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
-        table = pa.table(arrays, names=list(Triplet._fields), metadata={"synthetic": str(self.synthetic).lower()})
-        pq.write_table(table, folder / "triplets.parquet")
-        # The manifest comes last: where it stands, the rest is whole.
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-
-
-def _verify(product: Product, rule: ResizeRule) -> tuple[str, bytes]:
-    """Decodes all images. Returns why the product cannot be used (or nothing), and a digest of its content."""
-    labels = (product.category, product.brand, sorted(product.attributes.items()))
-    digest = hashlib.blake2b(repr((product.id, product.text, labels)).encode(), digest_size=16)
-    for number, image in enumerate(product.images, start=1):
-        which = f"image {number}: " if isinstance(image, bytes) else f"{image}: "
-        try:
-            content = image if isinstance(image, bytes) else image.read_bytes()
-            digest.update(content)
-            picture = decode(content, rule.source_pixels)
-            rule.check(picture.height, picture.width)
-        except OSError as error:
-            return f"{which}{error.strerror or error}", digest.digest()
-        except BadImage as error:
-            return f"{which}{error}", digest.digest()
-    return "", digest.digest()
-
-
-def _title_groups(products: Sequence[Product]) -> np.ndarray:
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(p.group, len(numbers)) if p.group else -1 for p in products], np.int32)
-
-
-def _split(products: Sequence[Product], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Train and val indices. A title group (a lone product, if it has no title) goes to one side, by a hash of it."""
-
-    def key(product: Product) -> str:
-        return product.group or f"id {product.id}"
-
-    def order(name: str) -> bytes:
-        return hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-
-    groups = sorted({key(product) for product in products}, key=order)
-    held_out = set(groups[: max(1, round(fraction * len(groups)))])
-    sides: tuple[list[int], list[int]] = [], []
-    for index, product in enumerate(products):
-        sides[key(product) in held_out].append(index)
-    return sides
+    @classmethod
+    def of(cls, config: config_lib.Config, columns: str = "own", hosts: Sequence[str] = ()) -> Options:
+        asked = config.prepare
+        return cls(
+            columns_lib.load(columns), asked.val_fraction, config.data.max_pixels, asked.longest_side, tuple(hosts)
+        )
 
 
 def prepare(
-    config: config_lib.Config,
-    track: Callable[[Iterable, int], Iterable] = lambda work, total: work,
-    catalogue: sources.Catalogue | None = None,
-) -> Prepared:
-    """Reads and verifies `config.data.path`, and makes the training triplets.
+    source: str | Path | sources.Opened,
+    output: str | Path,
+    options: Options,
+    pool: Executor,
+    workers: int,
+    progress: Progress = silent,
+) -> prepared_lib.Prepared:
+    """Prepares a source into the folder `output`, or goes on with that; opens it.
 
     Args:
-        track: wraps the iterable of verified records, whose number it is told, to show progress.
-        catalogue: what that path holds, if it was read already.
+        source: a file, a folder, hf://datasets/owner/name or tfds://name (sources.py); opened already, or not.
+        pool: does the work; of threads or of processes.
+        workers: so many of them.
 
     Raises:
-        UserError: nothing is left to train on or to find.
+        UserError: nothing to read, or nothing left to train on or to find; the output holds something else.
+        KeyboardInterrupt: a stop was asked for; what is done stays.
     """
-    catalogue = catalogue or sources.read(config.data.path)
-    parts = ("products", "train", "val", "train_queries", "val_queries")
-    everything = [(part, record) for part in parts for record in getattr(catalogue, part)]
-    rule = ResizeRule.of(config)
-    quarantine, digests = list(catalogue.quarantine), hashlib.blake2b(digest_size=16)
-    products: list[Product] = []
-    kept: dict[str, list[tuple[int, sources.Record]]] = {part: [] for part in parts}
+    output, work = Path(output), Path(output) / WORK
+    opened = source if isinstance(source, sources.Opened) else sources.open_source(source, options.columns)
+    if prepared_lib.is_prepared(output):
+        if not is_of(output, opened, options):
+            raise UserError(
+                f"--output {output}: holds what was prepared from another source, one that changed since, or with other"
+                " options; give another output, or remove this one"
+            )
+        shutil.rmtree(work, ignore_errors=True)
+        return prepared_lib.open_prepared(output)
+    _claim(output, opened, options)
+    names = _read(opened, options, work, pool, workers, progress)
+    tables = Tables(work, names, workers)
+    try:
+        with progress("deciding", 1) as advance:
+            _decide(tables, options, opened.name)
+            advance()
+        shards = _write(tables, work, output, pool, workers, progress)
+        manifest = _describe(tables, output, shards, opened.synthetic)
+    finally:
+        tables.close()
+    _replace(output / SOURCE, _told(opened, options))
+    # The manifest comes last: where it stands, the rest is whole.
+    _replace(output / prepared_lib.MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    shutil.rmtree(work)
+    return prepared_lib.open_prepared(output)
 
-    def leave_out(record: sources.Record, reason: str, detail: str) -> None:
-        quarantine.append(sources.Quarantined(record.file, record.number, record.product.id, reason, detail))
 
-    with thread_pool(config.data.threads) as pool:
-        found = pool.map(lambda item: _verify(item[1].product, rule), everything)
-        for (part, record), (problem, digest) in track(zip(everything, found, strict=True), len(everything)):
-            digests.update(digest)
-            if problem:
-                leave_out(record, "bad image", problem)
-            else:
-                kept[part].append((len(products), record))
-                products.append(record.product)
+def _told(opened: sources.Opened, options: Options) -> str:
+    return json.dumps({"files": opened.signature(), "options": dataclasses.asdict(options)}, sort_keys=True)
 
-    train, val, whole = ([index for index, _ in kept[part]] for part in ("train", "val", "products"))
-    if not val and not kept["val_queries"]:
-        # Nothing is kept apart: a part of the titles is. Else all that has no split of its own is for training.
-        split = whole or train
-        train = train if whole else []
-        for side, chosen in zip(
-            (train, val), _split([products[i] for i in split], config.data.val_fraction, config.seed), strict=True
-        ):
-            side += [split[index] for index in chosen]
-    else:
-        train = train + whole
-    val = val or train
 
-    def pairs(part: str, side: list[int]) -> list[tuple[int, int]]:
-        """Queries with what they seek; those that seek nothing on their side of the split are left out."""
-        place, made = {products[index].id: index for index in side}, []
-        for index, record in kept[part]:
-            if record.target in place:
-                made.append((index, place[record.target]))
-            else:
-                leave_out(record, "unknown product", f"no usable product {record.target} on its side of the split")
-        return made
+def is_of(folder: Path, opened: sources.Opened, options: Options) -> bool:
+    """Whether a folder, or what is half done in its WORK, was made from these very files with these options."""
+    path = folder / SOURCE
+    return path.is_file() and path.read_text(encoding="utf-8") == _told(opened, options)
 
-    train_queries, val_queries = pairs("train_queries", train), pairs("val_queries", val)
-    if not train or not val:
-        side = "train on" if not train else "evaluate on"
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _claim(output: Path, opened: sources.Opened, options: Options) -> None:
+    """Makes the output the home of this preparation."""
+    work = output / WORK
+    if (work / SOURCE).is_file():
+        if not is_of(work, opened, options):
+            raise UserError(
+                f"--output {output}: holds a preparation that was begun from another source, one that changed since, or"
+                f" with other options; remove {work} to begin anew"
+            )
+    elif output.exists() and (not output.is_dir() or any(path.name != WORK for path in output.iterdir())):
+        raise UserError(f"--output {output}: holds other things; give a folder that is new or empty")
+    for part in ("units", "shards"):
+        (work / part).mkdir(parents=True, exist_ok=True)
+    for old in [*work.glob("units/*.tmp"), *output.glob("*.tmp")]:
+        old.unlink()
+    _replace(work / SOURCE, _told(opened, options))
+
+
+def _bounded(calls: Iterable[Callable[[], Future]], most: int) -> Iterator[Any]:
+    """The results of what `calls` submit, in order, of which `most` wait at a time.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    waiting: collections.deque[Future] = collections.deque()
+    try:
+        for call in calls:
+            interrupt.check()
+            waiting.append(call())
+            if len(waiting) >= most:
+                yield waiting.popleft().result()
+        while waiting:
+            interrupt.check()
+            yield waiting.popleft().result()
+    except BrokenExecutor:
         raise UserError(
-            f"--data {config.data.path}: no product left to {side}; at least two different titles are needed;"
-            f" {sources.summary(quarantine) or 'nothing was left out'}"
+            "a worker was killed, most likely since memory was short; give fewer --processes, then the same command"
+            " goes on"
+        ) from None
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _read(
+    opened: sources.Opened, options: Options, work: Path, pool: Executor, workers: int, progress: Progress
+) -> dict[str, list[Path]]:
+    """The first pass. Returns the units, of records ("read") and of events."""
+    rules = units.Rules(options.columns, options.max_pixels, options.longest_side, options.hosts, max(1, 16 // workers))
+    names: dict[str, list[Path]] = {"read": [], "event": []}
+    checked: set[str] = set()
+    queue: collections.deque[tuple[sources.Chunk, bool]] = collections.deque()
+    total = max(1, sum(file.size for file in opened.files) // MEGABYTE)
+
+    def submitted() -> Iterator[Callable[[], Future]]:
+        for unit, chunk in enumerate(opened.chunks()):
+            kind = "event" if chunk.file.kind == "log" else "read"
+            path = work / "units" / f"{kind}-{unit:08}.parquet"
+            names[kind].append(path)
+            queue.append((chunk, path.exists()))
+            if path.exists():
+                yield _done
+            else:
+                yield lambda chunk=chunk, unit=unit, path=path: pool.submit(units.write, chunk, unit, rules, path)
+
+    size = told = 0
+    with progress("reading (MB)", total) as advance:
+        for seen in _bounded(submitted(), 2 * workers):
+            chunk, stood = queue.popleft()
+            if not stood and seen and chunk.file.name not in checked:
+                # What the first chunk of a file lacks, the others will.
+                checked.add(chunk.file.name)
+                options.columns.check(chunk.file.kind, seen, str(chunk.file.path))
+            size += chunk.size
+            done = min(size // MEGABYTE, total)
+            if done > told:
+                advance(done - told)
+                told = done
+    return names
+
+
+def _done() -> Future:
+    future: Future = Future()
+    future.set_result(set())
+    return future
+
+
+def _decide(tables: Tables, options: Options, source: str) -> None:
+    """The second pass."""
+    tables.keep_one_each()
+    tables.split(options.val_fraction)
+    train, val = tables.sides()
+    tables.place_queries()
+    logged = tables.one("SELECT count(*) FROM event")
+    if logged:
+        triplets.from_log(tables, options.val_fraction)
+    else:
+        triplets.from_catalogue(tables)
+    asked = tables.one("SELECT count(*) FROM val_pair")
+    side = "evaluate" if train else "train"
+    if not train or not (val or asked or logged or tables.one("SELECT count(*) FROM query")):
+        raise UserError(
+            f"--data {source}: no product left to {side} on; at least two different titles"
+            f" are needed; {_left_out(tables)}"
         )
-    if not any(products[index].text and products[index].images for index in train):
-        raise UserError(f"--data {config.data.path}: no product to train on has both a title and an image")
-    made = triplets.from_catalogue(products, train, train_queries, config.seed)
-    digests.update(repr((train, val, val_queries, made)).encode())
-    return Prepared(
-        products=products,
-        group=_title_groups(products),
-        triplets=made,
-        train=train,
-        val=val,
-        val_queries=val_queries,
-        quarantine=sorted(quarantine, key=lambda entry: (entry.file, entry.number)),
-        synthetic=catalogue.synthetic,
-        fingerprint=digests.hexdigest(),
+    if not tables.one("SELECT count(*) FROM product WHERE side = 0 AND has_text AND has_image"):
+        raise UserError(f"--data {source}: no product to train on has both a title and an image; {_left_out(tables)}")
+    if not tables.one("SELECT count(*) FROM triplet"):
+        raise UserError(f"--data {source}: no triplet to train on; {_left_out(tables)}")
+    tables.number_titles()
+
+
+def _left_out(tables: Tables) -> str:
+    """For an error: how many were left out, why, and an example."""
+    counts, first = _quarantined(tables, None)
+    if not first:
+        return "nothing was left out"
+    told = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+    return (
+        f"{sum(counts.values()):,} left out ({told}), such as {first['file']} {first['number']}:"
+        f" {first['detail'] or first['reason']}"
     )
+
+
+def _quarantined(tables: Tables, path: Path | None) -> tuple[Counter[str], dict[str, Any] | None]:
+    """Counts by reason, and the first; lists all of them in the file `path`."""
+    counts: Counter[str] = Counter()
+    first = None
+    with path.open("w", encoding="utf-8") if path else contextlib.nullcontext() as file:
+        for batch in tables.quarantine():
+            for entry in batch.to_pylist():
+                first = first or entry
+                counts[entry["reason"]] += 1
+                if file:
+                    file.write(json.dumps(entry) + "\n")
+    return counts, first
+
+
+def _write(
+    tables: Tables, work: Path, output: Path, pool: Executor, workers: int, progress: Progress
+) -> list[dict[str, Any]]:
+    """The third pass. Returns the shards as `write_shard` tells them, in order."""
+    tables.run(f"""
+        CREATE TABLE plan AS
+        SELECT index, side, unit, row,
+            ((sum(size) OVER (PARTITION BY side ORDER BY index) - size) // {SHARD_BYTES})::INT AS shard
+        FROM {tables.everything()}
+    """)
+    counts = tables.database.execute("SELECT side, max(shard) + 1 FROM plan GROUP BY side ORDER BY side").fetchall()
+
+    def submitted() -> Iterator[Callable[[], Future]]:
+        for side, count in counts:
+            for shard in range(count):
+                batches = tables.batches(
+                    "SELECT unit, row FROM plan WHERE side = $side AND shard = $shard ORDER BY index",
+                    side=side,
+                    shard=shard,
+                )
+                places = np.concatenate(
+                    [np.stack([np.asarray(column) for column in batch.columns]) for batch in batches], axis=1
+                )
+                path = output / records.shard_name(SPLITS[side], shard, count)
+                yield lambda path=path, places=places: pool.submit(write_shard, path, places, work)
+
+    shards = []
+    with progress("writing shards", sum(count for _, count in counts)) as advance:
+        for told in _bounded(submitted(), 2 * workers):
+            shards.append(told)
+            advance()
+    return shards
+
+
+def write_shard(path: Path, places: np.ndarray, work: Path) -> dict[str, Any]:
+    """Copies records of units into the shard `path`, unless it stands already.
+
+    Args:
+        places: i32[2,n]: unit and row of each record.
+
+    Returns:
+        The fields of records.Shard, and `content`, a digest of the records alone.
+    """
+    note = work / "shards" / f"{path.name}.json"
+    if note.is_file() and path.is_file():
+        return json.loads(note.read_text(encoding="utf-8"))
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    writer, content = ArrayRecordWriter(str(temporary), records.SHARD_OPTIONS), hashlib.blake2b(digest_size=16)
+    held, column = -1, None
+    for unit, row in places.T.tolist():
+        if unit != held:
+            [file] = (work / "units").glob(f"*-{unit:08}.parquet")
+            held, column = unit, pq.read_table(file, columns=["record"]).column(0)
+        record = column[row].as_py()
+        content.update(len(record).to_bytes(8, "little") + record)
+        writer.write(record)
+    writer.close()
+    told = {
+        "file": path.name,
+        "records": places.shape[1],
+        "bytes": temporary.stat().st_size,
+        "checksum": _checksum(temporary),
+        "content": content.hexdigest(),
+    }
+    temporary.replace(path)
+    _replace(note, json.dumps(told))
+    return told
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _array(tables: Tables, sql: str, path: Path, dtype: np.dtype) -> int:
+    """Writes the rows of an answer as an array; returns their number."""
+    count = tables.one(f"SELECT count(*) FROM ({sql})")
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+        )
+        for batch in tables.batches(sql):
+            rows = np.empty(batch.num_rows, dtype)
+            for place, name in enumerate(dtype.names or ("",)):
+                column = batch.column(place).to_numpy(zero_copy_only=False)
+                if name:
+                    rows[name] = column
+                else:
+                    rows[:] = column
+            file.write(rows.tobytes())
+    temporary.replace(path)
+    return count
+
+
+def _describe(tables: Tables, output: Path, shards: list[dict[str, Any]], synthetic: bool) -> dict[str, Any]:
+    """Writes what lies beside the shards; returns the manifest."""
+    lib = prepared_lib
+    train, val = tables.sides()
+    _array(
+        tables,
+        f"SELECT coalesce(number, -1) FROM {tables.everything()} LEFT JOIN title_number USING (title) ORDER BY index",
+        output / lib.GROUPS,
+        np.dtype("<i4"),
+    )
+    made = _array(
+        tables,
+        "SELECT query, positive, coalesce(negative, -1), weight FROM triplet ORDER BY place, positive",
+        output / lib.TRIPLETS,
+        records.TRIPLET,
+    )
+    asked = _array(
+        tables, "SELECT query, positive FROM val_pair ORDER BY query, positive", output / lib.VAL_QUERIES, records.PAIR
+    )
+    counts, first = _quarantined(tables, output / f"{lib.QUARANTINE}.tmp")
+    (output / f"{lib.QUARANTINE}.tmp").replace(output / lib.QUARANTINE)
+    sizes = dict(tables.database.execute(f"SELECT side, count(*) FROM {tables.everything()} GROUP BY side").fetchall())
+    splits = {name: sizes.get(side, 0) for side, name in enumerate(SPLITS)}
+    tfds.write(output, {name: [s for s in shards if f"-{name}." in s["file"]] for name in SPLITS})
+    files = (lib.GROUPS, lib.TRIPLETS, lib.VAL_QUERIES, lib.QUARANTINE, *tfds.FILES)
+    described = {
+        name: {"bytes": (output / name).stat().st_size, "checksum": _checksum(output / name)} for name in files
+    }
+    described |= {shard["file"]: {name: shard[name] for name in ("bytes", "checksum")} for shard in shards}
+    fingerprint = hashlib.blake2b(digest_size=16)
+    for part in (*(s["content"] for s in shards), *(described[name]["checksum"] for name in files[:3]), train, val):
+        fingerprint.update(repr(part).encode())
+    without = tables.one("SELECT count(*) FILTER (NOT has_text), count(*) FILTER (NOT has_image) FROM product")
+    lone, skipped = tables.one(
+        "SELECT (SELECT count(*) FROM triplet WHERE negative IS NULL), (SELECT count(*) FROM skipped)"
+    )
+    read = dict(tables.database.execute("SELECT part, count(*) FROM read GROUP BY part ORDER BY part").fetchall())
+    logged = tables.one("SELECT count(*) FROM event")
+    kept = {
+        "product": train + val,
+        "query": tables.one("SELECT count(*) FROM query WHERE positive >= 0"),
+        "log": tables.one("SELECT count(*) FROM shown") if logged else 0,
+    }
+    return {
+        "schema": lib.SCHEMA,
+        "fingerprint": fingerprint.hexdigest(),
+        "synthetic": synthetic,
+        # Records by kind: what was read is what was kept and what is in the quarantine.
+        "read": {"product": read.get("product", 0), "query": read.get("query", 0), "log": logged},
+        "kept": kept,
+        "quarantined": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        "first_quarantined": first,
+        "splits": splits,
+        "products": train + val,
+        "without_text": without[0],
+        "without_image": without[1],
+        "triplets": made,
+        "triplets_without_negative": lone,
+        "negatives_skipped_above": skipped,
+        "val_queries": asked,
+        "files": described,
+        "shards": [{name: shard[name] for name in ("file", "records", "bytes", "checksum")} for shard in shards],
+    }

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from moon_jax import similarity
-from moon_jax.data.prepare import Prepared
-from moon_jax.data.sources import title_group
+from moon_jax.data.prepared import Prepared
+from moon_jax.data.records import title_group
 from moon_jax.evaluation.retrieval import Encoded
 from moon_jax.serving.embedder import Embedder
 from moon_jax.types import VIEWS, Product

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from moon_jax import similarity
 from moon_jax.data.images import decode
-from moon_jax.data.prepare import Prepared
+from moon_jax.data.prepared import Prepared
 from moon_jax.evaluation.retrieval import QUERY_SETS, Encoded, search
 from moon_jax.types import OBJECTIVES, VIEWS, Product
 

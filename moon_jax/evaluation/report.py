@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moon_jax.config import printable
-from moon_jax.data.prepare import Prepared
+from moon_jax.data.prepared import Prepared
 from moon_jax.evaluation import labels, pictures, retrieval
 from moon_jax.serving.catalogue import write_vectors
 from moon_jax.serving.embedder import Embedder
@@ -107,7 +107,7 @@ def draw(
     if metrics["retrieval"]:
         pictures.directions(folder / "directions.png", metrics["retrieval"], footer)
         yield
-        seed = config.evaluation.seed
+        seed = retrieval.SEED
         pictures.gallery(folder / "gallery.png", encoded, prepared, config.data.max_pixels, seed, footer)
         yield
 
@@ -227,7 +227,7 @@ def last_screen(
     yield "what was learned" + mark, learned(metrics, workdir)
     places = {
         "catalogue": "catalogue/synthetic.parquet" if prepared.synthetic else "",
-        "left out": "data/quarantine.jsonl" if prepared.quarantine else "",
+        "left out": "data/quarantine.jsonl" if prepared.quarantined else "",
         "model": "checkpoints",
         "pictures": "pictures",
         "scores": "metrics.json",

@@ -16,7 +16,7 @@ import numpy as np
 
 from moon_jax import similarity
 from moon_jax.data.pipeline import Alteration
-from moon_jax.data.prepare import Prepared
+from moon_jax.data.prepared import Prepared
 from moon_jax.serving.embedder import Embedder
 from moon_jax.types import VIEWS
 
@@ -27,6 +27,9 @@ QUERY_SETS = {
     "queries": "the catalogue's own queries",
 }
 """What is asked with, by name, and how it is said."""
+SEED = 0
+"""Of the alteration: every evaluation asks with the same queries."""
+
 DIRECTIONS = tuple((query, candidate) for query in VIEWS for candidate in VIEWS)
 
 
@@ -94,8 +97,8 @@ def encode(embedder: Embedder, prepared: Prepared, advance: Callable[[int], None
     key = np.where(prepared.group >= 0, prepared.group, -2 - np.arange(len(prepared.group)))
     place = np.array(prepared.val, np.int32)
     plain, present = embedder.encode_views(products, advance=advance)
-    altered, _ = embedder.encode_views(products, alteration, options.seed, advance)
-    name = "products_trained_on" if set(prepared.val) & set(prepared.train) else "products"
+    altered, _ = embedder.encode_views(products, alteration, SEED, advance)
+    name = "products_trained_on" if prepared.val == prepared.train else "products"
     queries = {name: Queries(place, altered, plain, present, key[place])}
     if prepared.val_queries:
         asked, targets = (np.array(column, np.int32) for column in zip(*prepared.val_queries, strict=True))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from moon_jax import config as config_lib
-from moon_jax.data.prepare import Prepared
+from moon_jax.data.prepared import Prepared
 from moon_jax.data.text import Tokenizer
 from moon_jax.evaluation import retrieval
 from moon_jax.serving.embedder import Embedder

@@ -374,8 +374,8 @@ def model_card(trained: Trained) -> str:
     if data:
         made = "synthetic, rendered products" if data["synthetic"] else "a catalogue of its owner's"
         lines.append(
-            f"* **Data**: {made}: {data['train']:,} products and {data['triplets']:,} triplets to train on,"
-            f" {data['val']:,} products to evaluate on; fingerprint `{data['fingerprint']}`."
+            f"* **Data**: {made}: {data['splits']['train']:,} products and {data['triplets']:,} triplets to train on,"
+            f" {data['splits']['val'] or data['splits']['train']:,} products to evaluate on; fingerprint `{data['fingerprint']}`."
         )
     else:
         lines.append("* **Data**: not recorded.")

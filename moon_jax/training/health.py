@@ -12,7 +12,7 @@ import numpy as np
 
 from moon_jax import config as config_lib
 from moon_jax import hosts
-from moon_jax.data.prepare import Prepared
+from moon_jax.data.prepared import Prepared
 from moon_jax.training import optimizer
 from moon_jax.training.step import loss
 from moon_jax.types import OBJECTIVES, Batch, TrainState

@@ -20,7 +20,7 @@ from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.data import pipeline, text
 from moon_jax.data import rows as rows_lib
-from moon_jax.data.prepare import Prepared
+from moon_jax.data.prepared import Prepared
 from moon_jax.hub import weights
 from moon_jax.training import about, health, optimizer, watch
 from moon_jax.training import checkpoints as checkpoints_lib

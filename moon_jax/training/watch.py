@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import resource
 import sys
 import threading
@@ -151,8 +152,8 @@ class Watch:
         text = config_lib.printable(text)
         self.console.print(text, markup=False, soft_wrap=True)
         self._unwritten += time.strftime("%Y-%m-%dT%H:%M:%S ") + text + "\n"
-        # What is said before there is a workdir is written when there is one.
-        if self.workdir and self.workdir.is_dir():
+        # What is said before there is a workdir, or while it holds nothing but half-prepared data, is written later.
+        if self.workdir and self.workdir.is_dir() and any(name[0] != "." for name in os.listdir(self.workdir)):
             with (self.workdir / "run.log").open("a", encoding="utf-8") as file:
                 file.write(self._unwritten)
             self._unwritten = ""

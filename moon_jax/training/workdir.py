@@ -19,9 +19,10 @@ from pathlib import Path
 from etils import epath
 
 from moon_jax import config as config_lib
-from moon_jax import hosts, places
+from moon_jax import hosts, interrupt, places
 from moon_jax.config import Unavailable, UserError
 from moon_jax.data import prepare, sources, synthetic, text
+from moon_jax.data import prepared as prepared_lib
 from moon_jax.hub import folder, weights
 from moon_jax.training import checkpoints, watch
 
@@ -150,7 +151,7 @@ def base_of(config: config_lib.Config, place: places.Place, report: watch.Watch)
 class Opened:
     """What a run works with."""
 
-    prepared: prepare.Prepared
+    prepared: prepared_lib.Prepared
     tokenizer: text.Tokenizer
     base: Base | None
 
@@ -175,7 +176,7 @@ def open_run(config: config_lib.Config, place: places.Place, report: watch.Watch
     with hosts.together():
         if hosts.first():
             claim(config, workdir)
-            prepared.save(workdir / "data", place)
+            prepared = keep_data(prepared, workdir / "data", place)
             write_tokenizer(config, workdir, prepared, base)
             if base and not base.checkpoints:
                 about = {"model": config.training.init, "licence": folder.licence(base.files)}
@@ -203,7 +204,9 @@ def _share(place: places.Place) -> None:
             place.pull()
 
 
-def write_tokenizer(config: config_lib.Config, workdir: Path, prepared: prepare.Prepared, base: Base | None) -> None:
+def write_tokenizer(
+    config: config_lib.Config, workdir: Path, prepared: prepared_lib.Prepared, base: Base | None
+) -> None:
     """Writes the run's tokenizer.json: the configured one, that of the model it begins from, or one trained on the
     catalogue.
     """
@@ -222,6 +225,9 @@ def write_tokenizer(config: config_lib.Config, workdir: Path, prepared: prepare.
             temporary.replace(path)
 
 
+HALF = ".data"
+"""Where the workdir's data/ is prepared, until the workdir is the run's."""
+
 CATALOGUE = "catalogue/synthetic.parquet"
 
 
@@ -236,25 +242,80 @@ def render(config: config_lib.Config, place: places.Place, report: watch.Watch) 
         synthetic.write(path, config.data.synthetic, config.seed, config.data.threads, track)
 
 
-def prepare_data(config: config_lib.Config, place: places.Place, report: watch.Watch) -> prepare.Prepared:
-    """`prepare.prepare` with progress shown and the quarantine summed up; without a path, of the rendered catalogue."""
-    if not config.data.path:
-        config = config_lib.replace(config, {"data.path": str(place.files / CATALOGUE)})
-    with report.busy("opening the catalogue"):
-        catalogue = sources.read(config.data.path)
-    prepared = prepare.prepare(config, functools.partial(report.track, "reading"), catalogue)
-    products = [prepared.products[index] for index in {*prepared.train, *prepared.val}]
-    without_text = sum(product.text is None for product in products)
-    without_image = sum(not product.images for product in products)
-    asked = len({triplet.query for triplet in prepared.triplets} - {*prepared.train}) + len(prepared.val_queries)
+def prepare_data(config: config_lib.Config, place: places.Place, report: watch.Watch) -> prepared_lib.Prepared:
+    """The data of a run: what was prepared before, or what is prepared now, in the workdir.
+
+    A process that is not the first, or whose workdir is a copy, prepares for itself alone.
+    """
+    path = config.data.path or str(place.files / CATALOGUE)
+    if prepared_lib.is_prepared(path):
+        prepared = prepared_lib.open_prepared(path)
+    else:
+        with report.busy("opening the catalogue"):
+            options = prepare.Options.of(config)
+            opened = sources.open_source(path, options.columns)
+        mine = hosts.first() and not place.remote
+        folder = (_home(place.files, opened, options) if mine else None) or places.temporary()
+        try:
+            with interrupt.thread_pool(config.data.threads) as pool:
+                prepared = prepare.prepare(opened, folder, options, pool, config.data.threads, report.progress)
+        except UserError:
+            # Of data that is of no use nothing stays, and no workdir that there was none before.
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
+            raise
+    manifest = prepared.manifest
     kind = "synthetic products" if prepared.synthetic else "products"
     report.line(
         f"{len(prepared.train):,} {kind} to train on, {len(prepared.val):,} to find"
-        f" ({without_text:,} without text, {without_image:,} without image), {asked:,} queries of the catalogue's own;"
-        f" {sources.summary(prepared.quarantine) or '0 left out'}"
+        f" ({manifest['without_text']:,} without text, {manifest['without_image']:,} without image),"
+        f" {manifest['splits']['train_queries'] + manifest['splits']['val_queries']:,} queries of the catalogue's own;"
+        f" {prepared.summary() or '0 left out'}"
     )
-    if prepared.quarantine:
+    if prepared.quarantined:
         report.line(f"what was left out is listed in {place}/data/quarantine.jsonl")
     if len(prepared.val) <= 10:
         report.line(f"only {len(prepared.val)} products to find: R@10 says nothing; give a larger catalogue")
+    return prepared
+
+
+def _home(workdir: Path, opened: sources.Opened, options: prepare.Options) -> Path | None:
+    """Where in the workdir this source is, or shall be, prepared; None where other data stands."""
+    own, half = workdir / "data", workdir / HALF
+    if (own / prepared_lib.MANIFEST).exists():
+        return own if prepared_lib.is_prepared(own) and prepare.is_of(own, opened, options) else None
+    if not (prepare.is_of(half, opened, options) or prepare.is_of(half / prepare.WORK, opened, options)):
+        shutil.rmtree(half, ignore_errors=True)
+    return half
+
+
+def keep_data(prepared: prepared_lib.Prepared, folder: Path, workdir: object) -> prepared_lib.Prepared:
+    """Leaves in the workdir's data/ what was prepared in the workdir, or of other data the manifest and the quarantine.
+
+    Args:
+        workdir: whose folder it is, for errors.
+
+    Raises:
+        UserError: the folder holds the manifest of other data.
+    """
+    manifest = folder / prepared_lib.MANIFEST
+    if manifest.exists():
+        held = json.loads(manifest.read_text(encoding="utf-8"))
+        if held["fingerprint"] != prepared.fingerprint:
+            raise UserError(
+                f"--workdir {workdir}: holds a run on other data than is given now;"
+                " take another workdir, or remove this one"
+            )
+        return prepared
+    if prepared.folder == folder.with_name(HALF):
+        shutil.rmtree(folder, ignore_errors=True)
+        prepared.folder.rename(folder)
+        return prepared_lib.open_prepared(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The manifest comes last: where it stands, the rest is whole.
+    for name in (prepared_lib.QUARANTINE, prepared_lib.MANIFEST):
+        temporary = folder / f"{name}.tmp"
+        shutil.copyfile(prepared.folder / name, temporary)
+        temporary.replace(folder / name)
     return prepared

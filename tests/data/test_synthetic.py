@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from moon_jax.data import prepare, synthetic
-from tests.conftest import tiny
+from moon_jax.data import synthetic
+from tests.conftest import prepared_from
 
 COUNT = 300
 
@@ -53,10 +53,9 @@ def test_a_file_of_another_seed_or_number_does_not_stand(made, tmp_path):
 
 
 def test_it_is_a_catalogue_that_says_what_it_is(made, tmp_path):
-    found = prepare.prepare(tiny(data__path=str(made)))
-    assert found.synthetic and not found.quarantine and len(found.products) == COUNT
-    found.save(tmp_path, tmp_path)
-    assert '"synthetic": true' in (tmp_path / "manifest.json").read_text()
+    found = prepared_from(made, tmp_path / "p")
+    assert found.synthetic and not found.quarantined and len(found.products) == COUNT
+    assert '"synthetic": true' in (tmp_path / "p" / "manifest.json").read_text()
     assert all(product.id.startswith("synthetic-") for product in found.products)
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moon_jax.data.prepare import Prepared
+from moon_jax.data.prepared import Prepared
 from moon_jax.evaluation import labels, retrieval
 from moon_jax.types import VIEWS, Product
 
@@ -104,7 +104,7 @@ PRODUCTS = [
 def prepared_of(products, train=()):
     nothing = np.full(len(products), -1)
     val = [index for index in range(len(products)) if index not in train]
-    return Prepared(list(products), nothing, [], list(train), val, [], [], synthetic=False, fingerprint="")
+    return Prepared(list(products), nothing, [], list(train), val, [], {})
 
 
 def test_tasks_are_labels_that_products_share():

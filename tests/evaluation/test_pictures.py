@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moon_jax.data.prepare import Prepared
+from moon_jax.data.prepared import Prepared
 from moon_jax.evaluation import pictures, retrieval
 from moon_jax.types import OBJECTIVES, Product
 from tests.conftest import jpeg
@@ -70,7 +70,7 @@ def encoded(products, own_queries=()):
 
 def prepared_of(products):
     nothing = np.full(len(products), -1)
-    return Prepared(list(products), nothing, [], [], list(range(len(products))), [], [], False, "")
+    return Prepared(list(products), nothing, [], [], list(range(len(products))), [], {})
 
 
 def framed(path):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moon_jax.data.prepare import Prepared
+from moon_jax.data.prepared import Prepared
 from moon_jax.evaluation import retrieval
 from moon_jax.types import Product
 from tests.conftest import tiny
@@ -68,7 +68,7 @@ def test_all_directions_with_absent_views_and_own_queries():
 
 def prepared_of(products):
     group = np.array([0, 1, -1, 2, 3, 3, -1])
-    return Prepared(products, group, [], [], list(range(6)), [(6, 0)], [], synthetic=False, fingerprint="")
+    return Prepared(products, group, [], [], list(range(6)), [(6, 0)], {})
 
 
 def test_chance_is_what_random_orders_give():

@@ -17,9 +17,9 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 import moon_jax
-from moon_jax import cli
+from moon_jax import cli, flags
 from moon_jax.config import UserError
-from moon_jax.data import sources
+from moon_jax.data import records
 from moon_jax.evaluation import retrieval
 from moon_jax.types import VIEWS
 from tests.conftest import COLOURS, environment, jpeg, overrides, tiny
@@ -273,7 +273,7 @@ def test_without_data_it_renders_its_own_and_says_so(tmp_path):
     vectors = {view: np.array([row["vector"] for row in rows if row["view"] == view], np.float32) for view in VIEWS}
     catalogue = pq.read_table(workdir / "catalogue" / "synthetic.parquet").to_pylist()
     titles = {record["product_id"]: record["title"] for record in catalogue}
-    groups = [sources.title_group(titles[row["id"]]) for row in rows if row["view"] == "t"]
+    groups = [records.title_group(titles[row["id"]]) for row in rows if row["view"] == "t"]
     key = np.unique(groups, return_inverse=True)[1]
     for width, found in ((24, metrics), (16, metrics["widths"]["16"]), (8, metrics["widths"]["8"])):
         cut = {
@@ -330,7 +330,7 @@ def test_its_export_tells_data_and_scores(finished, tmp_path, capsys):
         moon_jax.load(tmp_path / "served").encode(items), moon_jax.load(finished[0]).encode(items)
     )
     with pytest.raises(UserError, match="a model is exported as it was trained"):
-        cli.run_export(cli.parse(["export", "--model", "m", "--output", "o"])[0], ["--config.seed=1"])
+        cli.run_export(flags.parse(["export", "--model", "m", "--output", "o"])[0], ["--config.seed=1"])
 
 
 def test_no_model_is_one_line(finished, tmp_path):

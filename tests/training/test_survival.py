@@ -14,13 +14,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 import moon_jax
 from moon_jax import config as config_lib
 from moon_jax import hosts, interrupt, places, sharding
 from moon_jax.config import UserError
+from moon_jax.data import prepared
 from moon_jax.training import checkpoints, watch
 from tests.conftest import ROOT, environment, tiny
 
@@ -451,9 +451,9 @@ def test_numbers_that_stay_bad_end_the_run(catalogue, tmp_path, monkeypatch):
     assert [line["finite"] for line in lines[-3:]] == [False] * 3 and dump["step"] == len(lines)
     assert len(dump["triplets"]) == 8
     assert all(set(triplet) == {"triplet", "query", "positive", "negative", "weight"} for triplet in dump["triplets"])
-    triplets = pq.read_table(tmp_path / "w" / "data" / "triplets.parquet").to_pylist()
+    data = prepared.open_prepared(tmp_path / "w" / "data")
     for told in dump["triplets"]:
-        assert told["query"] == f"p{triplets[told['triplet']]['query']}"
+        assert told["query"] == data.products[data.triplets[told["triplet"]].query].id
     norms = dump["gradient_norms"]["encoder/decoder/periods/layer_0/attention/q_proj/kernel"]
     assert len(norms) == 2  # of each layer
     frozen = {"alignment/log_temperature"}

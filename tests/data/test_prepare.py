@@ -2,14 +2,15 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from moon_jax.config import UserError
-from moon_jax.data import prepare, sources, triplets
-from moon_jax.types import Product
-from tests.conftest import SCHEMA, jpeg, records, tiny
+from moon_jax.data import parse
+from moon_jax.training import workdir as workdir_lib
+from tests.conftest import SCHEMA, jpeg, prepared_from, quarantine, records
 
 GOOD = jpeg((200, 30, 30), (24, 24), 0)
 
@@ -34,11 +35,17 @@ def test_parquet_and_jsonl_give_the_same_products(tmp_path):
             paths.append(f"images/{image['path']}")
         lines.append(record | {"images": paths, "attributes": dict(record["attributes"])})
     write_jsonl(tmp_path / "jsonl", lines)
-    parquet, jsonl = sources.read(tmp_path / "products.parquet"), sources.read(tmp_path / "jsonl")
-    assert len(parquet.products) == 20 and not parquet.quarantine
-    for a, b in zip((r.product for r in parquet.products), (r.product for r in jsonl.products), strict=True):
-        assert [path.read_bytes() for path in b.images] == list(a.images)
-        assert (a.id, a.text, a.group, a.category, a.attributes) == (b.id, b.text, b.group, b.category, b.attributes)
+    parquet = prepared_from(tmp_path / "products.parquet", tmp_path / "a")
+    jsonl = prepared_from(tmp_path / "jsonl", tmp_path / "b")
+    assert len(parquet.products) == 20 and not parquet.quarantined
+    assert list(parquet.products) == list(jsonl.products)
+    assert parquet.fingerprint == jsonl.fingerprint
+    by_id = {product.id: product for product in parquet.products}
+    for record in made:
+        product = by_id[record["product_id"]]
+        assert product.text == record["title"] and product.category == tuple(record["category"])
+        assert product.images == tuple(image["bytes"] for image in record["images"])
+        assert product.attributes == dict(record["attributes"]) and product.brand == ""
 
 
 def test_every_bad_record_is_quarantined_with_its_reason(tmp_path):
@@ -76,55 +83,60 @@ def test_every_bad_record_is_quarantined_with_its_reason(tmp_path):
     }
     lines = good + [line for group in bad.values() for line in group]
     write_jsonl(folder, lines)
-    found = prepare.prepare(tiny(data__path=str(folder)))
-    reasons = [entry.reason for entry in found.quarantine]
+    found = prepared_from(folder, tmp_path / "p")
+    listed = quarantine(found)
+    reasons = [entry["reason"] for entry in listed]
     assert {reason: reasons.count(reason) for reason in bad} == {reason: len(group) for reason, group in bad.items()}
-    assert len(found.products) + len(found.quarantine) == len(lines)
-    assert set(reasons) <= set(sources.REASONS)
+    assert len(found.products) + len(listed) == len(lines)
+    assert found.manifest["read"]["product"] == len(lines) and found.manifest["kept"]["product"] == len(good)
+    assert found.quarantined == {reason: len(group) for reason, group in bad.items()}
+    assert set(reasons) <= set(parse.REASONS)
     # By line of the file, counted from 1: the bad ones follow the 40 good ones.
-    assert [entry.number for entry in found.quarantine] == list(range(41, 41 + len(reasons)))
+    assert [entry["number"] for entry in listed] == list(range(41, 41 + len(reasons)))
     assert reasons == [reason for reason, group in bad.items() for _ in group]
-    assert all(entry.file == "products.jsonl" for entry in found.quarantine)
-    assert found.quarantine[4].id == "g3"
-    found.save(tmp_path / "data", tmp_path)
-    assert len((tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()) == len(reasons)
-    assert all(entry.detail or entry.reason == "no text and no image" for entry in found.quarantine)
+    assert all(entry["file"] == "products.jsonl" for entry in listed)
+    assert listed[4]["id"] == "g3"
+    assert all(entry["detail"] or entry["reason"] == "no text and no image" for entry in listed)
 
 
 def test_an_image_with_too_many_pixels_is_not_decoded(tmp_path):
     write_jsonl(tmp_path, [{"product_id": f"{n}", "title": f"t{n}", "images": [f"{n}.jpg"]} for n in range(30)])
     for n in range(30):
         (tmp_path / f"{n}.jpg").write_bytes(jpeg((9, 9, 9), (40, 40) if n == 4 else (8, 8), n))
-    found = prepare.prepare(tiny(data__path=str(tmp_path), data__max_pixels=1000))
-    assert [(entry.number, entry.id, entry.reason) for entry in found.quarantine] == [(5, "4", "bad image")]
-    assert "40 x 40 pixels, above data.max_pixels" in found.quarantine[0].detail
+    [entry] = quarantine(prepared_from(tmp_path, tmp_path / "p", data__max_pixels=1000))
+    assert (entry["number"], entry["id"], entry["reason"]) == (5, "4", "bad image")
+    assert "40 x 40 pixels, above data.max_pixels" in entry["detail"]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda p: p / "nowhere", "no such file or folder"),
-        (lambda p: p, "no .parquet or .jsonl file there"),
+        (lambda p: p, "no file there that ends with one of .parquet, .jsonl"),
         (lambda p: write_jsonl(p, [{"sku": "1", "title": "x"}]), "no column product_id; its columns are sku, title"),
-        (lambda p: write_jsonl(p, [{"product_id": "1", "name": "x"}]), "no column title or images or image"),
+        (
+            lambda p: write_jsonl(p, [{"product_id": "1", "name": "x"}]),
+            "no column title or images or image; its columns",
+        ),
         (
             lambda p: write_jsonl(p, []).joinpath("queries.jsonl").write_text('{"product_id": "1", "title": "x"}')
             and p,
             "queries.jsonl: no column query_id",
         ),
-        (lambda p: write_jsonl(p, []), "no usable product; no records there"),
+        (lambda p: write_jsonl(p, []), "no product left to train on"),
         (lambda p: write_jsonl(p, [{"product_id": "1", "titel": "x"}]), "rename titel"),
         (
             lambda p: write_jsonl(p, [{"product_id": "1", "title": 7}]),
-            "no usable product; 1 left out (1 bad text), such as products.jsonl 1: title is of type int",
+            "no product left to train on; at least two different titles are needed; 1 left out (1 bad text), such as"
+            " products.jsonl 1: title is of type int",
         ),
-        (lambda p: (p / "a.parquet").write_bytes(b"PAR") and p, "not a readable Parquet file"),
+        (lambda p: (p / "a.parquet").write_bytes(b"PAR") and p, "not a readable parquet file"),
         (lambda p: write_jsonl(p, [{"product_id": "1", "title": "x"}]), "no product left to"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(tmp_path, make, message):
     with pytest.raises(UserError) as error:
-        prepare.prepare(tiny(data__path=str(make(tmp_path))))
+        prepared_from(make(tmp_path), tmp_path / "p")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -136,7 +148,7 @@ def test_queries_and_splits(tmp_path):
     for name, targets in (("train", ("1", "2", "99", "8")), ("val", ("9", "1"))):
         rows = [{"query_id": f"{name}-{n}", "product_id": t, "image": photo} for n, t in enumerate(targets)]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"queries_{name}.parquet")
-    found = prepare.prepare(tiny(data__path=str(tmp_path)))
+    found = prepared_from(tmp_path, tmp_path / "p")
     ids = [product.id for product in found.products]
     assert [ids[index] for index in found.train] == [str(n) for n in range(8)]
     assert [ids[index] for index in found.val] == [str(n) for n in range(8, 12)]
@@ -144,57 +156,67 @@ def test_queries_and_splits(tmp_path):
     asked = [t for t in found.triplets if t.query != t.positive]
     assert [(ids[t.query], ids[t.positive]) for t in asked] == [("train-0", "1"), ("train-1", "2")]
     # Unknown, or on the other side of the split: a held-out product is no training positive, nor the reverse.
-    assert [(entry.file, entry.number, entry.id, entry.reason) for entry in found.quarantine] == [
+    assert [tuple(entry.values())[:4] for entry in quarantine(found)] == [
         ("queries_train.parquet", 3, "train-2", "unknown product"),
         ("queries_train.parquet", 4, "train-3", "unknown product"),
         ("queries_val.parquet", 2, "val-1", "unknown product"),
     ]
 
 
-def test_triplets_and_split_follow_from_the_seed(catalogue, prepared):
+def test_triplets_and_split_do_not_depend_on_the_run(catalogue, prepared, tmp_path):
     products = prepared.products
-    assert prepared.triplets == prepare.prepare(tiny(data__path=str(catalogue))).triplets
-    assert prepared.triplets != prepare.prepare(tiny(data__path=str(catalogue), seed=1)).triplets
+    again = prepared_from(catalogue, tmp_path / "p", seed=1)
+    assert list(prepared.triplets) == list(again.triplets) and prepared.fingerprint == again.fingerprint
+    assert len(prepared.triplets) == len(prepared.train) == 54
     for triplet in prepared.triplets:
         positive, negative = products[triplet.positive], products[triplet.negative]
-        assert triplet.query == triplet.positive != triplet.negative
+        assert triplet.query == triplet.positive != triplet.negative and triplet.weight == 1.0
         assert positive.category == negative.category
         assert positive.group != negative.group or not positive.group
     groups = prepared.group
     train_groups = {groups[index] for index in prepared.train} - {-1}
     assert not train_groups & {groups[index] for index in prepared.val}
-    assert sorted(prepared.train + prepared.val) == list(range(60))
+    assert [*prepared.train, *prepared.val] == list(range(60))
+    assert {product.id for product in products} == {f"p{n}" for n in range(60)}
 
 
-def test_the_manifest_counts_and_refuses_other_data(catalogue, prepared, tmp_path):
-    prepared.save(tmp_path, "runs/w")
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+def test_the_manifest_counts(prepared):
+    manifest = json.loads((prepared.folder / "manifest.json").read_text())
     assert manifest["products"] == 60 and manifest["without_image"] == 8 and manifest["without_text"] == 5
-    stored = pq.read_table(tmp_path / "triplets.parquet").to_pylist()
-    assert [tuple(row.values()) for row in stored] == [tuple(t) for t in prepared.triplets]
-    prepared.save(tmp_path, "runs/w")  # the same again is fine
-    other = prepare.prepare(tiny(data__path=str(catalogue), seed=1))
+    assert manifest["read"] == manifest["kept"] == {"product": 60, "query": 0, "log": 0}
+    assert set(manifest["files"]) | {"manifest.json", "source.json"} == {f.name for f in prepared.folder.iterdir()}
+    assert not (prepared.folder / ".work").exists()
+
+
+def test_a_run_keeps_the_manifest_and_refuses_other_data(catalogue, prepared, tmp_path):
+    workdir_lib.keep_data(prepared, tmp_path / "w" / "data", "runs/w")
+    assert {path.name for path in (tmp_path / "w" / "data").iterdir()} == {"manifest.json", "quarantine.jsonl"}
+    assert workdir_lib.keep_data(prepared, tmp_path / "w" / "data", "runs/w") is prepared  # the same again is fine
+    other = prepared_from(catalogue, tmp_path / "p", prepare__val_fraction=0.3)
     with pytest.raises(UserError, match=r"^--workdir runs/w: holds a run on other data than is given now"):
-        other.save(tmp_path, "runs/w")
+        workdir_lib.keep_data(other, tmp_path / "w" / "data", "runs/w")
 
 
 def test_the_fingerprint_is_of_all_that_is_used(tmp_path):
     (tmp_path / "a.jpg").write_bytes(GOOD)
     record = {"title": "shoe", "images": ["a.jpg"], "category": ["x"], "attributes": {"colour": "red"}, "brand": "b"}
     seen = set()
-    for change in ({}, {"title": "hat"}, {"category": ["y"]}, {"attributes": {"colour": "blue"}}, {"brand": "c"}):
+    changes = ({}, {"title": "hat"}, {"category": ["y"]}, {"attributes": {"colour": "blue"}}, {"brand": "c"})
+    for number, change in enumerate(changes):
         lines = [record | change | {"product_id": "0"}, record | {"product_id": "1", "title": "mug"}]
         write_jsonl(tmp_path, lines)
-        seen.add(prepare.prepare(tiny(data__path=str(tmp_path))).fingerprint)
+        seen.add(prepared_from(tmp_path, tmp_path / f"p{number}").fingerprint)
     assert len(seen) == 5
 
 
 def test_equal_titles_stay_on_one_side_of_the_split(tmp_path):
     titles = [("Red  shirt %d" if n % 2 else "red shirt %d") % (n // 4) for n in range(160)]
-    (tmp_path / "a.jpg").write_bytes(GOOD)
-    lines = [{"product_id": str(n), "title": title, "images": "a.jpg"} for n, title in enumerate(titles)]
+    for n in range(160):
+        (tmp_path / f"{n}.jpg").write_bytes(jpeg((90, 90, 90), (8, 8), n))
+    lines = [{"product_id": str(n), "title": title, "images": f"{n}.jpg"} for n, title in enumerate(titles)]
     write_jsonl(tmp_path, lines)
-    found = prepare.prepare(tiny(data__path=str(tmp_path), data__val_fraction=0.3))
+    found = prepared_from(tmp_path, tmp_path / "p", prepare__val_fraction=0.3)
+    assert len(found.products) == 160
     sides = [{found.group[index] for index in side} for side in (found.train, found.val)]
     assert not sides[0] & sides[1] and len(sides[0]) + len(sides[1]) == 40
     assert len(sides[1]) == 12  # 30% of 40
@@ -204,7 +226,7 @@ def test_equal_titles_stay_on_one_side_of_the_split(tmp_path):
 def test_the_smallest_catalogues_have_something_to_find(tmp_path, count):
     (tmp_path / "a.jpg").write_bytes(GOOD)
     write_jsonl(tmp_path, [{"product_id": n, "title": f"shoe {n}", "image": "a.jpg"} for n in range(count)])
-    found = prepare.prepare(tiny(data__path=str(tmp_path)))
+    found = prepared_from(tmp_path, tmp_path / "p")
     assert (len(found.train), len(found.val)) == (count - 1, 1)
 
 
@@ -213,25 +235,73 @@ def test_a_split_is_a_whole_word_of_the_name(tmp_path, name):
     (tmp_path / "a.jpg").write_bytes(GOOD)
     write_jsonl(tmp_path, [{"product_id": n, "title": f"shoe {n}", "images": ["a.jpg"]} for n in range(4)])
     (tmp_path / "products.jsonl").rename(tmp_path / f"{name}.jsonl")
-    assert len(sources.read(tmp_path).products) == 4
+    found = prepared_from(tmp_path, tmp_path / "p")
+    assert (len(found.train), len(found.val)) == (3, 1)  # divided, since no file says
 
 
 def test_a_catalogue_that_serves_no_objective_is_refused(tmp_path):
     write_jsonl(tmp_path, [{"product_id": n, "title": f"shoe {n}"} for n in range(9)])
     with pytest.raises(UserError, match="no product to train on has both a title and an image"):
-        prepare.prepare(tiny(data__path=str(tmp_path)))
+        prepared_from(tmp_path, tmp_path / "p")
 
 
 def test_text_that_is_not_utf8_costs_its_record_only(tmp_path):
     titles = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).view(pa.string())
-    pq.write_table(pa.table({"product_id": pa.array(["1", "2", "3"]), "title": titles}), tmp_path / "p.parquet")
-    found = sources.read(tmp_path)
-    assert [record.product.text for record in found.products] == ["good", "fine"]
-    assert [(entry.number, entry.reason) for entry in found.quarantine] == [(2, "not readable")]
+    columns = {"product_id": pa.array(["1", "2", "3"]), "title": titles, "images": [[GOOD]] * 3}
+    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
+    found = prepared_from(tmp_path, tmp_path / "p")
+    assert sorted(product.text for product in found.products) == ["fine", "good"]
+    assert [(entry["number"], entry["reason"]) for entry in quarantine(found)] == [(2, "not readable")]
 
 
-def test_negatives_have_another_title_even_where_nearly_all_are_equal():
-    products = [Product(text="same", group="same", id=str(n), category=("a", "b")) for n in range(30)]
-    products.append(Product(text="other", group="other", id="x", category=("a", "c")))
-    made = triplets.from_catalogue(products, range(31), [], seed=0)
-    assert all(triplet.negative == 30 for triplet in made[:30]) and made[30].negative in range(30)
+def test_negatives_have_another_title_even_where_nearly_all_are_equal(tmp_path):
+    lines = [{"product_id": str(n), "title": "same", "category": ["a", "b"], "images": [f"{n}.jpg"]} for n in range(30)]
+    lines.append({"product_id": "x", "title": "other", "category": ["a", "c"], "images": ["x.jpg"]})
+    lines.append({"product_id": "v", "title": "to find"})
+    for line in lines[:-1]:
+        (tmp_path / line["images"][0]).write_bytes(
+            jpeg(
+                (9, 9, 9),
+                (8, 8),
+                len(line["product_id"]) * 99 + ord(line["product_id"][-1]) + 7 * ord(line["product_id"][0]),
+            )
+        )
+    write_jsonl(tmp_path, lines[:-1])
+    (tmp_path / "val.jsonl").write_text(json.dumps(lines[-1]))
+    found = prepared_from(tmp_path, tmp_path / "p")
+    ids = [product.id for product in found.products]
+    for triplet in found.triplets:
+        assert (ids[triplet.negative] == "x") == (ids[triplet.positive] != "x")
+
+
+def test_negatives_are_uniform_over_the_narrowest_category_that_has_another_title(tmp_path):
+    """Against a plain rule: of every product those that may be its negative; and none is favoured."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for n in range(900):
+        category = [["a"], ["a", "b"], ["a", "c"], ["d", "e", str(n)], []][rng.integers(5)]
+        title = None if n % 13 == 0 else f"thing {rng.integers(40)}"
+        lines.append({"product_id": str(n), "title": title, "category": category, "images": [f"{n % 30}.jpg"]})
+    for n in range(30):
+        (tmp_path / f"{n}.jpg").write_bytes(jpeg((9, 9, 9), (8, 8), n))
+    write_jsonl(tmp_path, lines)
+    (tmp_path / "val.jsonl").write_text(json.dumps({"product_id": "v", "title": "to find"}))
+    found = prepared_from(tmp_path, tmp_path / "p")
+    products, shares = found.products[:], []
+    train = [products[index] for index in found.train]
+    for triplet in found.triplets:
+        positive = products[triplet.positive]
+        for depth in range(len(positive.category), -1, -1):
+            path = positive.category[:depth]
+            allowed = [
+                p.id
+                for p in train
+                if p.category[:depth] == path and (p.group != positive.group if positive.group else p is not positive)
+            ]
+            if allowed:
+                break
+        assert products[triplet.negative].id in allowed
+        shares.append((sorted(allowed).index(products[triplet.negative].id) + 0.5) / len(allowed))
+    # By rank among those allowed the draws are uniform: ten bins of about 90, of which none is off by five sigma.
+    counts, _ = np.histogram(shares, bins=10, range=(0, 1))
+    assert abs(counts - len(shares) / 10).max() < 5 * np.sqrt(len(shares) / 10)

@@ -1,0 +1,222 @@
+"""Records of a source → products, queries and events: every field is checked, and what is wrong has a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moon_jax.data.records import title_group
+from moon_jax.types import Product
+
+LONGEST_TEXT = 65_536
+"""Characters; a longer title is a mistake in the catalogue, not a title."""
+
+MOST_IMAGES, MOST_ATTRIBUTES, MOST_CATEGORIES = 256, 1024, 64
+"""Of one product."""
+
+LARGEST_IMAGE = 256 << 20
+"""Bytes of an encoded image."""
+
+REASONS = (
+    "not readable",
+    "no id",
+    "duplicate id",
+    "duplicate product",
+    "bad text",
+    "text too long",
+    "bad image",
+    "image not fetched",
+    "no text and no image",
+    "unknown product",
+    "bad event",
+)
+"""The closed list of reasons for quarantine."""
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used: one of REASONS and a detail. Raised, or in the place of the record."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A row of a log."""
+
+    query: Product  # text, images or both
+    product: str  # id
+    weight: float  # of the event, times its count; 0 of an impression
+    time: float | None  # seconds
+    position: int | None
+    session: str
+
+
+def _text(value: Any, name: str) -> str | None:
+    """A stripped string, None where there is none."""
+    if value is None or value != value:  # NaN, which pandas writes where nothing is
+        return None
+    if not isinstance(value, str):
+        raise BadRecord("bad text", f"{name} is of type {type(value).__name__}, not text")
+    if len(value) > LONGEST_TEXT:
+        raise BadRecord("text too long", f"{name} has {len(value)} characters, at most {LONGEST_TEXT} are read")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRecord("bad text", f"{name} is not valid Unicode") from None
+    return value.strip() or None
+
+
+def _label(value: Any, name: str) -> str:
+    """An id, a brand, a category or an attribute: text, or a number or date written as such."""
+    if value is None or value != value:
+        return ""
+    if not isinstance(value, str | int | float | datetime.date):
+        raise BadRecord("bad text", f"{name} is of type {type(value).__name__}, not text")
+    return _text(str(value), name) or ""
+
+
+def _identity(record: Mapping[str, Any], field: str) -> str:
+    identity = _label(record.get(field), field)
+    if not identity:
+        raise BadRecord("no id", f"{field} is empty")
+    return identity
+
+
+def _images(value: Any) -> tuple[Any, ...]:
+    """Bytes, or a path or URL as text, each."""
+    found = []
+    for image in value if isinstance(value, list) else [value]:
+        if isinstance(image, dict):
+            image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+        if image is None or image != image:
+            continue
+        if not isinstance(image, str | bytes):
+            raise BadRecord("bad image", f"a {type(image).__name__} where bytes or a path belongs")
+        found.append(image)
+    if len(found) > MOST_IMAGES:
+        raise BadRecord("bad image", f"{len(found)} images, at most {MOST_IMAGES} are read")
+    return tuple(found)
+
+
+def to_product(record: Mapping[str, Any], id_field: str = "product_id") -> Product:
+    """A record of our own names (columns.FIELDS) as a Product; its images are bytes, or texts: paths or URLs.
+
+    Raises:
+        BadRecord: with the reason for quarantine.
+    """
+    identity = _identity(record, id_field)
+    title, images = _text(record.get("title"), "title"), _images(record.get("images"))
+    if title is None and not images:
+        raise BadRecord("no text and no image")
+    category, attributes = record.get("category") or [], record.get("attributes") or {}
+    if not isinstance(category, list | str):
+        raise BadRecord("bad text", f"category is of type {type(category).__name__}, not a list")
+    # Parquet maps arrive as pairs.
+    pairs = list(attributes.items()) if isinstance(attributes, dict) else attributes
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise BadRecord("bad text", "attributes is not a map")
+    for count, most, name in (
+        (len(category) if isinstance(category, list) else 1, MOST_CATEGORIES, "category"),
+        (len(pairs), MOST_ATTRIBUTES, "attributes"),
+    ):
+        if count > most:
+            raise BadRecord("text too long", f"{name} has {count} entries, at most {most} are read")
+    path = [_label(part, "category") for part in ([category] if isinstance(category, str) else category)]
+    return Product(
+        text=title,
+        images=images,
+        id=identity,
+        group=title_group(title) if title else "",
+        category=tuple(part for part in path if part),
+        brand=_label(record.get("brand"), "brand"),
+        attributes={
+            _label(name, "attributes"): _label(value, "attributes") for name, value in pairs if value is not None
+        },
+        description=_text(record.get("description"), "description") or "",
+    )
+
+
+def to_event(record: Mapping[str, Any], weights: Mapping[str, float]) -> Event:
+    """A record of a log.
+
+    Args:
+        weights: what each event weighs. A record that names none counts as 1.
+
+    Raises:
+        BadRecord: with the reason for quarantine.
+    """
+    text, images = _text(record.get("query"), "query"), _images(record.get("query_image"))
+    if text is None and not images:
+        raise BadRecord("no text and no image")
+    product, event = _identity(record, "product_id"), record.get("event")
+    if event is not None and event not in weights:
+        raise BadRecord("bad event", f"event {str(event)[:80]!r} is none of {', '.join(weights)}")
+    count = _number(record.get("count"), "count", 1.0)
+    if count < 0:
+        raise BadRecord("bad event", f"count is {count}")
+    position = record.get("position")
+    position = None if position is None or position != position else _number(position, "position", 0.0)
+    return Event(
+        query=Product(text=text, images=images),
+        product=product,
+        weight=(1.0 if event is None else weights[event]) * count,
+        time=_time(record.get("time")),
+        position=None if position is None else round(min(max(position, -(2**31)), 2**31 - 1)),
+        session=_label(record.get("session"), "session"),
+    )
+
+
+def _number(value: Any, name: str, default: float) -> float:
+    """A finite number; CSV has it as text."""
+    if value is None:
+        return default
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, bool):
+        raise BadRecord("bad event", f"{name} {str(value)[:80]!r} is no number")
+    return number
+
+
+def _time(value: Any) -> float | None:
+    """Seconds, from a number, a date, or ISO 8601. A time without zone is UTC."""
+    if value is None or value != value:
+        return None
+    try:
+        if isinstance(value, str) and not value.replace(".", "", 1).lstrip("-").isdigit():
+            value = datetime.datetime.fromisoformat(value)
+        if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+            value = datetime.datetime(value.year, value.month, value.day)
+        if isinstance(value, datetime.datetime):
+            zone = value.tzinfo or datetime.UTC
+            return value.replace(tzinfo=zone).timestamp()
+    except (ValueError, OverflowError):
+        raise BadRecord("bad event", f"time {str(value)[:80]!r} is no ISO 8601 time and no number") from None
+    return _number(value, "time", 0.0)
+
+
+def read_file(path: Path, told: str) -> bytes:
+    """The bytes of an image's file.
+
+    Raises:
+        BadRecord: it is missing, may not be read, is no plain file, or is too large.
+    """
+    try:
+        # Asked first: opening a pipe waits for whoever writes to it.
+        described = path.stat()
+        if not stat.S_ISREG(described.st_mode):
+            raise BadRecord("bad image", f"{told}: no plain file")
+        if described.st_size > LARGEST_IMAGE:
+            raise BadRecord("bad image", f"{told}: {described.st_size} bytes, at most {LARGEST_IMAGE} are read")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadRecord("bad image", f"{told}: {reason}") from None

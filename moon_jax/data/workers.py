@@ -1,0 +1,43 @@
+"""Processes that do the work of prepare: they leave Ctrl-C to the one that started them, and end when it does."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.connection import wait
+
+
+@contextlib.contextmanager
+def pool(processes: int) -> Iterator[Executor]:
+    """So many processes; of one, a thread of this one. Work that waits is dropped when an exception passes."""
+    if processes == 1:
+        executor: Executor = ThreadPoolExecutor(1)
+    else:
+        # Not forked from here: threads of libraries would be missing there.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["moon_jax.data.prepare"])
+        executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin)
+    with executor:
+        try:
+            yield executor
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin() -> None:
+    """What a process does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Where the parent is killed, nobody tells its workers."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

@@ -1,0 +1,185 @@
+"""What the command line takes: commands, flags, and the help that shows them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from typing import NoReturn
+
+from moon_jax.config import UserError
+
+DESCRIPTION = """\
+MOON2.0 in JAX: one model embeds a product from its text, its image or both into one space.
+
+examples:
+  moon-jax quickstart                                              the whole method on a rendered catalogue
+  moon-jax quickstart --data catalogue/ --workdir runs/first       on your own
+  moon-jax prepare --data catalogue/ --output prepared             any catalogue or log, into records
+  moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
+  moon-jax export --model runs/2b --output served --verify
+  moon-jax plan --config moon2_qwen3vl_2b --topology v5p:4x4x4     what a step costs there, before renting it
+  moon-jax train --help
+"""
+
+QUICKSTART = """\
+The main job, small: trains MOON2.0 from scratch on a catalogue, judges it zero-shot (retrieval in all nine directions
+of text, image and both; categories and attributes by label texts), and leaves model, scores, pictures and the vectors
+of what was to be found in the workdir. 160 steps, about four minutes on two CPU cores. Without --data it renders a
+synthetic catalogue first. The same command again resumes.
+
+examples:
+  moon-jax quickstart
+  moon-jax quickstart --data catalogue/ --workdir runs/first
+  moon-jax quickstart --data products.parquet --workdir runs/short --steps 50
+  moon-jax quickstart --data catalogue/ --workdir runs/dense --config.experts.count=0
+  moon-jax quickstart --workdir runs/nested '--config.objective.matryoshka=(32,64)'
+
+--config.a.b=VALUE changes any option of the config; moon_jax/config.py has them all with their meaning.
+"""
+
+
+TRAIN = """\
+Trains a config on a catalogue; the same command again resumes, on any number of hosts or devices. With --init the run
+begins from public weights, of Qwen3-VL 2B to 30B-A3B or of Qwen3-VL-Embedding, or from another run's workdir. Where the
+config wants experts and the weights are dense, every expert begins as a copy of the dense feed-forward. Sizes, pooling
+and template are those of the weights, unless the config says otherwise. Several processes find each other on TPU pods
+and SLURM, else by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; launch/ has scripts.
+
+examples:
+  moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
+  moon-jax train --config moon2_qwen3vl_2b --init models/Qwen3-VL-Embedding-2B --data catalogue/ --workdir runs/emb
+  moon-jax train --config quickstart --data catalogue/ --workdir runs/scratch --steps 500
+  moon-jax train --config moon2_qwen3vl_8b --init models/Qwen3-VL-8B-Instruct --data catalogue/ --workdir runs/8b \\
+    --config.mesh.fsdp=8 --config.experts.redrawn=0.5
+  moon-jax train --config quickstart --workdir runs/more --init runs/scratch --config.training.optimizer=lion
+  moon-jax train --config quickstart --workdir runs/watched --config.evaluation.every=50 --profile 10:15
+  moon-jax train --config quickstart --workdir gs://bucket/runs/first    in a bucket; needs pip install -e '.[gcs]'
+
+--init takes a folder, gs://bucket/folder of another run, or hf://owner/name[@revision] of the Hugging Face hub; nothing
+else asks the network beyond the hosts of the run.
+--config.a.b=VALUE changes any option of the config; moon_jax/config.py has them all with their meaning.
+"""
+
+PREPARE = """\
+Turns a catalogue, with or without a log of what was clicked, into prepared data: sharded records, triplets as indices,
+a split, a manifest, and a quarantine of what cannot be used. --data is a file or a folder of Parquet, JSONL, CSV, TSV
+or tar (webdataset) files, what Hugging Face's datasets saved, hf://datasets/owner/name, or tfds://name. docs/data.md
+tells what a file holds. The same command again goes on where it stopped.
+
+examples:
+  moon-jax prepare --data catalogue/ --output prepared
+  moon-jax prepare --data mbe_test.jsonl --columns mbe --fetch img.alicdn.com --output prepared
+  moon-jax prepare --data fashion200k/ --columns fashion200k --output prepared --config.prepare.longest_side=512
+  moon-jax prepare --data products.csv --columns mine.json --output prepared
+  moon-jax train --config quickstart --data prepared --workdir runs/first
+
+Nothing is fetched but from hosts that --fetch names (*.example.com takes its subdomains), never from addresses of a
+private network, and hf:// from the hub.
+"""
+
+EXPORT = """\
+Writes a model as a Hugging Face folder, qwen3_vl_moe where it has experts and qwen3_vl where it has none, for
+transformers, sentence-transformers and the servers built on them. --verify embeds a text, an image and both with
+transformers on this machine, and fails where they differ from ours (it needs: pip install -e '.[hf]').
+
+examples:
+  moon-jax export --model moon-jax-quickstart --output served
+  moon-jax export --model runs/2b --output served --dtype bfloat16 --verify
+"""
+
+
+PLAN = """\
+Compiles the real training step of a config ahead of time for a TPU slice that is not here, and tells per chip: memory
+against what the chip has, FLOPs, bytes moved, collectives, and the step that these would take at full speed with all of
+it overlapped: a bound, not a forecast. It needs libtpu (pip install -e '.[tpu]') but no TPU, and a minute or several.
+--mesh compares layouts. Without --topology the step is compiled for this machine, and timed on it.
+
+examples:
+  moon-jax plan --config moon2_qwen3vl_2b --topology v5p:4x4x4
+  moon-jax plan --config moon2_qwen3vl_2b --topology v5p-128 --mesh fsdp=-1 --mesh data=-1,fsdp=4,expert=4
+  moon-jax plan --config moon2_qwen3vl_2b --topology v5p:8x8x8 --slices 2 --config.data.batch=4096
+  moon-jax plan --config quickstart
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help has examples")
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command with its flags, and the overrides `--config.a.b=value`.
+
+    Raises:
+        UserError: anything else that was given; names the closest flag.
+    """
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = Parser("moon-jax", description=DESCRIPTION, **layout)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    quickstart = commands.add_parser(
+        "quickstart", help="train on a catalogue and judge the model, in minutes", description=QUICKSTART, **layout
+    )
+    quickstart.add_argument("--data", help="prepared data, or a file or folder of products; default: rendered ones")
+    quickstart.add_argument(
+        "--workdir", default="moon-jax-quickstart", help="where the run lives (default: %(default)s)"
+    )
+    quickstart.add_argument("--steps", type=int, help="training steps, in place of the config's")
+    quickstart.add_argument("--config", help="a config that is shipped (quickstart, the default), or a file")
+    train = commands.add_parser(
+        "train", help="train a config, from public weights or from scratch", description=TRAIN, **layout
+    )
+    train.add_argument("--config", required=True, help="a config that is shipped, or a file")
+    train.add_argument("--data", help="prepared data, or a file or folder of products; default: rendered ones")
+    train.add_argument("--workdir", required=True, help="where the run lives: a folder, or gs://bucket/folder")
+    train.add_argument(
+        "--init", help="a workdir, a Hugging Face folder or hf://owner/name to begin from; default: random weights"
+    )
+    train.add_argument("--steps", type=int, help="training steps, in place of the config's")
+    train.add_argument("--profile", metavar="FIRST:LAST", help="a profiler trace of these steps, counted from 1")
+    train.add_argument(
+        "--stall-minutes", type=float, default=10.0, help="without a step for so long, show all stacks (default: 10)"
+    )
+    prepare = commands.add_parser(
+        "prepare", help="turn a catalogue or a log into records to train on", description=PREPARE, **layout
+    )
+    prepare.add_argument("--data", required=True, help="a file, a folder, hf://datasets/owner/name or tfds://name")
+    prepare.add_argument("--output", required=True, help="a folder that is new, empty, or half prepared")
+    prepare.add_argument("--columns", default="own", help="a column map: own (default), mbe, mbe2, … or a .json file")
+    prepare.add_argument("--fetch", action="append", default=[], metavar="HOST", help="ask this host for images by URL")
+    prepare.add_argument("--processes", type=int, help="that work at a time (default: one for each core)")
+    export = commands.add_parser("export", help="write a Hugging Face folder", description=EXPORT, **layout)
+    export.add_argument("--model", required=True, help="a workdir, a Hugging Face folder, or hf://owner/name")
+    export.add_argument("--output", required=True, help="a folder that is new or empty")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: the parameters' own")
+    export.add_argument("--verify", action="store_true", help="compare embeddings with transformers")
+    plan = commands.add_parser(
+        "plan", help="what a training step will cost on a machine that is not here", description=PLAN, **layout
+    )
+    plan.add_argument("--config", required=True, help="a config that is shipped, or a file")
+    plan.add_argument("--topology", default="", help="v5p:4x4x4, or v5p-128 as clouds say; default: this machine")
+    plan.add_argument(
+        "--slices", type=int, default=1, help="so many of them, joined by the slower network (default: 1)"
+    )
+    plan.add_argument(
+        "--mesh", action="append", help="axes that differ from size 1, such as data=-1,fsdp=4; again for a comparison"
+    )
+    plan.add_argument("--json", help="a file for all numbers; docs/experts.md tells its keys")
+    parsed, rest = parser.parse_known_args(arguments)
+    flags = [f"--{name}" for name in vars(parsed) if name != "command"]
+    for argument in rest:
+        if not argument.startswith("--config.") or "=" not in argument:
+            given = argument.partition("=")[0]
+            close = difflib.get_close_matches(given, flags, n=1)
+            others = [
+                name for name, one in commands.choices.items() if given in re.findall(r"--[\w-]+", one.format_usage())
+            ]
+            hint = "options of the config are written --config.a.b=value"
+            if given.startswith("--") and others:
+                hint = f"moon-jax {others[0]} has this flag"
+            elif close:
+                hint = f"the closest flag is {close[0]}"
+            raise UserError(f"{argument}: not understood; {hint}")
+    return parsed, rest
