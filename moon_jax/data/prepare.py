@@ -21,6 +21,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -104,15 +105,17 @@ def prepare(
         return prepared_lib.open_prepared(output)
     _claim(output, opened, options)
     names = _read(opened, options, work, pool, workers, progress)
-    tables = Tables(work, names, workers)
     try:
-        with progress("deciding", 1) as advance:
-            _decide(tables, options, opened.name)
-            advance()
-        shards = _write(tables, work, output, pool, workers, progress)
-        manifest = _describe(tables, output, shards, opened.synthetic)
-    finally:
-        tables.close()
+        with contextlib.closing(Tables(work, names, workers)) as tables:
+            with progress("deciding", 1) as advance:
+                _decide(tables, options, opened.name)
+                advance()
+            shards = _write(tables, work, output, pool, workers, progress)
+            manifest = _describe(tables, output, shards, opened.synthetic)
+    except duckdb.IOException as error:  # a full disk, most likely
+        raise UserError(
+            f"--output {output}: {str(error).splitlines()[0]}; make room; the same command goes on"
+        ) from None
     _replace(output / SOURCE, _told(opened, options))
     # The manifest comes last: where it stands, the rest is whole.
     _replace(output / prepared_lib.MANIFEST, json.dumps(manifest, indent=2) + "\n")
@@ -321,16 +324,15 @@ def write_shard(path: Path, places: np.ndarray, work: Path) -> dict[str, Any]:
     if note.is_file() and path.is_file():
         return json.loads(note.read_text(encoding="utf-8"))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    writer, content = ArrayRecordWriter(str(temporary), records.SHARD_OPTIONS), hashlib.blake2b(digest_size=16)
-    held, column = -1, None
-    for unit, row in places.T.tolist():
-        if unit != held:
-            [file] = (work / "units").glob(f"*-{unit:08}.parquet")
-            held, column = unit, pq.read_table(file, columns=["record"]).column(0)
-        record = column[row].as_py()
-        content.update(len(record).to_bytes(8, "little") + record)
-        writer.write(record)
-    writer.close()
+    content = hashlib.blake2b(digest_size=16)
+    try:
+        writer = ArrayRecordWriter(str(temporary), records.SHARD_OPTIONS)
+        for record in _records(places, work):
+            content.update(len(record).to_bytes(8, "little") + record)
+            writer.write(record)
+        writer.close()
+    except RuntimeError as error:  # what the library makes of a full disk
+        raise UserError(f"{path}: {str(error).split(';')[0]}; make room, then the same command goes on") from None
     told = {
         "file": path.name,
         "records": places.shape[1],
@@ -341,6 +343,15 @@ def write_shard(path: Path, places: np.ndarray, work: Path) -> dict[str, Any]:
     temporary.replace(path)
     _replace(note, json.dumps(told))
     return told
+
+
+def _records(places: np.ndarray, work: Path) -> Iterator[bytes]:
+    held, column = -1, None
+    for unit, row in places.T.tolist():
+        if unit != held:
+            [file] = (work / "units").glob(f"*-{unit:08}.parquet")
+            held, column = unit, pq.read_table(file, columns=["record"]).column(0)
+        yield column[row].as_py()
 
 
 def _checksum(path: Path) -> str:

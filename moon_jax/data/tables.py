@@ -25,7 +25,7 @@ TRAIN, VAL, TRAIN_QUERIES, VAL_QUERIES = range(4)
 
 
 class Tables:
-    """What was read, in a database of its own.
+    """What was read, in a database in memory that goes to disk where it does not fit.
 
     Tables:
         read: every record of products and queries; `event`: every row of a log.
@@ -38,11 +38,9 @@ class Tables:
     def __init__(self, folder: Path, files: dict[str, Sequence[Path]], threads: int):
         """
         Args:
-            folder: for the database and what does not fit into memory.
+            folder: for what does not fit into memory.
             files: the units, by "read" and "event".
         """
-        for old in folder.glob("tables.duckdb*"):
-            old.unlink()
         settings = {
             "memory_limit": MEMORY,
             "threads": threads,
@@ -50,7 +48,7 @@ class Tables:
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
         }
-        self.database = duckdb.connect(str(folder / "tables.duckdb"), config=settings)
+        self.database = duckdb.connect(config=settings)
         for name, schema in (("read", units.RECORDS), ("event", units.EVENTS)):
             fields = pa.schema([field for field in schema if field.name != "record"])
             found = pads.dataset([str(path) for path in files[name]], schema=fields, format="parquet")
@@ -132,7 +130,8 @@ class Tables:
                 side = f"CASE WHEN split = '{divided}' AND lot <= {last} THEN {VAL} ELSE {TRAIN} END"
         self.run(f"""
             CREATE TABLE product AS
-            SELECT row_number() OVER (ORDER BY side, unit, row) - 1 AS index, *
+            SELECT row_number() OVER (ORDER BY side, unit, row) - 1 AS index,
+                id, side, unit, row, size, title, draw, categories, has_text, has_image
             FROM (SELECT *, {side} AS side FROM unlike WHERE copy = 1)
         """)
 
@@ -150,7 +149,7 @@ class Tables:
                 CASE WHEN named.split = 'train' THEN {TRAIN_QUERIES} ELSE {VAL_QUERIES} END AS side,
                 product.side = CASE WHEN named.split = 'train' THEN {TRAIN} ELSE {to_find} END AS fits
             FROM named LEFT JOIN alias ON alias.id = named.target LEFT JOIN product ON product.id = alias.kept
-            WHERE named.part = 'query' AND named.nth = 1
+            WHERE part = 'query' AND nth = 1
         """)
         self.run("""
             INSERT INTO left_out

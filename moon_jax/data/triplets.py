@@ -47,7 +47,7 @@ def from_log(tables: Tables, fraction: float) -> None:
     """)
     tables.run("""
         CREATE TABLE shown AS
-        SELECT event.*, product.index AS positive, product.side
+        SELECT event.*, product.index AS positive, side
         FROM event JOIN alias ON alias.id = event.product JOIN product ON product.id = alias.kept
         WHERE reason IS NULL
     """)

@@ -373,9 +373,10 @@ def model_card(trained: Trained) -> str:
     ]
     if data:
         made = "synthetic, rendered products" if data["synthetic"] else "a catalogue of its owner's"
+        train, val = data["splits"]["train"], data["splits"]["val"] or data["splits"]["train"]
         lines.append(
-            f"* **Data**: {made}: {data['splits']['train']:,} products and {data['triplets']:,} triplets to train on,"
-            f" {data['splits']['val'] or data['splits']['train']:,} products to evaluate on; fingerprint `{data['fingerprint']}`."
+            f"* **Data**: {made}: {train:,} products and {data['triplets']:,} triplets to train on,"
+            f" {val:,} products to evaluate on; fingerprint `{data['fingerprint']}`."
         )
     else:
         lines.append("* **Data**: not recorded.")

@@ -253,7 +253,10 @@ def test_a_tokenizer_of_more_tokens_than_the_vocabulary_is_refused(tmp_path, tok
 
 def test_exported_again_it_tells_the_same(tmp_path, tokenizer):
     model = trained(
-        tiny(), tokenizer, tmp_path, data=dict(synthetic=False, train=5, triplets=4, val=3, fingerprint="d")
+        tiny(),
+        tokenizer,
+        tmp_path,
+        data=dict(synthetic=False, splits=dict(train=5, val=3), triplets=4, fingerprint="d"),
     )
     export.export(model, tmp_path / "model")
     export.export(serving.read(tmp_path / "model"), tmp_path / "again")
@@ -391,7 +394,7 @@ def test_widths_whose_layouts_look_alike_are_refused(width):
 
 
 def test_the_card_tells_base_licence_data_and_metrics(tmp_path, tokenizer):
-    data = dict(synthetic=True, train=3607, triplets=3607, val=393, fingerprint="abcd")
+    data = dict(synthetic=True, splits=dict(train=3607, val=393), triplets=3607, fingerprint="abcd")
     row = {"R@1": 1.5, "R@5": 5.0, "R@10": 10.0, "chance@10": 2.5, "queries": 393, "candidates": 400}
     model = trained(
         tiny(),

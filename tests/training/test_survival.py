@@ -20,7 +20,7 @@ import moon_jax
 from moon_jax import config as config_lib
 from moon_jax import hosts, interrupt, places, sharding
 from moon_jax.config import UserError
-from moon_jax.data import prepared
+from moon_jax.data.prepared import open_prepared
 from moon_jax.training import checkpoints, watch
 from tests.conftest import ROOT, environment, tiny
 
@@ -229,14 +229,14 @@ def test_damage_that_one_of_two_processes_meets_is_skipped_by_both(tmp_path):
     assert (workdir / "damaged" / "7").is_dir() and (workdir / "checkpoints" / "5").is_dir()
 
 
-def test_a_save_that_fails_in_one_of_two_processes_ends_both(catalogue, tmp_path):
-    """Its disk takes no large files. Orbax would have all wait for it."""
+def test_a_save_that_fails_in_one_of_two_processes_ends_both(prepared, tmp_path):
+    """Its disk takes no large files, so the data was prepared before. Orbax would have all wait for it."""
     script = tmp_path / "one.sh"
     script.write_text(
         f'if [ "$JAX_PROCESS_ID" = 1 ]; then ulimit -f 100; fi\nexec {sys.executable} -m moon_jax.cli "$@"\n'
     )
     more = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.training.steps=5000", *NEVER_JUDGED)
-    code, _, err = finish(start(several(2, catalogue, tmp_path / "w", *more, by=("bash", script))))
+    code, _, err = finish(start(several(2, prepared.folder, tmp_path / "w", *more, by=("bash", script))))
     assert code == 2 and "Traceback" not in err
     assert err.count("a checkpoint could not be written: File too large") == 1
     assert (tmp_path / "w" / "metrics.jsonl").read_bytes().count(b"\n") < 200
@@ -451,7 +451,7 @@ def test_numbers_that_stay_bad_end_the_run(catalogue, tmp_path, monkeypatch):
     assert [line["finite"] for line in lines[-3:]] == [False] * 3 and dump["step"] == len(lines)
     assert len(dump["triplets"]) == 8
     assert all(set(triplet) == {"triplet", "query", "positive", "negative", "weight"} for triplet in dump["triplets"])
-    data = prepared.open_prepared(tmp_path / "w" / "data")
+    data = open_prepared(tmp_path / "w" / "data")
     for told in dump["triplets"]:
         assert told["query"] == data.products[data.triplets[told["triplet"]].query].id
     norms = dump["gradient_norms"]["encoder/decoder/periods/layer_0/attention/q_proj/kernel"]

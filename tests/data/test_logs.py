@@ -1,0 +1,204 @@
+"""Logs → triplets, against a plain Python rule."""
+
+import json
+import math
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from tests.conftest import jpeg, prepared_from, quarantine
+
+WEIGHTS = {"impression": 0, "click": 1, "cart": 2, "purchase": 4}
+
+
+def write(folder, products, rows, name="log.jsonl"):
+    folder.mkdir(exist_ok=True)
+    for number, product in enumerate(products):
+        (folder / f"{number}.jpg").write_bytes(jpeg((90, 90, 90), (8, 8), number))
+        product.setdefault("images", [f"{number}.jpg"])
+    (folder / "products.jsonl").write_text("\n".join(map(json.dumps, products)))
+    (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def catalogue(count, category=3):
+    return [
+        {"product_id": f"p{n}", "title": f"thing {n // 2}", "category": ["all", f"c{n % category}"]}
+        for n in range(count)
+    ]
+
+
+def triplets(found):
+    ids = [product.id for product in found.products]
+    texts = [product.text for product in found.products]
+    return {
+        (texts[t.query], ids[t.positive]): (None if t.negative is None else ids[t.negative], t.weight)
+        for t in found.triplets
+    }
+
+
+def test_weights_negatives_and_the_split_by_time(tmp_path):
+    rows = []
+
+    def page(query, session, time, shown, events):
+        for position, product in enumerate(shown):
+            common = {"query": query, "session": session, "product_id": product, "position": position}
+            rows.append(common | {"event": "impression", "time": time})
+            for event in events.get(product, ()):
+                rows.append(common | {"event": event, "time": time + 1})
+
+    # p4 and p5 share a title: p4 is no negative of p5.
+    page("red", "a", 10, ["p0", "p4", "p9", "p5"], {"p5": ["click", "purchase"]})
+    # Nothing stands above: the negative is of the same category.
+    page("blue", "b", 20, ["p1", "p2"], {"p1": ["click"]})
+    # p0 was skipped here, but chosen for the same query elsewhere; p7 was skipped twice, above p8 and further above.
+    page("mug", "c", 30, ["p0", "p7", "p8"], {"p8": ["cart"]})
+    page("mug", "d", 40, ["p0", "p1"], {"p0": ["click"]})
+    rows.append({"query": "mug", "product_id": "p8", "event": "click", "count": 3, "time": 50})
+    # Later than nine tenths of the choices: for evaluation. A pair that was learned is not asked again.
+    page("late", "e", 1000, ["p3", "p6"], {"p6": ["click"]})
+    rows += [{"query": f"filler {n}", "product_id": "p10", "event": "click", "time": 60 + n} for n in range(14)]
+    rows.append({"query": "red", "product_id": "p5", "event": "click", "time": 1002})
+    found = prepared_from(write(tmp_path / "data", catalogue(12), rows), tmp_path / "p")
+    made = triplets(found)
+    assert made["red", "p5"] == ("p9", pytest.approx(math.log2(1 + 5)))
+    negative, weight = made["blue", "p1"]
+    assert weight == 1.0 and int(negative[1:]) % 3 == 1 and negative != "p1" and negative != "p0"
+    assert made["mug", "p8"] == ("p7", pytest.approx(math.log2(1 + 2 + 3)))
+    assert made["mug", "p0"][1] == 1.0
+    assert ("late", "p6") not in made and len(made) == 4 + 14
+    asked = [(found.products[q].text, found.products[p].id) for q, p in found.val_queries]
+    assert asked == [("late", "p6")]
+    assert found.manifest["read"]["log"] == found.manifest["kept"]["log"] == len(rows)
+    assert found.manifest["negatives_skipped_above"] == 2
+    # With a log nothing is held out by title, and each query is one record.
+    assert list(found.val) == list(found.train) == list(range(12))
+    assert len(found.products) == 12 + len({query for query, _ in made} | {"late"})
+
+
+def test_a_log_of_thousands_against_a_plain_rule(tmp_path):
+    rng = np.random.default_rng(0)
+    products = catalogue(60, 4)
+    rows = []
+    for session in range(700):
+        query = f"query {rng.integers(40)}"
+        shown = rng.choice(60, 8, replace=False)
+        time = float(rng.uniform(0, 100))
+        for position, product in enumerate(shown):
+            row = {"query": query, "session": str(session), "product_id": f"p{product}", "position": position}
+            rows.append(row | {"event": "impression", "time": time})
+            if rng.random() < 0.15:
+                event = str(rng.choice(["click", "cart", "purchase"]))
+                rows.append(row | {"event": event, "time": time, "count": int(rng.integers(1, 4))})
+    found = prepared_from(write(tmp_path / "data", products, rows), tmp_path / "p")
+
+    times = sorted(row["time"] for row in rows if WEIGHTS[row["event"]])
+    cut = times[round(0.9 * len(times))]
+    weight, pages, chosen, late = defaultdict(float), defaultdict(dict), set(), set()
+    for row in rows:
+        pair = row["query"], row["product_id"]
+        if WEIGHTS[row["event"]]:
+            chosen.add(pair)
+        if row["time"] >= cut:
+            if WEIGHTS[row["event"]]:
+                late.add(pair)
+            continue
+        gained = WEIGHTS[row["event"]] * row.get("count", 1)
+        if gained:
+            weight[pair] += gained
+        page = pages[row["query"], row["session"]]
+        top, taken = page.get(row["product_id"], (row["position"], 0))
+        page[row["product_id"]] = min(top, row["position"]), taken + gained
+    skipped = defaultdict(list)
+    title = {product["product_id"]: product["title"] for product in products}
+    for (query, session), page in pages.items():
+        for product, (place, taken) in page.items():
+            for other, (above, other_taken) in page.items():
+                good = taken and not other_taken and above < place and title[product] != title[other]
+                if good and (query, other) not in chosen:
+                    skipped[query, product].append((place - above, session, other))
+    made = triplets(found)
+    assert set(made) == set(weight)
+    direct = 0
+    for (query, product), (negative, told) in made.items():
+        assert told == pytest.approx(math.log2(1 + weight[query, product]), rel=1e-6)
+        near = [other for gap, _, other in skipped[query, product] if gap == min(skipped[query, product])[0]]
+        if near:
+            assert negative in near
+            direct += 1
+        else:
+            assert title[negative] != title[product] and int(negative[1:]) % 4 == int(product[1:]) % 4
+    assert direct > 50 and direct == found.manifest["negatives_skipped_above"]
+    asked = {(found.products[q].text, found.products[p].id) for q, p in found.val_queries}
+    assert asked == late - set(weight)
+
+
+def test_rows_of_a_log_that_cannot_be_used(tmp_path):
+    good = {"query": "mug", "product_id": "p1", "event": "click", "time": 5}
+    bad = [
+        ("bad event", good | {"event": "hover"}),
+        ("bad event", good | {"event": 7}),
+        ("bad event", good | {"time": "yesterday"}),
+        ("bad event", good | {"time": 1e400}),
+        ("bad event", good | {"count": -1}),
+        ("bad event", good | {"count": "many"}),
+        ("bad event", good | {"count": float("nan")}),
+        ("bad event", good | {"position": "top"}),
+        ("bad event", good | {"position": True}),
+        ("no id", good | {"product_id": ""}),
+        ("no text and no image", good | {"query": "  "}),
+        ("bad text", good | {"query": 7}),
+        ("bad text", good | {"query": "\ud800"}),
+        ("unknown product", good | {"product_id": "p99"}),
+        ("bad image", good | {"query": None, "query_image": "../secret.jpg"}),
+        ("bad text", good | {"session": {"a": 1}}),
+    ]
+    fine = [
+        good | {"time": "2026-11-24T10:00:00Z"},
+        good | {"time": "1700000000.5", "count": "2"},
+        good | {"time": None, "position": float("nan"), "query": "hat"},
+        {"query": "no event is a choice", "product_id": "p2"},
+    ]
+    rows = [row for _, row in bad] + fine
+    found = prepared_from(write(tmp_path / "data", catalogue(6), rows), tmp_path / "p")
+    assert [(e["file"], e["number"], e["reason"]) for e in quarantine(found)] == [
+        ("log.jsonl", number, reason) for number, (reason, _) in enumerate(bad, start=1)
+    ]
+    assert found.manifest["read"]["log"] == len(rows) and found.manifest["kept"]["log"] == len(fine)
+
+
+def test_image_queries_csv_logs_and_duplicates(tmp_path):
+    """A photo asks, a CSV tells; what was clicked under the id of a duplicate counts for the one that is kept."""
+    products = catalogue(6)
+    products.append(products[2] | {"product_id": "same as p2", "images": ["2.jpg"]})
+    folder = write(tmp_path / "data", products, [], "unused.txt")
+    (folder / "photo.jpg").write_bytes(jpeg((9, 200, 9), (10, 10), 0))
+    (folder / "log_1.csv").write_text(
+        "query,query_image,product_id,event\n"
+        "red mug,,same as p2,click\n"
+        'red mug,,p2,"click"\n'
+        ",photo.jpg,p3,purchase\n"
+        '"two\nlines",photo.jpg,p4,click\n'
+    )
+    found = prepared_from(folder, tmp_path / "p", prepare__val_fraction=0.0001)
+    ids = [product.id for product in found.products]
+    asked = {
+        (found.products[t.query].text, len(found.products[t.query].images), ids[t.positive]): t for t in found.triplets
+    }
+    assert set(asked) == {("red mug", 0, "p2"), (None, 1, "p3"), ("two\nlines", 1, "p4")}
+    assert asked["red mug", 0, "p2"].weight == pytest.approx(math.log2(3))
+    assert found.quarantined == {"duplicate product": 1}
+
+
+def test_a_log_trains(tmp_path):
+    """Queries without images are rows with text alone."""
+    from moon_jax.data import pipeline, text
+    from tests.conftest import tiny
+
+    rows = [{"query": f"thing {n % 5}", "product_id": f"p{n % 12}", "event": "click", "time": n} for n in range(40)]
+    found = prepared_from(write(tmp_path / "data", catalogue(12), rows), tmp_path / "p")
+    tokenizer = text.train((product.text for product in found.products if product.text), 300)
+    batch = pipeline.batches(found, pipeline.Reader(tiny(), tokenizer))[0]
+    assert (batch.rows.view[:8, 0] == 1).all() and not batch.rows.view[:8, 1:].any()
+    assert batch.rows.view[8:16].all() and (batch.weight >= 1).all()
