@@ -58,6 +58,7 @@ class File:
     kind: str  # product, query or log
     split: str  # train, val, or empty
     format: str
+    root: Path  # to which paths of images are relative
 
     @property
     def size(self) -> int:
@@ -158,7 +159,7 @@ def _files(root: Path, source: str, columns: ColumnMap, deep: bool) -> list[File
         bare = path.with_suffix("") if path.suffix == ".gz" else path
         format = columns.format or SUFFIXES.get(bare.suffix)
         if format and not path.name.startswith("."):
-            files.append(describe(path, name, format))
+            files.append(describe(path, name, format, root if root.is_dir() else root.parent))
     if not files:
         known = ", ".join(SUFFIXES)
         what = f"none of {known}" if root.is_file() else f"no {' or '.join(columns.files)}" if columns.files else ""
@@ -169,7 +170,7 @@ def _files(root: Path, source: str, columns: ColumnMap, deep: bool) -> list[File
     return files
 
 
-def describe(path: Path, name: str, format: str) -> File:
+def describe(path: Path, name: str, format: str, root: Path) -> File:
     """What a file holds, by its name; by that of its folder or split where a library keeps them."""
     told = name.lower() if format in ("arrow", "tfds") else path.name.lower()
     words = re.split(r"[-_./]", told)
@@ -177,7 +178,7 @@ def describe(path: Path, name: str, format: str) -> File:
     held_out = bool(set(words) & {"val", "valid", "validation", "dev", "test"})
     train = bool(set(words) & {"train", "training"})
     split = "val" if held_out else "train" if train else "val" if kind == "query" else ""
-    return File(path, name, kind, split, format)
+    return File(path, name, kind, split, format, root)
 
 
 def _schema(file: File) -> pa.Schema:
@@ -355,6 +356,8 @@ def _tar(file: File, columns: ColumnMap) -> Iterator[Chunk]:
     start, held, size = 1, [], 0
     try:
         with _opened(file) as raw, tarfile.open(fileobj=raw, mode="r|") as opened:
+            if file.path.suffix != ".gz" and not _ends(file.path):
+                raise EOFError("it does not end as a tar file does")  # tarfile takes a cut before a member for the end
             for _, members in itertools.groupby(_members(opened), key=lambda member: member[0]):
                 record = _joined(list(members))
                 size += sum(len(part) for part in record.get("images", ())) if isinstance(record, dict) else 0
@@ -366,6 +369,13 @@ def _tar(file: File, columns: ColumnMap) -> Iterator[Chunk]:
         raise _damaged(file, error, start + len(held) - 1) from None
     if held:
         yield Chunk(file, start, held, size=size)
+
+
+def _ends(path: Path) -> bool:
+    """Whether a tar file ends with the two blocks of zeros that it must."""
+    with path.open("rb") as raw:
+        raw.seek(-min(1024, path.stat().st_size), os.SEEK_END)
+        return raw.read() == bytes(1024)
 
 
 def _members(opened: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | BadRecord]]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from array_record.python.array_record_module import ArrayRecordReader
+
 from moon_jax.config import UserError
 from moon_jax.data import records, sources
 from moon_jax.data.columns import ColumnMap
@@ -95,86 +97,79 @@ def open_source(source: str, columns: ColumnMap) -> sources.Opened:
     except ImportError:
         raise UserError(f"--data {source}: wants tensorflow-datasets; pip install -e '.[tfds]'") from None
     try:
-        if source.startswith(sources.TFDS):
-            builder = tfds.builder(source.removeprefix(sources.TFDS), try_gcs=False)
-        else:
-            builder = tfds.builder_from_directory(source)
-        splits = sorted(builder.info.splits)
-        if not splits:
-            raise ValueError("it was not prepared yet: builder.download_and_prepare(file_format='array_record')")
-        opened = {
-            name: builder.as_data_source(split=name, decoders=_undecoded(builder.info.features)) for name in splits
-        }
+        named = source.startswith(sources.TFDS)
+        name = source.removeprefix(sources.TFDS)
+        builder = tfds.builder(name, try_gcs=False) if named else tfds.builder_from_directory(source)
+        splits = {name: [Path(path) for path in split.filepaths] for name, split in sorted(builder.info.splits.items())}
+        kind = builder.info.file_format
+        if not splits or kind is not tfds.core.FileFormat.ARRAY_RECORD:
+            what = f"it is kept as {kind.value}" if splits else "it was not prepared yet"
+            raise ValueError(f"{what}: call its builder's download_and_prepare(file_format='array_record') first")
     except Exception as error:  # its errors are of many kinds, some of them of many lines
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--data {source}: {told}") from None
-    root = Path(builder.data_path)
-    names = sorted(_flat(builder.info.features))
-    files = []
-    for name in splits:
-        shards = sorted(root.glob(f"*-{name}.*"))
-        file = sources.describe(shards[0], name, "tfds")
-        files.append(file)
-        columns.check(file.kind, names, f"{source} {name}")
+    features, root = builder.info.features, Path(builder.data_path)
+    files = [
+        sources.describe(path, f"{name}/{path.name}", "tfds", root) for name, paths in splits.items() for path in paths
+    ]
+    for file in files:
+        columns.check(file.kind, _columns(features), f"{source} {file.name}")
 
     def chunks() -> Iterator[sources.Chunk]:
         for file in files:
-            data, features = opened[file.name], builder.info.features
-            for start in range(0, len(data), sources.CHUNK_RECORDS // 10):
-                stop = min(start + sources.CHUNK_RECORDS // 10, len(data))
-                rows = [dict(_plain(features, example)) for example in data.__getitems__(list(range(start, stop)))]
-                size = file.size * (stop - start) // max(len(data), 1)
-                yield sources.Chunk(file, start + 1, rows, size=size)
+            reader, start, held, size = ArrayRecordReader(str(file.path)), 1, [], 0
+            for _ in range(reader.num_records()):
+                record = reader.read()
+                held.append(dict(_plain(features, records.Example.FromString(record).features.feature)))
+                size += len(record)
+                if len(held) == sources.CHUNK_RECORDS or size >= sources.CHUNK_BYTES:
+                    yield sources.Chunk(file, start, held, size=size)
+                    start, held, size = start + len(held), [], 0
+            if held:
+                yield sources.Chunk(file, start, held, size=size)
 
     return sources.Opened(source, files, chunks)
 
 
-def _undecoded(features: Any) -> Any:
-    """Decoders that leave images as they are encoded."""
-    import tensorflow_datasets as tfds
+def _columns(features: Any, prefix: str = "") -> list[str]:
+    """The names of an example's columns; nested ones are a/b."""
+    from tensorflow_datasets.core.features import FeaturesDict
 
-    if isinstance(features, tfds.features.FeaturesDict):
-        found = {name: _undecoded(feature) for name, feature in features.items()}
-        return {name: decoder for name, decoder in found.items() if decoder} or None
-    inner = getattr(features, "feature", None)
-    image = isinstance(inner if inner is not None else features, tfds.features.Image)
-    return tfds.decode.SkipDecoding() if image else None
+    found = []
+    for name, feature in features.items():
+        nested = isinstance(feature, FeaturesDict)
+        found += _columns(feature, f"{prefix}{name}/") if nested else [prefix + name]
+    return found
 
 
-def _flat(features: Any, prefix: str = "") -> Iterator[str]:
-    import tensorflow_datasets as tfds
+def _plain(features: Any, example: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The columns of an example: text, names of class labels, encoded images; lists where a feature is a sequence. A
+    sequence of dicts of two features is a map.
+    """
+    from tensorflow_datasets.core.features import FeaturesDict, Image, Sequence
 
     for name, feature in features.items():
-        if isinstance(feature, tfds.features.FeaturesDict):
-            yield from _flat(feature, f"{prefix}{name}/")
+        key = prefix + name
+        if isinstance(feature, FeaturesDict):
+            yield from _plain(feature, example, f"{key}/")
+        elif isinstance(feature, Sequence) and isinstance(feature.feature, FeaturesDict):
+            parts = [_values(one, example[f"{key}/{part}"]) for part, one in feature.feature.items()]
+            if len(parts) == 2:
+                yield key, list(zip(*parts, strict=False))
+        elif isinstance(feature, Sequence):
+            yield key, _values(feature.feature, example[key])
         else:
-            yield prefix + name
+            values = _values(feature, example[key])
+            scalar = isinstance(feature, Image) or not feature.shape
+            yield key, next(iter(values), None) if scalar else values
 
 
-def _plain(features: Any, example: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """An example's columns, nested ones as a/b: text for bytes of text, names for class labels, lists for arrays."""
-    import tensorflow_datasets as tfds
+def _values(feature: Any, found: Any) -> list[Any]:
+    from tensorflow_datasets.core.features import ClassLabel, Image
 
-    for name, feature in features.items():
-        value = example[name]
-        if isinstance(feature, tfds.features.FeaturesDict):
-            yield from _plain(feature, value, f"{prefix}{name}/")
-            continue
-        inner = getattr(feature, "feature", feature)
-        if isinstance(inner, tfds.features.FeaturesDict):  # a sequence of dicts comes as a dict of sequences
-            first, second, *_ = [*value.values(), [], []]
-            value = list(zip(map(_value, first), map(_value, second), strict=False))
-        elif isinstance(inner, tfds.features.ClassLabel):
-            value = feature.int2str(int(value)) if inner is feature else [inner.int2str(int(one)) for one in value]
-        elif isinstance(inner, tfds.features.Image):
-            value = bytes(value) if inner is feature else [bytes(one) for one in value]
-        else:
-            value = _value(value)
-        yield prefix + name, value
-
-
-def _value(value: Any) -> Any:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
-    return [_value(one) for one in value] if isinstance(value, list | tuple) else value
+    values = list(getattr(found, found.WhichOneof("kind") or "bytes_list").value)
+    if isinstance(feature, Image):  # stays encoded
+        return values
+    if isinstance(feature, ClassLabel):
+        return [feature.int2str(value) if value >= 0 else None for value in values]
+    return [value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value for value in values]

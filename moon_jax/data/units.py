@@ -117,7 +117,7 @@ def write(chunk: sources.Chunk, unit: int, rules: Rules, path: Path) -> set[str]
     fetched = _fetched((image for _, product, _ in parsed for image in product.images), rules)
     for told, product, rest in parsed:
         try:
-            images = [_content(image, chunk.file.path.parent, fetched, rules) for image in product.images]
+            images = [_content(image, chunk.file.root, fetched, rules) for image in product.images]
             product = dataclasses.replace(product, images=tuple(written for written, _ in images))
             describe = _event if chunk.file.kind == "log" else _record
             told |= describe(chunk.file, product, rest, [digest for _, digest in images])
