@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from moon_jax import config as config_lib
@@ -111,7 +112,10 @@ def _refused(error: OSError, parsed: argparse.Namespace) -> str:
 
 
 def _hush() -> None:
-    """What Orbax, its tasks and gcsfs log as an error comes to us as an exception, and is told in one line."""
+    """What Orbax, its tasks and gcsfs log as an error comes to us as an exception, and is told in one line; what Pillow
+    warns of in a broken image is in the quarantine.
+    """
+    warnings.filterwarnings("ignore", module="PIL")
     for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _but_of_closed_loops
@@ -193,6 +197,7 @@ def run_prepare(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.training import watch
 
     interrupt.check()
+    _hush()
     options = prepare.Options.of(config, parsed.columns, parsed.fetch)
     report = watch.Watch()
     with workers.pool(processes) as pool:
