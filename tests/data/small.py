@@ -1,0 +1,10 @@
+"""moon-jax with small chunks and shards, so that little data has many: python -m tests.data.small prepare …"""
+
+import sys
+
+from moon_jax import cli
+from moon_jax.data import prepare, sources
+
+if __name__ == "__main__":
+    sources.CHUNK_RECORDS, prepare.SHARD_BYTES = 50, 100_000
+    sys.exit(cli.main())

@@ -1,0 +1,163 @@
+"""Prepare is killed, by SIGKILL and at any moment, and run again: the same bytes as undisturbed, by any number of
+processes; and nothing that it started outlives it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import ROOT, SCHEMA, jpeg, records
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """2,000 products, some of them bad, and a log."""
+    folder, rng = tmp_path_factory.mktemp("source"), np.random.default_rng(0)
+    made = records(400)
+    rows = []
+    for n in range(2000):
+        row = made[n % 400] | {"product_id": f"p{n}", "title": f"thing {n % 700}"}
+        if n % 17 == 0:
+            row["images"] = [{"bytes": jpeg((1, 2, 3), (24, 24), n)[: rng.integers(300)], "path": ""}]
+        rows.append(row)
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "products.parquet")
+    log = [
+        {
+            "query": f"q {rng.integers(90)}",
+            "product_id": f"p{rng.integers(2100)}",
+            "position": int(rng.integers(9)),
+            "time": n,
+        }
+        | {"event": str(rng.choice(["impression", "click"]))}
+        for n in range(3000)
+    ]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    return folder
+
+
+def start(source, output, processes):
+    command = [sys.executable, "-m", "tests.data.small", "prepare", "--data", source, "--output", output]
+    return subprocess.Popen(
+        [*map(str, command), "--processes", str(processes)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory):
+    """What comes out, and how many seconds it takes."""
+    output, began = tmp_path_factory.mktemp("undisturbed") / "p", time.monotonic()
+    finish(start(source, output, 2))
+    took = time.monotonic() - began
+    found = content(output)
+    assert sum(name.startswith("moon_jax-train.") for name in found) > 5
+    manifest = json.loads(found["manifest.json"])
+    assert manifest["quarantined"]["bad image"] > 50 and manifest["quarantined"]["unknown product"] > 50
+    assert sum(manifest["read"].values()) == sum(manifest["kept"].values()) + sum(manifest["quarantined"].values())
+    return found, took
+
+
+def alive(session):
+    """Processes of a session that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, _, rest = path.read_text().rpartition(")")
+        except OSError:
+            continue
+        state, _, _, owner = rest.split()[:4]
+        if int(owner) == session and state != "Z":
+            found.append(path.parent.name)
+    return found
+
+
+def killed(source, undisturbed, tmp_path, seed):
+    expected, took = undisturbed
+    rng = np.random.default_rng(seed)
+    output = tmp_path / "p"
+    for _ in range(2):
+        process = start(source, output, int(rng.integers(1, 4)))
+        time.sleep(rng.uniform(0.2, 1.0) * took)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        deadline = time.monotonic() + 20
+        while alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not alive(process.pid), "a worker outlives the one that started it"
+    out = finish(start(source, output, int(rng.integers(1, 4))))
+    assert "triplets" in out
+    assert content(output) == expected
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random(source, undisturbed, tmp_path, seed):
+    killed(source, undisturbed, tmp_path, seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(2, 32))
+def test_killed_at_random_moments(source, undisturbed, tmp_path, seed):
+    killed(source, undisturbed, tmp_path, seed)
+
+
+def test_one_process_gives_what_two_give_and_a_second_time_is_nothing(source, undisturbed, tmp_path):
+    finish(start(source, tmp_path / "p", 1))
+    assert content(tmp_path / "p") == undisturbed[0]
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "p").iterdir()}
+    assert "prepared in" in finish(start(source, tmp_path / "p", 1))
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "p").iterdir()} == times
+
+
+def test_ctrl_c_stops_and_the_same_command_goes_on(source, undisturbed, tmp_path):
+    process = start(source, tmp_path / "p", 2)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "p" / ".work" / "units").glob("*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (0, 130), err
+    if process.returncode:
+        assert "interrupted; the same command goes on from here" in err and "Traceback" not in err
+    finish(start(source, tmp_path / "p", 2))
+    assert content(tmp_path / "p") == undisturbed[0]
+
+
+def test_another_source_or_another_option_is_told(source, undisturbed, tmp_path):
+    output = tmp_path / "p"
+    process = start(source, output, 1)
+    while not (output / ".work" / "source.json").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    (tmp_path / "other.jsonl").write_text('{"product_id": "1", "title": "a"}')
+    other = start(tmp_path / "other.jsonl", output, 1)
+    _, err = other.communicate(timeout=60)
+    assert other.returncode == 2 and "holds a preparation that was begun from another source" in err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    full = start(source, tmp_path / "full", 1)
+    _, err = full.communicate(timeout=60)
+    assert full.returncode == 2 and "holds other things; give a folder that is new or empty" in err
+    assert os.listdir(tmp_path / "full") == ["mine.txt"]
