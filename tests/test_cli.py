@@ -174,6 +174,44 @@ def test_bad_records_are_left_out_listed_and_counted(capsys, tmp_path):
     assert json.loads((workdir / "data" / "manifest.json").read_text())["products"] == 30
 
 
+def test_prepare_then_a_run(capsys, catalogue, tmp_path):
+    output, workdir = tmp_path / "p", tmp_path / "w"
+    assert cli.main(["prepare", "--data", str(catalogue), "--output", str(output), "--processes", "1"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "60 products read, 60 kept nothing was left out 54 products to train on, 6 to find; 54 triplets" in told
+    assert f"--data {output} --workdir runs/first" in told
+    assert cli.main(["train", "--config", "quickstart", *arguments(output, workdir)]) == 0
+    assert {path.name for path in (workdir / "data").iterdir()} == {"manifest.json", "quarantine.jsonl"}
+    # The same products, prepared in the workdir, are the same data.
+    assert cli.main(["train", "--config", "quickstart", *arguments(catalogue, workdir)]) == 0
+    assert "is trained already" in capsys.readouterr().out
+    (output / "triplets.npy").write_bytes(b"x")
+    told = one_line(capsys, *arguments(output, tmp_path / "other"))
+    assert f"{output}/triplets.npy: has 1 bytes, not " in told and "prepare the data again" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--data", "nowhere", "--output", "p"], "--data nowhere: no such file or folder"),
+        (["--data", "gs://bucket/x", "--output", "p"], "--data gs://bucket/x: not a folder of this machine; mount it"),
+        (["--data", ".", "--output", "s3://b/x"], "--output s3://b/x: not a folder of this machine; mount it"),
+        (["--data", ".", "--output", "p", "--processes", "0"], "--processes 0: give 1 or more"),
+        (["--data", ".", "--output", "p", "--columns", "mbe3"], "--columns mbe3: no such column map"),
+        (["--data", "."], "the following arguments are required: --output"),
+        (["--data", ".", "--output", "p", "--workdir", "w"], "--workdir=w: not understood"),
+        (["--data", ".", "--output", "p", "--config.prepare.val_fraction=2"], "prepare.val_fraction must lie between"),
+        (["--data", ".", "--output", "p"], "--data .: no file there that ends with one of"),
+    ],
+)
+def test_mistakes_of_prepare(capsys, tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", *given]) == 2
+    told = capsys.readouterr().err
+    assert message.replace("=w", "") in told.replace("--workdir w", "--workdir") and told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 # --- the system ---------------------------------------------------------------------------------------------------
 
 

@@ -1,16 +1,22 @@
 """Against a real server on loopback, which is no public address: the tests that let it be asked say so."""
 
 import asyncio
+import dataclasses
+import functools
+import json
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 aiohttp_web = pytest.importorskip("aiohttp.web", reason="aiohttp is not installed (the extra fetch)")
 
-from moon_jax.data import fetch  # noqa: E402
+from moon_jax import config as config_lib  # noqa: E402
+from moon_jax.config import UserError  # noqa: E402
+from moon_jax.data import fetch, prepare  # noqa: E402
 from moon_jax.data.parse import BadRecord  # noqa: E402
-from tests.conftest import jpeg  # noqa: E402
+from tests.conftest import jpeg, prepared_from, quarantine  # noqa: E402
 
 PHOTO = jpeg((200, 30, 30), (24, 24), 0)
 
@@ -231,3 +237,24 @@ def test_allowed_hosts():
     )
     assert fetch.is_allowed("example.com", ["example.com"]) and not fetch.is_allowed("a.example.com", ["example.com"])
     assert not fetch.is_allowed("", ["*."]) and not fetch.is_allowed("a", [])
+
+
+def test_a_catalogue_of_urls(server, tmp_path, monkeypatch):
+    """The whole way; loopback counts as public here, which nothing but a test can ask for."""
+    address, asked, _ = server
+    lines = [{"product_id": str(n), "title": f"thing {n}", "images": [f"{address}/photo/c{n}"]} for n in range(8)]
+    lines.append({"product_id": "gone", "title": "thing", "images": [f"{address}/gone"]})
+    lines.append({"product_id": "elsewhere", "title": "thing", "images": ["https://example.com/a.jpg"]})
+    (tmp_path / "products.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=r"10 image not fetched\), such as products.jsonl 1: a URL; --fetch HOST lets"):
+        prepared_from(tmp_path / "products.jsonl", tmp_path / "none")
+    monkeypatch.setattr(fetch, "fetch", functools.partial(fetch.fetch, public=lambda address: True))
+    options = dataclasses.replace(prepare.Options.of(config_lib.Config()), hosts=("localhost",))
+    for output in ("p", "q"):
+        with ThreadPoolExecutor(2) as pool:
+            found = prepare.prepare(tmp_path / "products.jsonl", tmp_path / output, options, pool, 2)
+        assert {product.id for product in found.products} == {str(n) for n in range(8)}
+        assert all(product.images == (PHOTO,) for product in found.products)
+        assert [entry["id"] for entry in quarantine(found)] == ["gone", "elsewhere"]
+        assert found.quarantined == {"image not fetched": 2}
+    assert all(asked[f"/photo/c{n}"] == 1 for n in range(8))

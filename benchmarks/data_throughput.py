@@ -1,0 +1,136 @@
+"""Prepared records to ready batches, against Pillow's bare decode-and-resize and torch's DataLoader, on the same cores.
+
+    moon-jax prepare --data catalogue/ --output prepared
+    python benchmarks/data_throughput.py --data prepared [--config quickstart] [--seconds 8] [--rounds 5]
+
+All three work on the same images of the same products, in alternation, each with as many threads or workers as there
+are cores:
+
+  bare     Pillow alone: an image's bytes, held in memory, decoded and resized to the size that the model takes
+  ours     records read from disk, texts tokenised, queries altered, images decoded, resized and cut into patches, rows
+           packed: the batches that training takes
+  torch    a DataLoader over the same records: a product is decoded and resized as for "bare" and its title tokenised;
+           collated, not packed (left out where torch is not installed)
+
+The figure is images per second; ratios are of one round, and what is printed is their median.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moon_jax import config as config_lib
+from moon_jax.data import pipeline, text
+from moon_jax.data.images import decode, patchify
+from moon_jax.data.prepared import open_prepared
+
+
+def images_of(batch):
+    return int((np.asarray(batch.rows.image_hw)[..., 0] > 0).sum())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--config", default="quickstart")
+    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    config = config_lib.replace(config_lib.load(given.config), {"data.threads": cores})
+    prepared = open_prepared(given.data)
+    titles = (prepared.products[index].text for index in prepared.train[:5000])
+    tokenizer = text.train((title for title in titles if title), config.language.vocab)
+    reader = pipeline.Reader(config, tokenizer)
+    order = np.random.default_rng(0).permutation(len(prepared.train))
+    held = [image for index in order[:4000] for image in prepared.products[int(index)].images[:1]]
+
+    def bare(seconds):
+        def one(content):
+            picture = decode(content, config.data.max_pixels)
+            high, wide = reader.rule.size(picture.height, picture.width)
+            np.asarray(picture.resize((wide, high), 3))
+
+        began, done = time.monotonic(), 0
+        with ThreadPoolExecutor(cores) as pool:
+            while time.monotonic() - began < seconds:
+                part = [held[(done + place) % len(held)] for place in range(512)]
+                list(pool.map(one, part, chunksize=16))
+                done += len(part)
+        return done / (time.monotonic() - began)
+
+    step = 0
+
+    def ours(seconds):
+        nonlocal step
+        batches = pipeline.from_step(pipeline.batches(prepared, reader), step, cores)
+        next(batches)
+        began, done = time.monotonic(), 0
+        while time.monotonic() - began < seconds:
+            done += images_of(next(batches))
+            step += 1
+        return done / (time.monotonic() - began)
+
+    loader = torch_loader(prepared, config, reader, tokenizer, order, cores)
+
+    def torch(seconds):
+        batches = iter(loader)
+        next(batches)
+        began, done = time.monotonic(), 0
+        while time.monotonic() - began < seconds:
+            try:
+                done += len(next(batches)[0])
+            except StopIteration:
+                batches = iter(loader)
+        return done / (time.monotonic() - began)
+
+    sides = {"bare": bare, "ours": ours} | ({"torch": torch} if loader else {})
+    rates = {name: [] for name in sides}
+    for _ in range(given.rounds):
+        for name, side in sides.items():
+            rates[name].append(side(given.seconds))
+    table = Table(title=f"images per second, {cores} cores, {given.data}, config {given.config}")
+    for column in ("", "median", "lowest to highest", "share of bare"):
+        table.add_column(column, justify="right")
+    for name, found in rates.items():
+        share = statistics.median(one / base for one, base in zip(found, rates["bare"], strict=True))
+        spread = f"{min(found):,.0f} to {max(found):,.0f}"
+        table.add_row(name, f"{statistics.median(found):,.0f}", spread, f"{100 * share:.0f}%")
+    Console().print(table)
+
+
+def torch_loader(prepared, config, reader, tokenizer, order, workers):
+    try:
+        import torch
+    except ImportError:
+        return None
+
+    class Products(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(order)
+
+        def __getitem__(self, place):
+            product = prepared.products[int(order[place])]
+            picture = decode(product.images[0], config.data.max_pixels) if product.images else None
+            tokens = tokenizer.encode([product.text or ""], config.data.text_tokens)[0]
+            return None if picture is None else patchify(picture, reader.rule).pixels, tokens
+
+    return torch.utils.data.DataLoader(
+        Products(),
+        batch_size=3 * config.data.batch,
+        num_workers=workers,
+        collate_fn=lambda items: (
+            [torch.from_numpy(pixels) for pixels, _ in items if pixels is not None],
+            [torch.from_numpy(tokens) for _, tokens in items],
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
