@@ -200,8 +200,8 @@ def run_prepare(parsed: argparse.Namespace, overrides: list[str]) -> None:
     _hush()
     options = prepare.Options.of(config, parsed.columns, parsed.fetch)
     report = watch.Watch()
-    with workers.pool(processes) as pool:
-        prepared = prepare.prepare(parsed.data, parsed.output, options, pool, processes, report.progress)
+    pool = functools.partial(workers.pool, processes)
+    prepared = prepare.prepare(parsed.data, parsed.output, options, pool, processes, report.progress)
     manifest = prepared.manifest
     for kind, name in (("product", "products"), ("query", "queries"), ("log", "rows of logs")):
         if manifest["read"][kind]:

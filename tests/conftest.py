@@ -122,8 +122,7 @@ def records(count: int) -> list[dict]:
 def prepared_from(source: Path, output: Path, columns: str = "own", **differences: object) -> Prepared:
     """Prepares a source by two threads."""
     options = prepare.Options.of(tiny(**differences), columns)
-    with ThreadPoolExecutor(2) as pool:
-        return prepare.prepare(source, output, options, pool, 2)
+    return prepare.prepare(source, output, options, lambda: ThreadPoolExecutor(2), 2)
 
 
 def quarantine(prepared: Prepared) -> list[dict]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +23,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow.parquet as pq
-from array_record.python.array_record_module import ArrayRecordWriter
+import pyarrow as pa
 
 from moon_jax import config as config_lib
 from moon_jax import interrupt
@@ -32,6 +31,7 @@ from moon_jax.config import UserError
 from moon_jax.data import columns as columns_lib
 from moon_jax.data import prepared as prepared_lib
 from moon_jax.data import records, sources, tfds, triplets, units
+from moon_jax.data import shards as shards_lib
 from moon_jax.data.tables import SPLITS, Tables
 
 WORK = ".work"
@@ -40,6 +40,9 @@ WORK = ".work"
 SOURCE = "source.json"
 """What the output was made from: files with their sizes and times, and the options."""
 
+PLAN = "plan.npy"
+"""In WORK: where each record lies, in the order of the indices."""
+
 SHARD_BYTES = 256 << 20
 """Records of a shard, about."""
 
@@ -47,6 +50,10 @@ MEGABYTE = 1 << 20
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[..., None]]]
 """Shows progress of what is called so, in so many pieces: yields what is told how many were done."""
+
+
+Pool = Callable[[], contextlib.AbstractContextManager[Executor]]
+"""Makes an executor. It is not kept while the tables are worked on: its memory is theirs meanwhile."""
 
 
 @contextlib.contextmanager
@@ -78,7 +85,7 @@ def prepare(
     source: str | Path | sources.Opened,
     output: str | Path,
     options: Options,
-    pool: Executor,
+    pool: Pool,
     workers: int,
     progress: Progress = silent,
 ) -> prepared_lib.Prepared:
@@ -86,7 +93,7 @@ def prepare(
 
     Args:
         source: a file, a folder, hf://datasets/owner/name or tfds://name (sources.py); opened already, or not.
-        pool: does the work; of threads or of processes.
+        pool: makes what works on the first and the third pass, of threads or of processes.
         workers: so many of them.
 
     Raises:
@@ -104,21 +111,26 @@ def prepare(
         shutil.rmtree(work, ignore_errors=True)
         return prepared_lib.open_prepared(output)
     _claim(output, opened, options)
-    names = _read(opened, options, work, pool, workers, progress)
+    with pool() as executor:
+        names = _read(opened, options, work, executor, workers, progress)
+    pa.default_memory_pool().release_unused()
     try:
         with contextlib.closing(Tables(work, names, workers)) as tables:
             with progress("deciding", 1) as advance:
                 _decide(tables, options, opened.name)
                 advance()
-            shards = _write(tables, work, output, pool, workers, progress)
-            manifest = _describe(tables, output, shards, opened.synthetic)
+            plan = _plan(tables, work)
+            described = _describe(tables, output)
     except duckdb.IOException as error:  # a full disk, most likely
         raise UserError(
             f"--output {output}: {str(error).splitlines()[0]}; make room; the same command goes on"
         ) from None
-    _replace(output / SOURCE, _told(opened, options))
+    with pool() as executor:
+        shards = _write(plan, work, output, executor, workers, progress)
+    manifest = _manifest(output, described, shards, opened.synthetic)
+    shards_lib.whole(output / SOURCE, _told(opened, options))
     # The manifest comes last: where it stands, the rest is whole.
-    _replace(output / prepared_lib.MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    shards_lib.whole(output / prepared_lib.MANIFEST, json.dumps(manifest, indent=2) + "\n")
     shutil.rmtree(work)
     return prepared_lib.open_prepared(output)
 
@@ -131,12 +143,6 @@ def is_of(folder: Path, opened: sources.Opened, options: Options) -> bool:
     """Whether a folder, or what is half done in its WORK, was made from these very files with these options."""
     path = folder / SOURCE
     return path.is_file() and path.read_text(encoding="utf-8") == _told(opened, options)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _claim(output: Path, opened: sources.Opened, options: Options) -> None:
@@ -154,7 +160,7 @@ def _claim(output: Path, opened: sources.Opened, options: Options) -> None:
         (work / part).mkdir(parents=True, exist_ok=True)
     for old in [*work.glob("units/*.tmp"), *output.glob("*.tmp")]:
         old.unlink()
-    _replace(work / SOURCE, _told(opened, options))
+    shards_lib.whole(work / SOURCE, _told(opened, options))
 
 
 def _bounded(calls: Iterable[Callable[[], Future]], most: int) -> Iterator[Any]:
@@ -277,86 +283,38 @@ def _quarantined(tables: Tables, path: Path | None) -> tuple[Counter[str], dict[
     return counts, first
 
 
-def _write(
-    tables: Tables, work: Path, output: Path, pool: Executor, workers: int, progress: Progress
-) -> list[dict[str, Any]]:
-    """The third pass. Returns the shards as `write_shard` tells them, in order."""
+def _plan(tables: Tables, work: Path) -> list[tuple[str, int, int]]:
+    """Writes where each record lies, in the order of the indices; returns the file, start and end of each shard."""
     tables.run(f"""
         CREATE TABLE plan AS
         SELECT index, side, unit, row,
             ((sum(size) OVER (PARTITION BY side ORDER BY index) - size) // {SHARD_BYTES})::INT AS shard
         FROM {tables.everything()}
     """)
-    counts = tables.database.execute("SELECT side, max(shard) + 1 FROM plan GROUP BY side ORDER BY side").fetchall()
+    _array(tables, "SELECT unit, row FROM plan ORDER BY index", work / PLAN, shards_lib.PLACE)
+    counts = tables.rows("SELECT side, shard, count(*) FROM plan GROUP BY side, shard ORDER BY side, shard")
+    of_side, plan, start = Counter(side for side, _, _ in counts), [], 0
+    for side, shard, count in counts:
+        plan.append((records.shard_name(SPLITS[side], shard, of_side[side]), start, start + count))
+        start += count
+    return plan
 
-    def submitted() -> Iterator[Callable[[], Future]]:
-        for side, count in counts:
-            for shard in range(count):
-                batches = tables.batches(
-                    "SELECT unit, row FROM plan WHERE side = $side AND shard = $shard ORDER BY index",
-                    side=side,
-                    shard=shard,
-                )
-                places = np.concatenate(
-                    [np.stack([np.asarray(column) for column in batch.columns]) for batch in batches], axis=1
-                )
-                path = output / records.shard_name(SPLITS[side], shard, count)
-                yield lambda path=path, places=places: pool.submit(write_shard, path, places, work)
 
-    shards = []
-    with progress("writing shards", sum(count for _, count in counts)) as advance:
-        for told in _bounded(submitted(), 2 * workers):
-            shards.append(told)
+def _write(
+    plan: list[tuple[str, int, int]], work: Path, output: Path, pool: Executor, workers: int, progress: Progress
+) -> list[dict[str, Any]]:
+    """The third pass. Returns the shards as `shards.write_shard` tells them, in order."""
+    places = np.load(work / PLAN, mmap_mode="r", allow_pickle=False)
+    calls = (
+        functools.partial(pool.submit, shards_lib.write_shard, output / name, np.array(places[start:end]), work)
+        for name, start, end in plan
+    )
+    written = []
+    with progress("writing shards", len(plan)) as advance:
+        for told in _bounded(calls, 2 * workers):
+            written.append(told)
             advance()
-    return shards
-
-
-def write_shard(path: Path, places: np.ndarray, work: Path) -> dict[str, Any]:
-    """Copies records of units into the shard `path`, unless it stands already.
-
-    Args:
-        places: i32[2,n]: unit and row of each record.
-
-    Returns:
-        The fields of records.Shard, and `content`, a digest of the records alone.
-    """
-    note = work / "shards" / f"{path.name}.json"
-    if note.is_file() and path.is_file():
-        return json.loads(note.read_text(encoding="utf-8"))
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    content = hashlib.blake2b(digest_size=16)
-    try:
-        writer = ArrayRecordWriter(str(temporary), records.SHARD_OPTIONS)
-        for record in _records(places, work):
-            content.update(len(record).to_bytes(8, "little") + record)
-            writer.write(record)
-        writer.close()
-    except RuntimeError as error:  # what the library makes of a full disk
-        raise UserError(f"{path}: {str(error).split(';')[0]}; make room, then the same command goes on") from None
-    told = {
-        "file": path.name,
-        "records": places.shape[1],
-        "bytes": temporary.stat().st_size,
-        "checksum": _checksum(temporary),
-        "content": content.hexdigest(),
-    }
-    temporary.replace(path)
-    _replace(note, json.dumps(told))
-    return told
-
-
-def _records(places: np.ndarray, work: Path) -> Iterator[bytes]:
-    held, column = -1, None
-    for unit, row in places.T.tolist():
-        if unit != held:
-            [file] = (work / "units").glob(f"*-{unit:08}.parquet")
-            held, column = unit, pq.read_table(file, columns=["record"]).column(0)
-        yield column[row].as_py()
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return written
 
 
 def _array(tables: Tables, sql: str, path: Path, dtype: np.dtype) -> int:
@@ -380,8 +338,8 @@ def _array(tables: Tables, sql: str, path: Path, dtype: np.dtype) -> int:
     return count
 
 
-def _describe(tables: Tables, output: Path, shards: list[dict[str, Any]], synthetic: bool) -> dict[str, Any]:
-    """Writes what lies beside the shards; returns the manifest."""
+def _describe(tables: Tables, output: Path) -> dict[str, Any]:
+    """Writes what lies beside the shards; returns what the manifest tells of it."""
     lib = prepared_lib
     train, val = tables.sides()
     _array(
@@ -401,22 +359,9 @@ def _describe(tables: Tables, output: Path, shards: list[dict[str, Any]], synthe
     )
     counts, first = _quarantined(tables, output / f"{lib.QUARANTINE}.tmp")
     (output / f"{lib.QUARANTINE}.tmp").replace(output / lib.QUARANTINE)
-    sizes = dict(tables.database.execute(f"SELECT side, count(*) FROM {tables.everything()} GROUP BY side").fetchall())
-    splits = {name: sizes.get(side, 0) for side, name in enumerate(SPLITS)}
-    tfds.write(output, {name: [s for s in shards if f"-{name}." in s["file"]] for name in SPLITS})
-    files = (lib.GROUPS, lib.TRIPLETS, lib.VAL_QUERIES, lib.QUARANTINE, *tfds.FILES)
-    described = {
-        name: {"bytes": (output / name).stat().st_size, "checksum": _checksum(output / name)} for name in files
-    }
-    described |= {shard["file"]: {name: shard[name] for name in ("bytes", "checksum")} for shard in shards}
-    fingerprint = hashlib.blake2b(digest_size=16)
-    for part in (*(s["content"] for s in shards), *(described[name]["checksum"] for name in files[:3]), train, val):
-        fingerprint.update(repr(part).encode())
+    sizes = dict(tables.rows(f"SELECT side, count(*) FROM {tables.everything()} GROUP BY side"))
     without = tables.one("SELECT count(*) FILTER (NOT has_text), count(*) FILTER (NOT has_image) FROM product")
-    lone, skipped = tables.one(
-        "SELECT (SELECT count(*) FROM triplet WHERE negative IS NULL), (SELECT count(*) FROM skipped)"
-    )
-    read = dict(tables.database.execute("SELECT part, count(*) FROM read GROUP BY part ORDER BY part").fetchall())
+    read = dict(tables.rows("SELECT part, count(*) FROM read GROUP BY part"))
     logged = tables.one("SELECT count(*) FROM event")
     kept = {
         "product": train + val,
@@ -424,22 +369,43 @@ def _describe(tables: Tables, output: Path, shards: list[dict[str, Any]], synthe
         "log": tables.one("SELECT count(*) FROM shown") if logged else 0,
     }
     return {
-        "schema": lib.SCHEMA,
-        "fingerprint": fingerprint.hexdigest(),
-        "synthetic": synthetic,
         # Records by kind: what was read is what was kept and what is in the quarantine.
         "read": {"product": read.get("product", 0), "query": read.get("query", 0), "log": logged},
         "kept": kept,
         "quarantined": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
         "first_quarantined": first,
-        "splits": splits,
+        "splits": {name: sizes.get(side, 0) for side, name in enumerate(SPLITS)},
         "products": train + val,
         "without_text": without[0],
         "without_image": without[1],
         "triplets": made,
-        "triplets_without_negative": lone,
-        "negatives_skipped_above": skipped,
+        "triplets_without_negative": tables.one("SELECT count(*) FROM triplet WHERE negative IS NULL"),
+        "negatives_skipped_above": tables.one("SELECT count(*) FROM skipped"),
         "val_queries": asked,
-        "files": described,
-        "shards": [{name: shard[name] for name in ("file", "records", "bytes", "checksum")} for shard in shards],
+    }
+
+
+def _manifest(output: Path, described: dict[str, Any], shards: list[dict[str, Any]], synthetic: bool) -> dict[str, Any]:
+    """Also writes what TensorFlow Datasets wants to know."""
+    lib = prepared_lib
+    tfds.write(output, {name: [shard for shard in shards if f"-{name}." in shard["file"]] for name in SPLITS})
+    beside = (lib.GROUPS, lib.TRIPLETS, lib.VAL_QUERIES, lib.QUARANTINE, *tfds.FILES)
+    files = {
+        name: {"bytes": (output / name).stat().st_size, "checksum": shards_lib.checksum(output / name)}
+        for name in beside
+    }
+    files |= {shard["file"]: {name: shard[name] for name in ("bytes", "checksum")} for shard in shards}
+    fingerprint = hashlib.blake2b(digest_size=16)
+    # Of what is trained on and judged by, not of how a library writes it.
+    content = [shard["content"] for shard in shards] + [files[name]["checksum"] for name in beside[:3]]
+    for part in (*content, *described["splits"].values()):
+        fingerprint.update(repr(part).encode())
+    fields = ("file", "records", "bytes", "checksum")
+    return {
+        "schema": lib.SCHEMA,
+        "fingerprint": fingerprint.hexdigest(),
+        "synthetic": synthetic,
+        **described,
+        "files": files,
+        "shards": [{name: shard[name] for name in fields} for shard in shards],
     }

@@ -17,7 +17,9 @@ import pyarrow.dataset as pads
 
 from moon_jax.data import units
 
-MEMORY = "256MB"
+MEMORY, THREADS = "256MB", 4
+"""At most. Each thread holds some of the memory."""
+
 SPLITS = ("train", "val", "train_queries", "val_queries")
 """The parts of the prepared data, in the order of their indices."""
 
@@ -43,7 +45,8 @@ class Tables:
         """
         settings = {
             "memory_limit": MEMORY,
-            "threads": threads,
+            "threads": min(threads, THREADS),
+            "preserve_insertion_order": False,  # every order that matters is asked for
             "temp_directory": str(folder / "spilled"),
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
@@ -67,8 +70,12 @@ class Tables:
 
     def one(self, sql: str, **values: Any) -> Any:
         """The one row of an answer, or its value if it has a single column."""
-        [row] = self.database.execute(sql, values or None).fetchall()
+        [row] = self.rows(sql, **values)
         return row[0] if len(row) == 1 else row
+
+    def rows(self, sql: str, **values: Any) -> list[tuple]:
+        """All rows of an answer that is short."""
+        return self.database.execute(sql, values or None).fetchall()
 
     def batches(self, sql: str, rows: int = 1 << 16, **values: Any) -> Iterator[pa.RecordBatch]:
         """The rows of an answer, a batch at a time."""

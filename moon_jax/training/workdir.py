@@ -257,8 +257,8 @@ def prepare_data(config: config_lib.Config, place: places.Place, report: watch.W
         mine = hosts.first() and not place.remote
         folder = (_home(place.files, opened, options) if mine else None) or places.temporary()
         try:
-            with interrupt.thread_pool(config.data.threads) as pool:
-                prepared = prepare.prepare(opened, folder, options, pool, config.data.threads, report.progress)
+            pool = functools.partial(interrupt.thread_pool, config.data.threads)
+            prepared = prepare.prepare(opened, folder, options, pool, config.data.threads, report.progress)
         except UserError:
             # Of data that is of no use nothing stays, and no workdir that there was none before.
             shutil.rmtree(folder, ignore_errors=True)

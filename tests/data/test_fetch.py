@@ -251,8 +251,8 @@ def test_a_catalogue_of_urls(server, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "fetch", functools.partial(fetch.fetch, public=lambda address: True))
     options = dataclasses.replace(prepare.Options.of(config_lib.Config()), hosts=("localhost",))
     for output in ("p", "q"):
-        with ThreadPoolExecutor(2) as pool:
-            found = prepare.prepare(tmp_path / "products.jsonl", tmp_path / output, options, pool, 2)
+        pool = lambda: ThreadPoolExecutor(2)  # noqa: E731
+        found = prepare.prepare(tmp_path / "products.jsonl", tmp_path / output, options, pool, 2)
         assert {product.id for product in found.products} == {str(n) for n in range(8)}
         assert all(product.images == (PHOTO,) for product in found.products)
         assert [entry["id"] for entry in quarantine(found)] == ["gone", "elsewhere"]

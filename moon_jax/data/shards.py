@@ -1,0 +1,75 @@
+"""The third pass of prepare: records of units are copied into shards, in their order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from moon_jax.config import UserError
+from moon_jax.data import records
+
+PLACE = np.dtype([("unit", "<i4"), ("row", "<i4")])
+"""Where a record lies."""
+
+
+def whole(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_shard(path: Path, places: np.ndarray, work: Path) -> dict[str, Any]:
+    """Copies records of units into the shard `path`, unless it stands already.
+
+    Args:
+        places: PLACE[n], of each record.
+
+    Returns:
+        The fields of records.Shard, and `content`, a digest of the records alone.
+    """
+    note = work / "shards" / f"{path.name}.json"
+    if note.is_file() and path.is_file():
+        return json.loads(note.read_text(encoding="utf-8"))
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    content = hashlib.blake2b(digest_size=16)
+    try:
+        writer = ArrayRecordWriter(str(temporary), records.SHARD_OPTIONS)
+        for record in _records(places, work):
+            content.update(len(record).to_bytes(8, "little") + record)
+            writer.write(record)
+        writer.close()
+    except RuntimeError as error:  # what the library makes of a full disk
+        raise UserError(f"{path}: {str(error).split(';')[0]}; make room, then the same command goes on") from None
+    told = {
+        "file": path.name,
+        "records": len(places),
+        "bytes": temporary.stat().st_size,
+        "checksum": checksum(temporary),
+        "content": content.hexdigest(),
+    }
+    temporary.replace(path)
+    whole(note, json.dumps(told))
+    return told
+
+
+def _records(places: np.ndarray, work: Path) -> Iterator[bytes]:
+    held, column = -1, None
+    for unit, row in places.tolist():
+        if unit != held:
+            [file] = (work / "units").glob(f"*-{unit:08}.parquet")
+            held, column = unit, pq.read_table(file, columns=["record"]).column(0)
+        yield column[row].as_py()
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
