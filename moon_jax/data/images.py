@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 import os
@@ -146,6 +147,13 @@ def patchify(
     # (block row, merge, pixel row, block column, merge, pixel column, channel)
     pixels = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
     pixels = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3 * patch * patch)
+    return Patches(np.ascontiguousarray(pixels), _grid(rows, columns, merge), (rows, columns))
+
+
+@functools.lru_cache(maxsize=1024)
+def _grid(rows: int, columns: int, merge: int) -> np.ndarray:
+    """i32[P,2]: row and column of each patch, in merge-block order; shared, so it may not be written."""
     grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).astype(np.int32)
     grid = grid.reshape(rows // merge, merge, columns // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
-    return Patches(np.ascontiguousarray(pixels), grid, (rows, columns))
+    grid.flags.writeable = False
+    return grid

@@ -6,6 +6,7 @@ Nothing is consumed and nothing is remembered, so resuming needs the step and no
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from moon_jax.data import rows as rows_lib
 from moon_jax.data.images import BadImage, Patches, ResizeRule, check_shape, crop_box, decode, patchify
 from moon_jax.data.prepared import Prepared
 from moon_jax.data.text import Tokenizer, keep_words
-from moon_jax.types import VIEWS, Batch, Product
+from moon_jax.types import VIEWS, Batch, Product, Triplet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +102,16 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
     query_alteration = Alteration(data.keep_word, 2, data.crop, data.mirror)
     order = grain.MapDataset.range(len(prepared.triplets)).seed(config.seed).shuffle().repeat()
 
-    def triplets_of(step: int) -> list[int]:
-        return [int(order[step * data.batch + place]) for place in range(data.batch)]
+    # Each row asks for those of its step: a few steps are read at a time.
+    @functools.lru_cache(maxsize=64)
+    def triplets_of(step: int) -> tuple[tuple[int, Triplet], ...]:
+        indices = [int(order[step * data.batch + place]) for place in range(data.batch)]
+        return tuple((index, prepared.triplets[index]) for index in indices)
 
     def read(number: int, rng: np.random.Generator) -> list[rows_lib.Segment]:
         step, row = divmod(number, count)
         role, place = divmod(row, data.batch)
-        member = prepared.triplets[order[step * data.batch + place]][role]
+        member = triplets_of(step)[place][1][role]
         if member is None:
             return []
         product, alteration = prepared.products[member], query_alteration if role == 0 else None
@@ -119,8 +123,7 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
     every_row = grain.MapDataset.range(STEPS * count).seed(config.seed).random_map(read)
 
     def batch(step: int) -> Batch:
-        indices = triplets_of(step)
-        chosen = [prepared.triplets[index] for index in indices]
+        indices, chosen = zip(*triplets_of(step), strict=True)
         members = np.array(
             [-1 if triplet[role] is None else triplet[role] for role in range(3) for triplet in chosen], np.int32
         )

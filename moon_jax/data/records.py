@@ -112,7 +112,7 @@ def decode(record: bytes) -> Product:
     features = Example.FromString(record).features.feature
 
     def texts(name: str) -> tuple[str, ...]:
-        return tuple(value.decode() for value in features[name].bytes_list.value)
+        return tuple(map(bytes.decode, features[name].bytes_list.value))
 
     title = texts("title")[0] or None
     return Product(

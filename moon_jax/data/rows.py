@@ -100,20 +100,29 @@ def _assemble(
         visual.append(np.zeros(len(words), bool))
         start += len(words)
 
-    add_words(template.prefix)
+    if len(template.prefix):
+        add_words(template.prefix)
     for image in images:
         rows, columns = image.hw[0] // merge, image.hw[1] // merge
         count = rows * columns
-        grid = np.zeros((count, 3), np.int32)
-        grid[:, 1], grid[:, 2] = np.divmod(np.arange(count), columns)
-        after = start + 1 + max(rows, columns)
-        tokens.append(np.array([tokenizer.vision_start, *[tokenizer.image_pad] * count, tokenizer.vision_end]))
-        positions += [np.full((1, 3), start), grid + start + 1, np.full((1, 3), after)]
-        visual.append(np.array([False, *[True] * count, False]))
-        start = after + 1
+        words, place, seen = (
+            np.full(count + 2, tokenizer.image_pad),
+            np.zeros((count + 2, 3), int),
+            np.ones(count + 2, bool),
+        )
+        words[0], words[-1] = tokenizer.vision_start, tokenizer.vision_end
+        place[1:-1, 1], place[1:-1, 2] = np.divmod(np.arange(count), columns)
+        place[1:-1] += 1
+        place[-1] = 1 + max(rows, columns)
+        seen[0] = seen[-1] = False
+        tokens.append(words)
+        positions.append(place + start)
+        visual.append(seen)
+        start += 2 + max(rows, columns)
     if text is not None:
         add_words(text)
-    add_words(template.suffix)
+    if len(template.suffix):
+        add_words(template.suffix)
     return (
         np.concatenate(tokens).astype(np.int32),
         np.concatenate(positions).astype(np.int32),

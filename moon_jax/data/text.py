@@ -80,7 +80,11 @@ class Tokenizer:
 
     def encode(self, texts: Iterable[str], longest: int) -> list[np.ndarray]:
         """i32[n] per text, n ≤ `longest`."""
-        encoded = self.base.encode_batch(list(texts), add_special_tokens=False)
+        texts = list(texts)
+        if len(texts) == 1:  # a batch would wake threads for it
+            encoded = [self.base.encode(texts[0], add_special_tokens=False)]
+        else:
+            encoded = self.base.encode_batch(texts, add_special_tokens=False)
         return [np.array(item.ids[:longest], np.int32) for item in encoded]
 
     def template(self, name: str) -> Template:
