@@ -189,6 +189,8 @@ def run_prepare(parsed: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError(
                 f"--{flag} {getattr(parsed, flag)}: not a folder of this machine; mount it, and give that path"
             )
+    # As a shell leaves it in --output=~/x.
+    parsed.data, parsed.output = (os.path.expanduser(given) for given in (parsed.data, parsed.output))
     processes = parsed.processes if parsed.processes is not None else len(os.sched_getaffinity(0))
     if processes < 1:
         raise UserError(f"--processes {processes}: give 1 or more")

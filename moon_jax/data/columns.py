@@ -117,6 +117,7 @@ class ColumnMap:
                 (difflib.SequenceMatcher(None, name.casefold(), column.casefold()).ratio(), name, column)
                 for name in names
                 for column in spare
+                if not _extends(name, column)
             ]
             ratio, name, column = max(rated, default=(0.0, "", ""))
             return (name, column) if ratio >= cutoff else None
@@ -143,6 +144,12 @@ class ColumnMap:
         if kind not in self.kinds:
             raise UserError(f"{where}: a {kind} file, of which the column map {self.name} says nothing; add {kind!r}")
         return self.kinds[kind]
+
+
+def _extends(name: str, column: str) -> bool:
+    """Whether one of them is the other with more behind it, as category_id or country: another word, no mistake."""
+    short, long = sorted((name.casefold(), column.casefold()), key=len)
+    return long.startswith(short) and len(long) - len(short) > 1
 
 
 def load(name: str = "own") -> ColumnMap:
@@ -180,8 +187,11 @@ def _parsed(written: dict[str, Any], name: str) -> ColumnMap:
         raise ValueError("events must weigh 0 or more")
     default = {} if "events" in written or name == "own" else load().events
     files, header = written.get("files", ()), written.get("header", ())
-    if isinstance(files, str) or isinstance(header, str):
-        raise ValueError("files and header are lists")
+    for names in (files, header):
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+            raise ValueError("files and header are lists of texts")
+    if any(Path(pattern).is_absolute() or ".." in Path(pattern).parts for pattern in files):
+        raise ValueError("files are patterns below the source's folder")
     return ColumnMap(name, kinds, events or default, tuple(files), written.get("format", ""), tuple(header))
 
 

@@ -9,7 +9,9 @@ are bounded in time and in size, tried again where that may help, and kept by UR
 from __future__ import annotations
 
 import asyncio
+import collections
 import hashlib
+import io
 import ipaddress
 import os
 import random
@@ -18,7 +20,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
+from PIL import Image
+
 from moon_jax.config import UserError
+from moon_jax.data.images import FORMATS
 from moon_jax.data.parse import BadRecord
 
 try:
@@ -46,16 +51,21 @@ LONGEST_WAIT = 60.0
 """Seconds; a server that asks for more patience (Retry-After) is given up."""
 
 
+UNICAST = ipaddress.ip_network("2000::/3")
+"""The public internet's part of IPv6."""
+
+CARRIERS = [ipaddress.ip_network(network) for network in ("2001::/32", "2002::/16", "3fff::/20")]
+"""Teredo and 6to4, whose addresses carry others, and one for documentation."""
+
+
 def is_public(address: str) -> bool:
     """Whether this is an address of the public internet: not private, loopback, link-local, reserved or multicast, nor
     an IPv6 address that carries such a one.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
-    for inner in (getattr(ip, "ipv4_mapped", None), getattr(ip, "sixtofour", None)):
-        if inner is not None:
-            return is_public(str(inner))
-    teredo = getattr(ip, "teredo", None)
-    if teredo or ip in ipaddress.ip_network("64:ff9b::/96"):
+    if ip.version == 6 and ip.ipv4_mapped:
+        ip = ip.ipv4_mapped
+    if ip.version == 6 and (ip not in UNICAST or any(ip in network for network in CARRIERS)):
         return False
     return ip.is_global and not ip.is_multicast
 
@@ -134,21 +144,27 @@ async def _fetch(
     urls: list[str], hosts: Sequence[str], connections: int, public: Callable[[str], bool]
 ) -> dict[str, Path | BadRecord]:
     connector = aiohttp.TCPConnector(
-        limit=4 * connections, limit_per_host=connections, resolver=PublicResolver(public), use_dns_cache=False
+        limit=0, limit_per_host=connections, resolver=PublicResolver(public), use_dns_cache=False
     )
     timeout = aiohttp.ClientTimeout(total=SECONDS)
     # No cookies, no proxies of the environment, no passwords of ~/.netrc.
+    # Nothing is unpacked: a few bytes could become gigabytes.
     async with aiohttp.ClientSession(
-        connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
+        connector=connector,
+        timeout=timeout,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,
+        auto_decompress=False,
+        headers={"Accept": "image/*", "Accept-Encoding": "identity"},
     ) as session:
-        # Most URLs wait here, not as open requests.
-        room = asyncio.Semaphore(4 * connections)
+        # URLs wait here, not as open requests, whose time would run.
+        rooms = collections.defaultdict(lambda: asyncio.Semaphore(connections))
 
         async def one(url: str) -> Path | BadRecord:
             path = path_of(url)
             if path.is_file():
                 return path
-            async with room:
+            async with rooms[url.partition("://")[2].partition("/")[0]]:
                 try:
                     return _keep(path, await _tried(session, url, hosts, public))
                 except (Refused, Passing) as error:
@@ -158,6 +174,14 @@ async def _fetch(
 
 
 def _keep(path: Path, content: bytes) -> Path:
+    """
+    Raises:
+        Refused: it is no image.
+    """
+    try:
+        Image.open(io.BytesIO(content), formats=FORMATS)
+    except Exception:  # Pillow's are of nearly any kind
+        raise Refused("the answer is no image") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
@@ -185,7 +209,7 @@ async def _asked(
     for _ in range(REDIRECTS + 1):
         _check(url, hosts, public)
         try:
-            async with session.get(url, allow_redirects=False, headers={"Accept": "image/*"}) as answer:
+            async with session.get(url, allow_redirects=False) as answer:
                 if answer.status in (301, 302, 303, 307, 308) and answer.headers.get("Location"):
                     url = urljoin(url, answer.headers["Location"])
                     continue

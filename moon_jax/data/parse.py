@@ -19,6 +19,9 @@ LONGEST_TEXT = 65_536
 MOST_IMAGES, MOST_ATTRIBUTES, MOST_CATEGORIES = 256, 1024, 64
 """Of one product."""
 
+MOST_EVENTS = 10**12
+"""The largest count of a row of a log."""
+
 LARGEST_IMAGE = 256 << 20
 """Bytes of an encoded image."""
 
@@ -73,17 +76,21 @@ def _text(value: Any, name: str) -> str | None:
     return value.strip() or None
 
 
-def _label(value: Any, name: str) -> str:
-    """An id, a brand, a category or an attribute: text, or a number or date written as such."""
+def label(value: Any, name: str) -> str:
+    """An id, a brand, a category or an attribute: text, or a number or date written as such; 7.0, which pandas makes of
+    7 where others are missing, is 7.
+    """
     if value is None or value != value:
         return ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
     if not isinstance(value, str | int | float | datetime.date):
         raise BadRecord("bad text", f"{name} is of type {type(value).__name__}, not text")
     return _text(str(value), name) or ""
 
 
 def _identity(record: Mapping[str, Any], field: str) -> str:
-    identity = _label(record.get(field), field)
+    identity = label(record.get(field), field)
     if not identity:
         raise BadRecord("no id", f"{field} is empty")
     return identity
@@ -115,7 +122,10 @@ def to_product(record: Mapping[str, Any], id_field: str = "product_id") -> Produ
     title, images = _text(record.get("title"), "title"), _images(record.get("images"))
     if title is None and not images:
         raise BadRecord("no text and no image")
-    category, attributes = record.get("category") or [], record.get("attributes") or {}
+    category, attributes = (
+        value if value and value == value else empty
+        for value, empty in ((record.get("category"), []), (record.get("attributes"), {}))
+    )
     if not isinstance(category, list | str):
         raise BadRecord("bad text", f"category is of type {type(category).__name__}, not a list")
     # Parquet maps arrive as pairs.
@@ -128,16 +138,16 @@ def to_product(record: Mapping[str, Any], id_field: str = "product_id") -> Produ
     ):
         if count > most:
             raise BadRecord("text too long", f"{name} has {count} entries, at most {most} are read")
-    path = [_label(part, "category") for part in ([category] if isinstance(category, str) else category)]
+    path = [label(part, "category") for part in ([category] if isinstance(category, str) else category)]
     return Product(
         text=title,
         images=images,
         id=identity,
         group=title_group(title) if title else "",
         category=tuple(part for part in path if part),
-        brand=_label(record.get("brand"), "brand"),
+        brand=label(record.get("brand"), "brand"),
         attributes={
-            _label(name, "attributes"): _label(value, "attributes") for name, value in pairs if value is not None
+            label(name, "attributes"): label(value, "attributes") for name, value in pairs if value is not None
         },
         description=_text(record.get("description"), "description") or "",
     )
@@ -156,10 +166,10 @@ def to_event(record: Mapping[str, Any], weights: Mapping[str, float]) -> Event:
     if text is None and not images:
         raise BadRecord("no text and no image")
     product, event = _identity(record, "product_id"), record.get("event")
-    if event is not None and event not in weights:
+    if event is not None and (not isinstance(event, str) or event not in weights):
         raise BadRecord("bad event", f"event {str(event)[:80]!r} is none of {', '.join(weights)}")
     count = _number(record.get("count"), "count", 1.0)
-    if count < 0:
+    if not 0 <= count <= MOST_EVENTS:
         raise BadRecord("bad event", f"count is {count}")
     position = record.get("position")
     position = None if position is None or position != position else _number(position, "position", 0.0)
@@ -169,7 +179,7 @@ def to_event(record: Mapping[str, Any], weights: Mapping[str, float]) -> Event:
         weight=(1.0 if event is None else weights[event]) * count,
         time=_time(record.get("time")),
         position=None if position is None else round(min(max(position, -(2**31)), 2**31 - 1)),
-        session=_label(record.get("session"), "session"),
+        session=label(record.get("session"), "session"),
     )
 
 
@@ -191,8 +201,8 @@ def _time(value: Any) -> float | None:
     if value is None or value != value:
         return None
     try:
-        if isinstance(value, str) and not value.replace(".", "", 1).lstrip("-").isdigit():
-            value = datetime.datetime.fromisoformat(value)
+        if isinstance(value, str) and not _is_number(value):
+            value = datetime.datetime.fromisoformat(value.strip())
         if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
             value = datetime.datetime(value.year, value.month, value.day)
         if isinstance(value, datetime.datetime):
@@ -201,6 +211,18 @@ def _time(value: Any) -> float | None:
     except (ValueError, OverflowError):
         raise BadRecord("bad event", f"time {str(value)[:80]!r} is no ISO 8601 time and no number") from None
     return _number(value, "time", 0.0)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Missing(BadRecord):
+    """An image's file that is not there, or may not be read: at another time it may."""
 
 
 def read_file(path: Path, told: str) -> bytes:
@@ -219,4 +241,4 @@ def read_file(path: Path, told: str) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise BadRecord("bad image", f"{told}: {reason}") from None
+        raise Missing("bad image", f"{told}: {reason}") from None

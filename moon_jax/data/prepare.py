@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -27,7 +28,7 @@ import pyarrow as pa
 
 from moon_jax import config as config_lib
 from moon_jax import interrupt
-from moon_jax.config import UserError
+from moon_jax.config import Unavailable, UserError
 from moon_jax.data import columns as columns_lib
 from moon_jax.data import prepared as prepared_lib
 from moon_jax.data import records, sources, tfds, triplets, units
@@ -39,6 +40,9 @@ WORK = ".work"
 
 SOURCE = "source.json"
 """What the output was made from: files with their sizes and times, and the options."""
+
+LOCK = "lock"
+"""In WORK: held by the process that prepares."""
 
 PLAN = "plan.npy"
 """In WORK: where each record lies, in the order of the indices."""
@@ -110,6 +114,16 @@ def prepare(
             )
         shutil.rmtree(work, ignore_errors=True)
         return prepared_lib.open_prepared(output)
+    _check(output, opened, options)
+    with _alone(output):
+        return _prepared(opened, output, options, pool, workers, progress)
+
+
+def _prepared(
+    opened: sources.Opened, output: Path, options: Options, pool: Pool, workers: int, progress: Progress
+) -> prepared_lib.Prepared:
+    """The three passes."""
+    work = output / WORK
     _claim(output, opened, options)
     with pool() as executor:
         names = _read(opened, options, work, executor, workers, progress)
@@ -121,12 +135,14 @@ def prepare(
                 advance()
             plan = _plan(tables, work)
             described = _describe(tables, output)
-    except duckdb.IOException as error:  # a full disk, most likely
+    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:  # of the disk, most likely
         raise UserError(
             f"--output {output}: {str(error).splitlines()[0]}; make room; the same command goes on"
         ) from None
     with pool() as executor:
         shards = _write(plan, work, output, executor, workers, progress)
+    if opened.sign() != opened.signature:
+        raise UserError(f"--data {opened.name}: changed while it was read; remove {output}, and prepare it again")
     manifest = _manifest(output, described, shards, opened.synthetic)
     shards_lib.whole(output / SOURCE, _told(opened, options))
     # The manifest comes last: where it stands, the rest is whole.
@@ -136,7 +152,7 @@ def prepare(
 
 
 def _told(opened: sources.Opened, options: Options) -> str:
-    return json.dumps({"files": opened.signature(), "options": dataclasses.asdict(options)}, sort_keys=True)
+    return json.dumps({"files": opened.signature, "options": dataclasses.asdict(options)}, sort_keys=True)
 
 
 def is_of(folder: Path, opened: sources.Opened, options: Options) -> bool:
@@ -145,21 +161,49 @@ def is_of(folder: Path, opened: sources.Opened, options: Options) -> bool:
     return path.is_file() and path.read_text(encoding="utf-8") == _told(opened, options)
 
 
-def _claim(output: Path, opened: sources.Opened, options: Options) -> None:
-    """Makes the output the home of this preparation."""
+def is_empty(output: Path) -> bool:
+    """Whether a folder holds nothing but what a preparation that was killed at once leaves."""
+    ours = {output / WORK, output / WORK / "units", output / WORK / "shards", output / WORK / LOCK}
+    return all(path in ours for path in output.rglob("*"))
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Within it no other process prepares here. The lock falls when the process ends, however it does."""
+    with (output / WORK / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unavailable(f"--output {output}: another process prepares there; wait for it, or end it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _check(output: Path, opened: sources.Opened, options: Options) -> None:
+    """Refuses an output that holds anything but this preparation, half done; makes its folders."""
     work = output / WORK
     if (work / SOURCE).is_file():
         if not is_of(work, opened, options):
             raise UserError(
                 f"--output {output}: holds a preparation that was begun from another source, one that changed since, or"
-                f" with other options; remove {work} to begin anew"
+                " with other options; remove it to begin anew"
             )
-    elif output.exists() and (not output.is_dir() or any(path.name != WORK for path in output.iterdir())):
+    elif output.exists() and (not output.is_dir() or not is_empty(output)):
         raise UserError(f"--output {output}: holds other things; give a folder that is new or empty")
     for part in ("units", "shards"):
         (work / part).mkdir(parents=True, exist_ok=True)
+
+
+def _claim(output: Path, opened: sources.Opened, options: Options) -> None:
+    """Makes the output the home of this preparation."""
+    work = output / WORK
     for old in [*work.glob("units/*.tmp"), *output.glob("*.tmp")]:
-        old.unlink()
+        old.unlink(missing_ok=True)
+    # What could not be had may be there now.
+    for mark in work.glob(f"units/*{units.AGAIN}"):
+        mark.with_suffix(".parquet").unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
     shards_lib.whole(work / SOURCE, _told(opened, options))
 
 
@@ -196,7 +240,7 @@ def _read(
     rules = units.Rules(options.columns, options.max_pixels, options.longest_side, options.hosts, max(1, 16 // workers))
     names: dict[str, list[Path]] = {"read": [], "event": []}
     checked: set[str] = set()
-    queue: collections.deque[tuple[sources.Chunk, bool]] = collections.deque()
+    queue: collections.deque[int] = collections.deque()
     total = max(1, sum(file.size for file in opened.files) // MEGABYTE)
 
     def submitted() -> Iterator[Callable[[], Future]]:
@@ -204,7 +248,13 @@ def _read(
             kind = "event" if chunk.file.kind == "log" else "read"
             path = work / "units" / f"{kind}-{unit:08}.parquet"
             names[kind].append(path)
-            queue.append((chunk, path.exists()))
+            queue.append(chunk.size)
+            if chunk.file.name not in checked:
+                # What the first chunk of a file lacks, the others will.
+                checked.add(chunk.file.name)
+                seen = {column for _, row in chunk.rows() if isinstance(row, dict) for column in row}
+                if seen:
+                    options.columns.check(chunk.file.kind, seen, str(chunk.file.path))
             if path.exists():
                 yield _done
             else:
@@ -212,13 +262,8 @@ def _read(
 
     size = told = 0
     with progress("reading (MB)", total) as advance:
-        for seen in _bounded(submitted(), 2 * workers):
-            chunk, stood = queue.popleft()
-            if not stood and seen and chunk.file.name not in checked:
-                # What the first chunk of a file lacks, the others will.
-                checked.add(chunk.file.name)
-                options.columns.check(chunk.file.kind, seen, str(chunk.file.path))
-            size += chunk.size
+        for _ in _bounded(submitted(), 2 * workers):
+            size += queue.popleft()
             done = min(size // MEGABYTE, total)
             if done > told:
                 advance(done - told)
@@ -228,7 +273,7 @@ def _read(
 
 def _done() -> Future:
     future: Future = Future()
-    future.set_result(set())
+    future.set_result(None)
     return future
 
 
@@ -250,6 +295,11 @@ def _decide(tables: Tables, options: Options, source: str) -> None:
             f"--data {source}: no product left to {side} on; at least two different titles"
             f" are needed; {_left_out(tables)}"
         )
+    for part, found, name in (("product", val, "products"), ("query", asked, "queries")):
+        if not found and tables.one("SELECT count(*) FROM read WHERE part = $part AND split = 'val'", part=part):
+            raise UserError(
+                f"--data {source}: its files hold {name} for evaluation, of which none is left; {_left_out(tables)}"
+            )
     if not tables.one("SELECT count(*) FROM product WHERE side = 0 AND has_text AND has_image"):
         raise UserError(f"--data {source}: no product to train on has both a title and an image; {_left_out(tables)}")
     if not tables.one("SELECT count(*) FROM triplet"):
@@ -288,8 +338,11 @@ def _plan(tables: Tables, work: Path) -> list[tuple[str, int, int]]:
     tables.run(f"""
         CREATE TABLE plan AS
         SELECT index, side, unit, row,
-            ((sum(size) OVER (PARTITION BY side ORDER BY index) - size) // {SHARD_BYTES})::INT AS shard
-        FROM {tables.everything()}
+            dense_rank() OVER (PARTITION BY side ORDER BY pile) - 1 AS shard
+        FROM (
+            SELECT *, (sum(size) OVER (PARTITION BY side ORDER BY index) - size) // {SHARD_BYTES} AS pile
+            FROM {tables.everything()}
+        )
     """)
     _array(tables, "SELECT unit, row FROM plan ORDER BY index", work / PLAN, shards_lib.PLACE)
     counts = tables.rows("SELECT side, shard, count(*) FROM plan GROUP BY side, shard ORDER BY side, shard")

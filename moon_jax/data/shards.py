@@ -62,12 +62,18 @@ def write_shard(path: Path, places: np.ndarray, work: Path) -> dict[str, Any]:
 
 
 def _records(places: np.ndarray, work: Path) -> Iterator[bytes]:
-    held, column = -1, None
+    """The records, each unit's a group of rows at a time."""
+    held, file, bounds, group, column = -1, None, None, -1, None
     for unit, row in places.tolist():
         if unit != held:
-            [file] = (work / "units").glob(f"*-{unit:08}.parquet")
-            held, column = unit, pq.read_table(file, columns=["record"]).column(0)
-        yield column[row].as_py()
+            names = (work / "units" / f"{kind}-{unit:08}.parquet" for kind in ("read", "event"))
+            file = pq.ParquetFile(next(name for name in names if name.exists()))
+            counts = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+            held, bounds, group = unit, np.cumsum([0, *counts]), -1
+        wanted = int(np.searchsorted(bounds, row, side="right")) - 1
+        if wanted != group:
+            group, column = wanted, file.read_row_group(wanted, columns=["record"]).column(0)
+        yield column[row - int(bounds[group])].as_py()
 
 
 def checksum(path: Path) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader
+from google.protobuf.message import DecodeError
 
 from moon_jax.config import UserError
-from moon_jax.data import records, sources
+from moon_jax.data import readers, records, sources
 from moon_jax.data.columns import ColumnMap
 
 FILES = ("features.json", "dataset_info.json")
@@ -109,24 +110,27 @@ def open_source(source: str, columns: ColumnMap) -> sources.Opened:
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--data {source}: {told}") from None
     features, root = builder.info.features, Path(builder.data_path)
-    files = [
-        sources.describe(path, f"{name}/{path.name}", "tfds", root) for name, paths in splits.items() for path in paths
-    ]
-    for file in files:
-        columns.check(file.kind, _columns(features), f"{source} {file.name}")
+    files, lengths = [], {}
+    for name, paths in splits.items():
+        for path, length in zip(paths, builder.info.splits[name].shard_lengths, strict=True):
+            files.append(sources.describe(path, f"{name}/{path.name}", name, "tfds", root))
+            lengths[path] = length
+            columns.check("product", _columns(features), f"{source} {name}")
 
-    def chunks() -> Iterator[sources.Chunk]:
-        for file in files:
-            reader, start, held, size = ArrayRecordReader(str(file.path)), 1, [], 0
+    def examples(file: readers.File) -> Iterator[tuple[dict[str, Any], int]]:
+        try:
+            reader = ArrayRecordReader(str(file.path))
+            if reader.num_records() != lengths[file.path]:
+                raise EOFError(f"{reader.num_records()} records, of {lengths[file.path]}")
             for _ in range(reader.num_records()):
                 record = reader.read()
-                held.append(dict(_plain(features, records.Example.FromString(record).features.feature)))
-                size += len(record)
-                if len(held) == sources.CHUNK_RECORDS or size >= sources.CHUNK_BYTES:
-                    yield sources.Chunk(file, start, held, size=size)
-                    start, held, size = start + len(held), [], 0
-            if held:
-                yield sources.Chunk(file, start, held, size=size)
+                yield dict(_plain(features, records.Example.FromString(record).features.feature)), len(record)
+        except (RuntimeError, ValueError, IndexError, DecodeError) as error:
+            raise EOFError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+    def chunks() -> Iterator[readers.Chunk]:
+        for file in files:
+            yield from readers.grouped(file, examples(file))
 
     return sources.Opened(source, files, chunks)
 
@@ -153,7 +157,9 @@ def _plain(features: Any, example: Any, prefix: str = "") -> Iterator[tuple[str,
         if isinstance(feature, FeaturesDict):
             yield from _plain(feature, example, f"{key}/")
         elif isinstance(feature, Sequence) and isinstance(feature.feature, FeaturesDict):
-            parts = [_values(one, example[f"{key}/{part}"]) for part, one in feature.feature.items()]
+            # Their order is not kept: what is called a value is one.
+            named = sorted(feature.feature.items(), key=lambda item: (item[0].startswith("value"), item[0]))
+            parts = [_values(one, example[f"{key}/{part}"]) for part, one in named]
             if len(parts) == 2:
                 yield key, list(zip(*parts, strict=False))
         elif isinstance(feature, Sequence):

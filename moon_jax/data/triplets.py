@@ -114,27 +114,44 @@ def _log_queries(tables: Tables) -> None:
 
 def _skipped_above(tables: Tables) -> None:
     """Makes `skipped(query, positive, negative)`: of what was skipped above a choice the lowest, the nearest to it."""
-    tables.run("""
+    tables.run(f"""
         CREATE TABLE page AS
         SELECT query, session, positive AS item, min(position) AS top, sum(weight) > 0 AS taken,
             min(position) FILTER (weight > 0) AS chosen_at
-        FROM dated WHERE NOT late AND position IS NOT NULL GROUP BY query, session, positive
+        FROM dated WHERE NOT late AND side = {TRAIN} AND position IS NOT NULL GROUP BY query, session, positive
     """)
+    # Of those at one position the first in the catalogue's order stands for all.
+    tables.run("""
+        CREATE TABLE passed AS
+        SELECT query, session, top, min(item) AS negative
+        FROM page ANTI JOIN chosen ON chosen.query = page.query AND chosen.positive = page.item
+        WHERE NOT taken GROUP BY query, session, top
+    """)
+    tables.run("CREATE TABLE near (query VARCHAR, session VARCHAR, positive BIGINT, gap INT, negative BIGINT)")
+    tables.run("CREATE TABLE seek AS SELECT query, session, item, chosen_at, chosen_at AS below FROM page WHERE taken")
+    # The nearest above; where that has the choice's own title, the next one. (A page may hold thousands: it is not
+    # joined with itself.)
+    for _ in range(2):
+        tables.run("""
+            CREATE OR REPLACE TABLE found AS
+            SELECT seek.query, seek.session, seek.item, chosen_at, top, negative,
+                this.title IS DISTINCT FROM that.title AS good
+            FROM seek ASOF JOIN passed
+            ON seek.query = passed.query AND seek.session = passed.session AND seek.below > passed.top
+            JOIN product AS this ON this.index = seek.item JOIN product AS that ON that.index = negative
+        """)
+        tables.run("INSERT INTO near SELECT query, session, item, chosen_at - top, negative FROM found WHERE good")
+        tables.run("""
+            CREATE OR REPLACE TABLE seek AS
+            SELECT query, session, item, chosen_at, top AS below FROM found WHERE NOT good
+        """)
     tables.run("""
         CREATE TABLE skipped AS
-        WITH above AS (
-            SELECT taken.query, taken.item AS positive, other.item AS negative,
-                row_number() OVER (
-                    PARTITION BY taken.query, taken.item ORDER BY taken.chosen_at - other.top, taken.session, other.item
-                ) AS nth
-            FROM page AS taken JOIN page AS other USING (query, session)
-            JOIN product AS this ON this.index = taken.item JOIN product AS that ON that.index = other.item
-            ANTI JOIN chosen ON chosen.query = other.query AND chosen.positive = other.item
-            WHERE taken.taken AND NOT other.taken AND other.top < taken.chosen_at
-            AND this.title IS DISTINCT FROM that.title
+        WITH ordered AS (
+            SELECT *, row_number() OVER (PARTITION BY query, positive ORDER BY gap, session, negative) AS nth FROM near
         )
-        SELECT query.index AS query, above.positive, negative
-        FROM above JOIN query ON query.id = above.query AND query.positive < 0 WHERE nth = 1
+        SELECT query.index AS query, ordered.positive, negative
+        FROM ordered JOIN query ON query.id = ordered.query AND query.positive < 0 WHERE nth = 1
     """)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from moon_jax.data import columns as columns_lib
-from moon_jax.data import parse, records, sources
+from moon_jax.data import parse, readers, records, sources
 from moon_jax.data.images import BadImage, check_shape, decode
 from moon_jax.data.parse import BadRecord
 from moon_jax.types import Product
 
 JPEG_QUALITY = 95
 """Of an image that is made smaller; one that is not is kept byte by byte."""
+
+AGAIN = ".again"
+"""The suffix of such a mark."""
 
 LONGEST_DETAIL = 300
 """Characters of an id or a detail in the quarantine."""
@@ -97,24 +101,30 @@ def number(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
-def write(chunk: sources.Chunk, unit: int, rules: Rules, path: Path) -> set[str]:
-    """Makes a unit. Returns the columns that the chunk's records have."""
-    schema, seen, rows = SCHEMAS[chunk.file.kind], set(), []
+def write(chunk: readers.Chunk, unit: int, rules: Rules, path: Path) -> None:
+    """Makes a unit, and beside it a mark (AGAIN) if images of it could not be had, which another try may have."""
+    schema, rows = SCHEMAS[chunk.file.kind], []
     parsed: list[tuple[dict[str, Any], Product, Any]] = []
     for place, (count, row) in enumerate(chunk.rows()):
-        told: dict[str, Any] = {"unit": unit, "row": place, "file": chunk.file.name, "number": count, "id": ""}
+        told: dict[str, Any] = {
+            "unit": unit,
+            "row": place,
+            "file": _writable(chunk.file.name),
+            "number": count,
+            "id": "",
+        }
         told["part"] = chunk.file.kind
         rows.append(told)
         try:
             if isinstance(row, BadRecord):
                 raise row
-            seen |= set(row)
             record = rules.columns.apply(chunk.file.kind, row)
             told["id"] = _identity(record, chunk.file.kind)
             parsed.append((told, *_understood(record, chunk.file.kind, rules)))
         except BadRecord as bad:
             told |= _why(bad)
     fetched = _fetched((image for _, product, _ in parsed for image in product.images), rules)
+    again = False
     for told, product, rest in parsed:
         try:
             images = [_content(image, chunk.file.root, fetched, rules) for image in product.images]
@@ -123,15 +133,27 @@ def write(chunk: sources.Chunk, unit: int, rules: Rules, path: Path) -> set[str]
             told |= describe(chunk.file, product, rest, [digest for _, digest in images])
         except BadRecord as bad:
             told |= _why(bad)
+            again |= bad.reason == "image not fetched" or isinstance(bad, parse.Missing)
+    if again:
+        path.with_suffix(AGAIN).touch()
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema), temporary, compression="none", write_statistics=False)
+    with pq.ParquetWriter(temporary, schema, compression="none", write_statistics=False) as file:
+        while rows:
+            # A group of rows is what the third pass holds.
+            count = next((n for n, size in enumerate(_sizes(rows), 1) if size >= readers.CHUNK_BYTES), len(rows))
+            file.write_table(pa.Table.from_pylist(rows[:count], schema))
+            del rows[:count]
     temporary.replace(path)
-    return seen
+
+
+def _sizes(rows: list[dict[str, Any]]) -> Iterator[int]:
+    return itertools.accumulate(row.get("size") or 0 for row in rows)
 
 
 def _identity(record: dict[str, Any], kind: str) -> str:
     """The id as far as it can be told, for the quarantine."""
-    return _writable(str(record.get("query_id" if kind == "query" else "product_id") or ""))
+    told = record.get("query_id" if kind == "query" else "product_id")
+    return "" if told is None else _writable(str(told))
 
 
 def _why(bad: BadRecord) -> dict[str, str]:
@@ -149,9 +171,8 @@ def _understood(record: dict[str, Any], kind: str, rules: Rules) -> tuple[Produc
         event = parse.to_event(record, rules.columns.events)
         return event.query, event
     if kind == "query":
-        target = str(record.get("product_id") or "").strip()
-        product = parse.to_product(record, "query_id")
-        if not target or len(target) > parse.LONGEST_TEXT:
+        product, target = parse.to_product(record, "query_id"), parse.label(record.get("product_id"), "product_id")
+        if not target:
             raise BadRecord("unknown product", "product_id, of the product that is sought, is empty")
         return product, target
     return parse.to_product(record), ""
@@ -200,7 +221,7 @@ def _content(
     return stream.getvalue(), digest
 
 
-def _record(file: sources.File, product: Product, target: str, digests: Sequence[bytes]) -> dict[str, Any]:
+def _record(file: readers.File, product: Product, target: str, digests: Sequence[bytes]) -> dict[str, Any]:
     record = records.encode(product)
     return _described(product, record) | {
         "id": product.id,
@@ -213,7 +234,7 @@ def _record(file: sources.File, product: Product, target: str, digests: Sequence
     }
 
 
-def _event(file: sources.File, query: Product, event: parse.Event, digests: Sequence[bytes]) -> dict[str, Any]:
+def _event(file: readers.File, query: Product, event: parse.Event, digests: Sequence[bytes]) -> dict[str, Any]:
     del file
     key = hashlib.blake2b(repr((query.text, *digests)).encode(), digest_size=16).hexdigest()
     query = dataclasses.replace(query, id=key, group=records.title_group(query.text) if query.text else "")

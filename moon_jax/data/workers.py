@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
 
@@ -22,6 +23,12 @@ def pool(processes: int) -> Iterator[Executor]:
         # Not forked from here: threads of libraries would be missing there.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["moon_jax.data.prepare"])
+        # Whatever a server forks inherits its mask: Ctrl-C reaches no worker, not even one that is being born.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin)
     with executor:
         try:
@@ -33,7 +40,6 @@ def pool(processes: int) -> Iterator[Executor]:
 
 def _begin() -> None:
     """What a process does first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.filterwarnings("ignore", module="PIL")
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()

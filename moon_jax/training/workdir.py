@@ -247,7 +247,7 @@ def prepare_data(config: config_lib.Config, place: places.Place, report: watch.W
 
     A process that is not the first, or whose workdir is a copy, prepares for itself alone.
     """
-    path = config.data.path or str(place.files / CATALOGUE)
+    path, own = config.data.path or str(place.files / CATALOGUE), place.files / "data"
     if prepared_lib.is_prepared(path):
         prepared = prepared_lib.open_prepared(path)
     else:
@@ -261,9 +261,10 @@ def prepare_data(config: config_lib.Config, place: places.Place, report: watch.W
             prepared = prepare.prepare(opened, folder, options, pool, config.data.threads, report.progress)
         except UserError:
             # Of data that is of no use nothing stays, and no workdir that there was none before.
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                folder.parent.rmdir()
+            if folder != own:
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    folder.parent.rmdir()
             raise
     manifest = prepared.manifest
     kind = "synthetic products" if prepared.synthetic else "products"
@@ -285,8 +286,13 @@ def _home(workdir: Path, opened: sources.Opened, options: prepare.Options) -> Pa
     own, half = workdir / "data", workdir / HALF
     if (own / prepared_lib.MANIFEST).exists():
         return own if prepared_lib.is_prepared(own) and prepare.is_of(own, opened, options) else None
-    if not (prepare.is_of(half, opened, options) or prepare.is_of(half / prepare.WORK, opened, options)):
-        shutil.rmtree(half, ignore_errors=True)
+    if prepare.is_of(half, opened, options) or prepare.is_of(half / prepare.WORK, opened, options):
+        return half
+    if half.exists() and not any(
+        (half / name).is_file() for name in (prepare.SOURCE, f"{prepare.WORK}/{prepare.SOURCE}")
+    ):
+        return half if prepare.is_empty(half) else None  # not ours
+    shutil.rmtree(half, ignore_errors=True)
     return half
 
 

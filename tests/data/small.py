@@ -3,8 +3,8 @@
 import sys
 
 from moon_jax import cli
-from moon_jax.data import prepare, sources
+from moon_jax.data import prepare, readers
 
 if __name__ == "__main__":
-    sources.CHUNK_RECORDS, prepare.SHARD_BYTES = 50, 100_000
+    readers.CHUNK_RECORDS, prepare.SHARD_BYTES = 50, 100_000
     sys.exit(cli.main())

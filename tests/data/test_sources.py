@@ -137,13 +137,15 @@ def test_tar_shards_of_webdataset(rows, expected, tmp_path):
     found = prepared_from(source, tmp_path / "q")
     by_id = {product.id: product for product in found.products}
     assert by_id["a"].text == "from the key" and set(by_id) - {p.id for p in expected} == {"a", "../../escaped"}
-    assert [(e["number"], e["reason"]) for e in quarantine(found)] == [(n, "not readable") for n in (2, 4, 5)]
+    reasons = [(entry["number"], entry["reason"]) for entry in quarantine(found)]
+    assert reasons == [(2, "not readable"), (4, "not readable"), (5, "bad text")]
     assert not (tmp_path / "escaped.jpg").exists() and not (tmp_path.parent / "escaped.jpg").exists()
     (source / "shard-3.tar").write_bytes((source / "shard-0.tar").read_bytes()[:5000])
     with pytest.raises(UserError, match=r"shard-3.tar: not a readable tar file after record"):
         prepared_from(source, tmp_path / "r")
 
 
+STATE = json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
 FEATURES = {"info": {"features": {"category": {"names": ["goods", "hats"], "_type": "ClassLabel"}}}}
 
 
@@ -163,7 +165,7 @@ def test_what_hugging_faces_datasets_save(rows, tmp_path, layout):
     splits = {"train": rows[:20], "validation": rows[20:]} if layout == "dict" else {"": rows}
     for split, part in splits.items():
         (root / split).mkdir(parents=True, exist_ok=True)
-        (root / split / "state.json").write_text("{}")
+        (root / split / "state.json").write_text(STATE)
         path = str(root / split / "data-00000-of-00001.arrow")
         with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, schema) as stream:
             for start in range(0, len(part), 7):
@@ -238,8 +240,12 @@ def test_tensorflow_datasets_reads_what_was_prepared_and_is_read(rows, expected,
     theirs = json.loads(done.stdout.splitlines()[-1])
     ours = [[p.id, p.text, [[*decode(i, 10**6).size[::-1], 3] for i in p.images]] for p in first.products]
     assert sorted(theirs) == sorted(ours)
-    # Its folder without our manifest is a builder's, and a source.
-    (tmp_path / "p" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is prepared already; give it to a run"):
+        prepared_from(tmp_path / "p", tmp_path / "q")
+    # Its folder without what is ours is a builder's, and a source.
+    for path in (tmp_path / "p").iterdir():
+        if path.suffix in (".npy", ".jsonl") or path.name in ("manifest.json", "source.json"):
+            path.unlink()
     own = {
         "product": {
             "product_id": "id",
@@ -254,6 +260,12 @@ def test_tensorflow_datasets_reads_what_was_prepared_and_is_read(rows, expected,
     by_id = {product.id: product for product in again.products}
     assert [by_id[product.id] for product in first.products] == list(first.products)
     assert len(again.val) == len(first.val) and {p.id for p in again.products} == {p.id for p in expected}
+    shard = next((tmp_path / "p").glob("*-val.*"))
+    whole = shard.read_bytes()
+    for damage in (whole[:-100], whole[: len(whole) // 2] + b"\xff" * 9 + whole[len(whole) // 2 + 9 :]):
+        shard.write_bytes(damage)
+        with pytest.raises(UserError, match=r"-val.*: not a readable tfds file after record"):
+            prepared_from(tmp_path / "p", tmp_path / "r", str(tmp_path / "map.json"))
     with pytest.raises(UserError, match="--data tfds://no_such_thing: "):
         prepared_from("tfds://no_such_thing", tmp_path / "r")
 
