@@ -289,17 +289,19 @@ def _decide(tables: Tables, options: Options, source: str) -> None:
     else:
         triplets.from_catalogue(tables)
     asked = tables.one("SELECT count(*) FROM val_pair")
+    given = "SELECT count(*) FROM read WHERE part = $part AND split = 'val'"
+    left = tables.one("SELECT count(*) FROM unlike WHERE copy = 1 AND split = 'val'")
+    for part, found, name in (("product", left, "products"), ("query", asked, "queries")):
+        if not found and tables.one(given, part=part):
+            raise UserError(
+                f"--data {source}: its files hold {name} for evaluation, of which none is left; {_left_out(tables)}"
+            )
     side = "evaluate" if train else "train"
     if not train or not (val or asked or logged or tables.one("SELECT count(*) FROM query")):
         raise UserError(
             f"--data {source}: no product left to {side} on; at least two different titles"
             f" are needed; {_left_out(tables)}"
         )
-    for part, found, name in (("product", val, "products"), ("query", asked, "queries")):
-        if not found and tables.one("SELECT count(*) FROM read WHERE part = $part AND split = 'val'", part=part):
-            raise UserError(
-                f"--data {source}: its files hold {name} for evaluation, of which none is left; {_left_out(tables)}"
-            )
     if not tables.one("SELECT count(*) FROM product WHERE side = 0 AND has_text AND has_image"):
         raise UserError(f"--data {source}: no product to train on has both a title and an image; {_left_out(tables)}")
     if not tables.one("SELECT count(*) FROM triplet"):

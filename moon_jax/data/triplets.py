@@ -53,10 +53,10 @@ def from_log(tables: Tables, fraction: float) -> None:
     """)
     chosen = tables.one("SELECT count(*) FROM shown WHERE weight > 0 AND time IS NOT NULL")
     cut = float("inf")
-    if chosen:
+    if chosen > 1:
         cut = tables.one(
             "SELECT time FROM shown WHERE weight > 0 AND time IS NOT NULL ORDER BY time LIMIT 1 OFFSET $place",
-            place=min(round((1 - fraction) * chosen), chosen - 1),
+            place=max(1, min(round((1 - fraction) * chosen), chosen - 1)),
         )
     # The query's own hash decides where there is no time.
     by_chance = f"('0x' || left(query, 12))::BIGINT < {fraction!r} * 2.0 ** 48"

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 
 
@@ -23,7 +23,9 @@ def pool(processes: int) -> Iterator[Executor]:
         # Not forked from here: threads of libraries would be missing there.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["moon_jax.data.prepare"])
-        # Whatever a server forks inherits its mask: Ctrl-C reaches no worker, not even one that is being born.
+        # Whatever the server forks inherits its mask: Ctrl-C reaches no worker, not even one that is being born. (The
+        # tracker first: as it starts, it lifts the mask.)
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             forkserver.ensure_running()

@@ -40,6 +40,10 @@ def server():
             if name == "patient":
                 headers = {"Retry-After": "1000"}
                 return aiohttp_web.Response(status=429, headers=headers)
+            if name == "page":
+                return aiohttp_web.Response(text="<html>not here")
+            if name == "packed":
+                return aiohttp_web.Response(body=PHOTO, headers={"Content-Encoding": "gzip"})
             if name == "gone":
                 return aiohttp_web.Response(status=404)
             if name == "huge":
@@ -125,6 +129,9 @@ def test_what_may_go_well_later_is_tried_again(server):
     assert "the server answers 500" in told and asked["/broken"] == fetch.TRIES
     [told] = ask(f"{address}/gone")
     assert "the server answers 404" in told and asked["/gone"] == 1
+    [told] = ask(f"{address}/page")
+    assert told.endswith("the answer is no image") and not fetch.path_of(f"{address}/page").exists()
+    assert ask(f"{address}/packed") == [PHOTO]  # as it came: nothing is unpacked
     [told] = ask(f"{address}/patient")
     assert "the server answers 429" in told and asked["/patient"] == 1  # it asks for a quarter of an hour
     [told] = ask(f"{address}/cut")
@@ -221,6 +228,11 @@ def test_redirects_are_held_to_the_same(server):
         ("::ffff:10.0.0.1", False),
         ("2002:0a00:0001::1", False),  # 6to4 of 10.0.0.1
         ("64:ff9b::0a00:0001", False),  # NAT64 of 10.0.0.1
+        ("::127.0.0.1", False),
+        ("64:ff9b:1::7f00:1", False),
+        ("fec0::1", False),
+        ("::ffff:0:7f00:1", False),
+        ("3fff::1", False),
         ("2001:0:4136:e378:8000:63bf:3fff:fdd2", False),  # Teredo
     ],
 )

@@ -139,6 +139,8 @@ def test_rows_of_a_log_that_cannot_be_used(tmp_path):
     bad = [
         ("bad event", good | {"event": "hover"}),
         ("bad event", good | {"event": 7}),
+        ("bad event", good | {"event": ["click"]}),
+        ("bad event", good | {"count": 1e35}),
         ("bad event", good | {"time": "yesterday"}),
         ("bad event", good | {"time": 1e400}),
         ("bad event", good | {"count": -1}),
@@ -157,6 +159,7 @@ def test_rows_of_a_log_that_cannot_be_used(tmp_path):
     fine = [
         good | {"time": "2026-11-24T10:00:00Z"},
         good | {"time": "1700000000.5", "count": "2"},
+        *(good | {"time": time} for time in ("1.7e+09", " 1700000000", "+5", "-3.5", "2026-11-24")),
         good | {"time": None, "position": float("nan"), "query": "hat"},
         {"query": "no event is a choice", "product_id": "p2"},
     ]
@@ -202,3 +205,19 @@ def test_a_log_trains(tmp_path):
     batch = pipeline.batches(found, pipeline.Reader(tiny(), tokenizer))[0]
     assert (batch.rows.view[:8, 0] == 1).all() and not batch.rows.view[:8, 1:].any()
     assert batch.rows.view[8:16].all() and (batch.weight >= 1).all()
+
+
+def test_what_is_for_evaluation_is_no_negative(tmp_path):
+    rows = []
+    for n in range(36):
+        common = {"query": f"q{n}", "session": str(n), "time": n}
+        rows.append(common | {"product_id": f"p{6 + n % 6}", "position": 1, "event": "impression"})
+        rows.append(common | {"product_id": f"p{n % 6}", "position": 2, "event": "click"})
+    folder = write(tmp_path / "data", catalogue(12, 1), rows)
+    lines = (folder / "products.jsonl").read_text().splitlines()
+    (folder / "products_train.jsonl").write_text("\n".join(lines[:6]))
+    (folder / "products_val.jsonl").write_text("\n".join(lines[6:]))
+    (folder / "products.jsonl").unlink()
+    found = prepared_from(folder, tmp_path / "p")
+    train = set(found.train)
+    assert len(found.triplets) > 20 and all(triplet.negative in train for triplet in found.triplets)

@@ -1,14 +1,17 @@
 """Every record is read or quarantined with a reason; what cannot be used at all is one line."""
 
+import fcntl
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moon_jax import config as config_lib
 from moon_jax.config import UserError
-from moon_jax.data import parse
+from moon_jax.data import columns, parse, prepare, readers, shards, sources
 from moon_jax.training import workdir as workdir_lib
 from tests.conftest import SCHEMA, jpeg, prepared_from, quarantine, records
 
@@ -305,3 +308,109 @@ def test_negatives_are_uniform_over_the_narrowest_category_that_has_another_titl
     # By rank among those allowed the draws are uniform: ten bins of about 90, of which none is off by five sigma.
     counts, _ = np.histogram(shares, bins=10, range=(0, 1))
     assert abs(counts - len(shares) / 10).max() < 5 * np.sqrt(len(shares) / 10)
+
+
+def lines_of(count, **more):
+    return [{"product_id": n, "title": f"thing {n}", "images": [f"{n}.jpg"]} | more for n in range(count)]
+
+
+def photos(folder, count):
+    for n in range(count):
+        (folder / f"{n}.jpg").write_bytes(jpeg((9, 9, 9), (8, 8), n))
+
+
+def test_a_product_of_number_0_can_be_sought(tmp_path):
+    photos(tmp_path, 4)
+    write_jsonl(tmp_path, lines_of(4))
+    queries = [{"query_id": n, "product_id": float(n) if n else n, "title": "thing"} for n in range(4)]
+    (tmp_path / "queries_val.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    found = prepared_from(tmp_path, tmp_path / "p")
+    ids = [product.id for product in found.products]
+    assert [(ids[q], ids[p]) for q, p in found.val_queries] == [("0", "0"), ("1", "1"), ("2", "2"), ("3", "3")]
+
+
+def test_images_that_come_later_are_found(tmp_path):
+    write_jsonl(tmp_path / "s", lines_of(5))
+    with pytest.raises(UserError, match="5 bad image"):
+        prepared_from(tmp_path / "s", tmp_path / "p")
+    photos(tmp_path / "s", 5)
+    assert len(prepared_from(tmp_path / "s", tmp_path / "p").products) == 5
+
+
+def test_a_source_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
+    photos(tmp_path, 5)
+    write_jsonl(tmp_path, lines_of(5))
+    write = shards.write_shard
+
+    def append(*arguments):
+        with (tmp_path / "products.jsonl").open("a") as file:
+            file.write("\n" + json.dumps({"product_id": "late", "title": "late"}))
+        return write(*arguments)
+
+    monkeypatch.setattr(shards, "write_shard", append)
+    with pytest.raises(UserError, match=r"changed while it was read; remove .*/p, and prepare it again"):
+        prepared_from(tmp_path, tmp_path / "p")
+    assert not (tmp_path / "p" / "manifest.json").exists()
+
+
+def test_a_record_larger_than_a_shard(tmp_path, monkeypatch):
+    """Shards are numbered without gaps, and groups of rows of a unit are as many as its images are large."""
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 3000)
+    photos(tmp_path, 30)
+    (tmp_path / "3.jpg").write_bytes(jpeg((9, 9, 9), (8, 8), 3) + bytes(20_000))
+    write_jsonl(tmp_path, lines_of(30))
+    found = prepared_from(tmp_path, tmp_path / "p")
+    names = sorted(path.name for path in found.folder.glob("*train.array*"))
+    assert names == [f"moon_jax-train.array_record-{n:05}-of-{len(names):05}" for n in range(len(names))]
+    assert len(names) > 5 and sum(len(product.images[0]) > 20_000 for product in found.products) == 1
+    assert sorted(int(product.id) for product in found.products) == list(range(30))
+    assert {len(found.products[index : index + 1]) for index in (0, 29)} == {1}
+
+
+@pytest.mark.parametrize("part", ["val", "queries_val"])
+def test_an_evaluation_that_is_given_and_lost_is_told(tmp_path, part):
+    photos(tmp_path, 4)
+    write_jsonl(tmp_path, lines_of(4))
+    lost = {"product_id": 0 if part == "val" else 99, "query_id": "q", "title": "again"}
+    (tmp_path / f"{part}.jsonl").write_text(json.dumps(lost))
+    (tmp_path / "products.jsonl").rename(tmp_path / "train.jsonl")
+    with pytest.raises(
+        UserError, match=r"for evaluation, of which none is left; 1 left out \(1 (duplicate id|unknown p)"
+    ):
+        prepared_from(tmp_path, tmp_path / "p")
+
+
+def test_nothing_of_others_is_removed(tmp_path):
+    photos(tmp_path, 4)
+    write_jsonl(tmp_path, lines_of(4))
+    for name in (".work", ".data"):
+        (tmp_path / "w" / name).mkdir(parents=True)
+        (tmp_path / "w" / name / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other things"):
+        prepared_from(tmp_path, tmp_path / "w")
+    opened = sources.open_source(tmp_path, columns.load())
+    options = prepare.Options.of(config_lib.Config())
+    assert workdir_lib._home(tmp_path / "w", opened, options) is None
+    assert (tmp_path / "w" / ".work" / "mine.txt").exists() and (tmp_path / "w" / ".data" / "mine.txt").exists()
+
+
+def test_two_cannot_prepare_one_output(tmp_path):
+    photos(tmp_path, 4)
+    write_jsonl(tmp_path, lines_of(4))
+    (tmp_path / "p" / ".work").mkdir(parents=True)
+    with (tmp_path / "p" / ".work" / "lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process prepares there"):
+            prepared_from(tmp_path, tmp_path / "p")
+    assert len(prepared_from(tmp_path, tmp_path / "p").products) == 4
+
+
+def test_names_of_files_may_be_anything(tmp_path):
+    folder = tmp_path / "it's [a] *? folder"
+    photos(tmp_path, 4)
+    write_jsonl(folder, lines_of(4))
+    photos(folder, 4)
+    os.rename(folder / "products.jsonl", os.fsencode(folder) + b"/prod\xff'[1].jsonl")
+    found = prepared_from(folder, tmp_path / "out's [b]")
+    assert len(found.products) == 4

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -96,6 +97,47 @@ def test_lines_of_csv_that_cannot_be_read_cost_themselves_only(tmp_path):
     assert len(found.products) == 20 and found.manifest["read"]["product"] == 23
 
 
+def rows_of(tmp_path, text, name="p.csv", columns="own"):
+    (tmp_path / "a.jpg").write_bytes(jpeg((9, 9, 9), (8, 8), 0))
+    (tmp_path / name).write_bytes(text)
+    return prepared_from(tmp_path / name, tmp_path / f"out of {name}", columns)
+
+
+@pytest.mark.parametrize("last", [b"", b"\n", b"\r\n"])
+def test_a_quote_that_is_never_closed_costs_its_line_only(tmp_path, last):
+    lines = [f'{n},"thing {n}",a.jpg'.encode() for n in range(3000)]
+    lines[20], lines[-2] = b'20,"thing 20,a.jpg', b'2998,"thing 2998,a.jpg'
+    lines[30] = b'30,"thing\n30\n\nof four lines",a.jpg'
+    lines[40] = b'40,"quoted" and not,a.jpg'
+    found = rows_of(tmp_path, b"\n".join([b"product_id,title,images", *lines]) + last)
+    listed = {entry["number"]: entry["reason"] for entry in quarantine(found)}
+    assert listed == {21: "not readable", 41: "not readable", 2999: "not readable"}
+    assert found.manifest["read"]["product"] == 3000 and found.manifest["kept"]["product"] == 2997
+    assert "thing\n30\n\nof four lines" in {product.text for product in found.products}
+
+
+def test_marks_and_line_ends_of_other_systems(tmp_path):
+    lines = ['"product_id","title","images"', *(f'"{n}","thing {n}","a.jpg"' for n in range(5))]
+    found = rows_of(tmp_path, b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert sorted(product.id for product in found.products) == list("01234")
+    with pytest.raises(UserError, match=r"q.csv: not a readable csv file .*its header: "):
+        (tmp_path / "q.csv").write_bytes("\r".join(lines).encode())
+        prepared_from(tmp_path / "q.csv", tmp_path / "q")
+    (tmp_path / "map.json").write_text(
+        json.dumps({"header": ["product_id", "title", "images"], "product": columns.load().kinds["product"] and OWN})
+    )
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    found = rows_of(bare, b"\xef\xbb\xbf" + "\n".join(lines[1:]).encode(), columns=str(tmp_path / "map.json"))
+    assert sorted(product.id for product in found.products) == list("01234")
+    text = '{"product_id": "%d", "title": "thing %d", "images": "a.jpg"}'
+    found = rows_of(bare, b"\xef\xbb\xbf" + "\r\n".join(text % (n, n) for n in range(4)).encode(), "P.JSONL")
+    assert len(found.products) == 4 and not found.quarantined
+
+
+OWN = {"product_id": "product_id", "title": "title", "images": "images"}
+
+
 def tar_of(path, members):
     with tarfile.open(path, "w") as file:
         for name, content in members:
@@ -146,6 +188,24 @@ def test_tar_shards_of_webdataset(rows, expected, tmp_path):
 
 
 STATE = json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
+
+
+@pytest.mark.parametrize("images", [[], None, "old.jpg", ["missing.jpg"], 7])
+@pytest.mark.parametrize("first", ["jpg", "json"])
+def test_a_picture_of_a_tar_is_the_image_whatever_its_json_says(tmp_path, images, first):
+    photo, members = jpeg((9, 9, 9), (8, 8), 0), []
+    for n in range(6):
+        deep = {"x": json.loads("[" * 900 + "]" * 900)} if n == 3 else {}
+        both = [
+            (f"{n}.jpg", photo),
+            (f"{n}.json", json.dumps({"title": f"t{n}", "images": images, "image": 1} | deep).encode()),
+        ]
+        members += both if first == "jpg" else both[::-1]
+    tar_of(tmp_path / "a.tar", members)
+    found = prepared_from(tmp_path / "a.tar", tmp_path / "p")
+    assert not found.quarantined and all(product.images == (photo,) for product in found.products)
+
+
 FEATURES = {"info": {"features": {"category": {"names": ["goods", "hats"], "_type": "ClassLabel"}}}}
 
 
@@ -176,7 +236,10 @@ def test_what_hugging_faces_datasets_save(rows, tmp_path, layout):
                 stream.write_table(pa.Table.from_pylist(made, schema))
     if layout == "dict":
         (root / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+        # What map() leaves beside it is no part of it.
+        shutil.copyfile(path, str(root / split / "cache-1234.arrow"))
     found = prepared_from(root, tmp_path / "p")
+    assert not found.quarantined
     assert sorted(p.id for p in found.products) == sorted(row["product_id"] for row in rows)
     assert {product.category for product in found.products} == {("goods",), ("hats",)}
     if layout == "dict":
@@ -187,11 +250,13 @@ def test_a_data_set_of_the_hub(rows, tmp_path):
     """Hugging Face's own client with a cache that holds one repository, and no network."""
     commit = "0" * 40
     repository = tmp_path / "hub" / "datasets--owner--name"
-    snapshot = repository / "snapshots" / commit / "data"
-    snapshot.mkdir(parents=True)
+    snapshot = repository / "snapshots" / commit / "default"
+    for split in ("train", "test"):
+        (snapshot / split).mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), snapshot / "train-00000-of-00001.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[:25], SCHEMA), snapshot / "train" / "0000.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[25:], SCHEMA), snapshot / "test" / "0000.parquet")
     command = [
         sys.executable,
         "-m",
@@ -212,6 +277,7 @@ def test_a_data_set_of_the_hub(rows, tmp_path):
     ]
     assert done[0].returncode == 0, done[0].stderr
     assert f"{COUNT} products read, {COUNT} kept" in done[0].stdout
+    assert "25 products to train on, 5 to find" in done[0].stdout
     assert done[1].returncode == 2 and done[1].stderr.startswith("moon-jax: --data hf://datasets/owner/other: ")
     assert done[2].returncode == 2 and "is written hf://datasets/owner/name" in done[2].stderr
     assert all(one.stderr.count("\n") == 1 for one in done[1:])
@@ -262,10 +328,11 @@ def test_tensorflow_datasets_reads_what_was_prepared_and_is_read(rows, expected,
     assert len(again.val) == len(first.val) and {p.id for p in again.products} == {p.id for p in expected}
     shard = next((tmp_path / "p").glob("*-val.*"))
     whole = shard.read_bytes()
-    for damage in (whole[:-100], whole[: len(whole) // 2] + b"\xff" * 9 + whole[len(whole) // 2 + 9 :]):
+    middle = len(whole) // 2
+    for number, damage in enumerate((whole[:-100], whole[:middle] + b"\xff" * 9 + whole[middle + 9 :])):
         shard.write_bytes(damage)
         with pytest.raises(UserError, match=r"-val.*: not a readable tfds file after record"):
-            prepared_from(tmp_path / "p", tmp_path / "r", str(tmp_path / "map.json"))
+            prepared_from(tmp_path / "p", tmp_path / f"r{number}", str(tmp_path / "map.json"))
     with pytest.raises(UserError, match="--data tfds://no_such_thing: "):
         prepared_from("tfds://no_such_thing", tmp_path / "r")
 
@@ -337,6 +404,9 @@ def test_shipped_maps_are_whole(name):
         ({"product": {"title": "a"}, "format": "xlsx"}, "format 'xlsx' is none of"),
         ({"product": {"title": "a"}, "events": {"click": -1}}, "events must weigh 0 or more"),
         ({"product": {"title": "a"}, "files": "*.txt"}, "files and header are lists"),
+        ({"product": {"title": "a"}, "files": [""]}, "files and header are lists of texts"),
+        ({"product": {"title": "a"}, "header": [1]}, "files and header are lists of texts"),
+        ({"product": {"title": "a"}, "files": ["/etc/*.txt"]}, "patterns below the source's folder"),
         ({}, "says nothing of product or query or log files"),
         ([], "docs/data.md says how a column map is written"),
     ],
@@ -376,3 +446,18 @@ def test_a_log_wants_a_map_that_knows_logs(tmp_path):
     pq.write_table(pa.table({"product_id": ["1"], "query": ["mug"]}), tmp_path / "log.parquet")
     with pytest.raises(UserError, match="a log file, of which the column map mbe says nothing"):
         sources.open_source(tmp_path, columns.load("mbe"))
+
+
+def test_a_column_that_is_another_word_is_no_mistake(tmp_path):
+    """And what is refused once is refused again."""
+    (tmp_path / "a.jpg").write_bytes(jpeg((9, 9, 9), (8, 8), 0))
+    lines = [{"product_id": str(n), "title": f"t{n}", "images": "a.jpg", "category_id": 7} for n in range(4)]
+    (tmp_path / "products.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    clicks = [{"product_id": str(n % 4), "query": f"q {n}", "country": "x"} for n in range(30)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, clicks)))
+    assert len(prepared_from(tmp_path, tmp_path / "p").products) == 4 + 30
+    lines = [{"product_id": str(n), "titel": f"t{n}", "images": "a.jpg"} for n in range(4)]
+    (tmp_path / "products.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for _ in range(2):
+        with pytest.raises(UserError, match="no column title, but titel"):
+            prepared_from(tmp_path, tmp_path / "q")
