@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import tokenizers
 from rich.console import Console
 from rich.table import Table
 
@@ -105,30 +106,45 @@ def main():
     Console().print(table)
 
 
+class Products:
+    """What torch's DataLoader reads; its workers are started, not forked, since readers of records have threads."""
+
+    def __init__(self, prepared, reader, tokenizer, order):
+        self.prepared, self.reader, self.order = prepared.products, reader.rule, order
+        self.tokenizer, self.longest = tokenizer.base.to_str(), reader.config.data.text_tokens
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, place):
+        if isinstance(self.tokenizer, str):
+            self.tokenizer = text.Tokenizer.of(tokenizers.Tokenizer.from_str(self.tokenizer), "the benchmark's")
+        product = self.prepared[int(self.order[place])]
+        tokens = self.tokenizer.encode([product.text or ""], self.longest)[0]
+        if not product.images:
+            return None, tokens
+        return patchify(decode(product.images[0], 10**9), self.reader).pixels, tokens
+
+
+def collate(items):
+    import torch
+
+    pixels = [torch.from_numpy(pixels) for pixels, _ in items if pixels is not None]
+    return pixels, [torch.from_numpy(tokens) for _, tokens in items]
+
+
 def torch_loader(prepared, config, reader, tokenizer, order, workers):
     try:
         import torch
     except ImportError:
         return None
-
-    class Products(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(order)
-
-        def __getitem__(self, place):
-            product = prepared.products[int(order[place])]
-            picture = decode(product.images[0], config.data.max_pixels) if product.images else None
-            tokens = tokenizer.encode([product.text or ""], config.data.text_tokens)[0]
-            return None if picture is None else patchify(picture, reader.rule).pixels, tokens
-
     return torch.utils.data.DataLoader(
-        Products(),
+        Products(prepared, reader, tokenizer, order),
         batch_size=3 * config.data.batch,
         num_workers=workers,
-        collate_fn=lambda items: (
-            [torch.from_numpy(pixels) for pixels, _ in items if pixels is not None],
-            [torch.from_numpy(tokens) for _, tokens in items],
-        ),
+        collate_fn=collate,
+        multiprocessing_context="spawn",
+        persistent_workers=True,
     )
 
 

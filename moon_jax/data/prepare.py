@@ -200,10 +200,11 @@ def _claim(output: Path, opened: sources.Opened, options: Options) -> None:
     work = output / WORK
     for old in [*work.glob("units/*.tmp"), *output.glob("*.tmp")]:
         old.unlink(missing_ok=True)
-    # What could not be had may be there now.
-    for mark in work.glob(f"units/*{units.AGAIN}"):
-        mark.with_suffix(".parquet").unlink(missing_ok=True)
-        mark.unlink(missing_ok=True)
+    # What could not be had may be there now: then other records stay, and the shards are others.
+    marks = list(work.glob(f"units/*{units.AGAIN}"))
+    stale = [*work.glob("shards/*.json"), *output.glob(f"{records.NAME}-*.array_record-*")] if marks else []
+    for old in (*stale, *(mark.with_suffix(".parquet") for mark in marks), *marks):
+        old.unlink(missing_ok=True)
     shards_lib.whole(work / SOURCE, _told(opened, options))
 
 

@@ -53,7 +53,10 @@ class Opened:
 
     def sign(self) -> list[tuple[str, int, int]]:
         """What the files are now. Equal signatures: with all likelihood, equal files."""
-        return [(file.name, file.size, file.path.stat().st_mtime_ns) for file in self.files]
+        try:
+            return [(file.name, file.size, file.path.stat().st_mtime_ns) for file in self.files]
+        except OSError as error:
+            raise UserError(f"--data {self.name}: {error.filename}: {error.strerror}") from None
 
 
 def open_source(source: str | Path, columns: ColumnMap) -> Opened:

@@ -337,6 +337,32 @@ def test_images_that_come_later_are_found(tmp_path):
     assert len(prepared_from(tmp_path / "s", tmp_path / "p").products) == 5
 
 
+def test_images_that_come_after_some_shards_were_written(tmp_path, monkeypatch):
+    """The shards of the last try hold other records."""
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 2000)
+    write_jsonl(tmp_path / "s", lines_of(30))
+    photos(tmp_path / "s", 30)
+    (tmp_path / "s" / "2.jpg").rename(tmp_path / "2.jpg")
+    with monkeypatch.context() as patched:
+        write, count = shards.write_shard, []
+
+        def stop(*arguments):
+            count.append(1)
+            if len(count) == 4:
+                raise KeyboardInterrupt
+            return write(*arguments)
+
+        patched.setattr(shards, "write_shard", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepared_from(tmp_path / "s", tmp_path / "p")
+    (tmp_path / "2.jpg").rename(tmp_path / "s" / "2.jpg")
+    found, fresh = prepared_from(tmp_path / "s", tmp_path / "p"), prepared_from(tmp_path / "s", tmp_path / "q")
+    assert list(found.products) == list(fresh.products) and len(found.products) == 30
+    assert {path.name: path.read_bytes() for path in found.folder.iterdir()} == {
+        path.name: path.read_bytes() for path in fresh.folder.iterdir()
+    }
+
+
 def test_a_source_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
     photos(tmp_path, 5)
     write_jsonl(tmp_path, lines_of(5))
