@@ -6,12 +6,12 @@ number of processes, in any order, and those that stand already are not made aga
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import io
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,52 +102,57 @@ def number(*parts: object) -> int:
 
 
 def write(chunk: readers.Chunk, unit: int, rules: Rules, path: Path) -> None:
-    """Makes a unit, and beside it a mark (AGAIN) if images of it could not be had, which another try may have."""
-    schema, rows = SCHEMAS[chunk.file.kind], []
-    parsed: list[tuple[dict[str, Any], Product, Any]] = []
+    """Makes a unit, and beside it a mark (AGAIN) if images of it could not be had, which another try may have.
+
+    Of the images no more than readers.CHUNK_BYTES are held, and those of one record.
+    """
+    kind, again = chunk.file.kind, False
+    waiting: collections.deque[tuple[dict[str, Any], Product | None, Any]] = collections.deque()
     for place, (count, row) in enumerate(chunk.rows()):
-        told: dict[str, Any] = {
-            "unit": unit,
-            "row": place,
-            "file": _writable(chunk.file.name),
-            "number": count,
-            "id": "",
-        }
-        told["part"] = chunk.file.kind
-        rows.append(told)
+        told = {"unit": unit, "row": place, "file": _writable(chunk.file.name), "number": count, "id": "", "part": kind}
+        product = rest = None
         try:
             if isinstance(row, BadRecord):
                 raise row
-            record = rules.columns.apply(chunk.file.kind, row)
-            told["id"] = _identity(record, chunk.file.kind)
-            parsed.append((told, *_understood(record, chunk.file.kind, rules)))
+            record = rules.columns.apply(kind, row)
+            told["id"] = _identity(record, kind)
+            product, rest = _understood(record, kind, rules)
         except BadRecord as bad:
             told |= _why(bad)
-    fetched = _fetched((image for _, product, _ in parsed for image in product.images), rules)
-    again = False
-    for told, product, rest in parsed:
-        try:
-            images = [_content(image, chunk.file.root, fetched, rules) for image in product.images]
-            product = dataclasses.replace(product, images=tuple(written for written, _ in images))
-            describe = _event if chunk.file.kind == "log" else _record
-            told |= describe(chunk.file, product, rest, [digest for _, digest in images])
-        except BadRecord as bad:
-            told |= _why(bad)
-            again |= bad.reason == "image not fetched" or isinstance(bad, parse.Missing)
+        waiting.append((told, product, rest))
+    images = (image for _, product, _ in waiting if product for image in product.images)
+    fetched = _fetched(images, rules)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with pq.ParquetWriter(temporary, SCHEMAS[kind], compression="none", write_statistics=False) as file:
+        held: list[dict[str, Any]] = []
+        size = 0
+        while waiting:
+            told, product, rest = waiting.popleft()
+            if product:
+                try:
+                    told |= _stored(chunk.file, product, rest, fetched, rules)
+                except BadRecord as bad:
+                    told |= _why(bad)
+                    again |= bad.reason == "image not fetched" or isinstance(bad, parse.Missing)
+            held.append(told)
+            size += told.get("size", 0)
+            if size >= readers.CHUNK_BYTES or not waiting:
+                # A group of rows is also what the third pass holds.
+                file.write_table(pa.Table.from_pylist(held, SCHEMAS[kind]))
+                held, size = [], 0
     if again:
         path.with_suffix(AGAIN).touch()
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with pq.ParquetWriter(temporary, schema, compression="none", write_statistics=False) as file:
-        while rows:
-            # A group of rows is what the third pass holds.
-            count = next((n for n, size in enumerate(_sizes(rows), 1) if size >= readers.CHUNK_BYTES), len(rows))
-            file.write_table(pa.Table.from_pylist(rows[:count], schema))
-            del rows[:count]
     temporary.replace(path)
 
 
-def _sizes(rows: list[dict[str, Any]]) -> Iterator[int]:
-    return itertools.accumulate(row.get("size") or 0 for row in rows)
+def _stored(
+    file: readers.File, product: Product, rest: Any, fetched: dict[str, Path | BadRecord], rules: Rules
+) -> dict[str, Any]:
+    """The columns of a product, query or event, with its images read and verified."""
+    images = [_content(image, file.root, fetched, rules) for image in product.images]
+    product = dataclasses.replace(product, images=tuple(written for written, _ in images))
+    describe = _event if file.kind == "log" else _record
+    return describe(file, product, rest, [digest for _, digest in images])
 
 
 def _identity(record: dict[str, Any], kind: str) -> str:
