@@ -159,14 +159,14 @@ def test_bad_records_are_left_out_listed_and_counted(capsys, tmp_path):
         ("duplicate id", {"product_id": "g7", "title": "again"}),
     ]
     (folder / "products.jsonl").write_text("\n".join(map(json.dumps, [*lines, *(record for _, record in bad)])))
-    arguments = ["--data", folder, "--workdir", workdir, *overrides(CONFIG)]
-    assert cli.main(["quickstart", *map(str, arguments)]) == 0
+    arguments = ["--data", folder, "--workdir", workdir, "--steps", 1, *overrides(CONFIG)]
+    assert cli.main(["train", "--config", "quickstart", *map(str, arguments)]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert (
         "6 left out (2 bad image, 1 duplicate id, 1 no id, 1 no text and no image, 1 text too long),"
         " such as products.jsonl 31: " in told
     )
-    assert f"left out: {workdir / 'data' / 'quarantine.jsonl'}" in told
+    assert f"what was left out is listed in {workdir}/data/quarantine.jsonl" in told
     listed = [json.loads(line) for line in (workdir / "data" / "quarantine.jsonl").read_text().splitlines()]
     assert [(entry["number"], entry["reason"]) for entry in listed] == [
         (31 + place, reason) for place, (reason, _) in enumerate(bad)
