@@ -32,6 +32,8 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() or sign in "\n\t" else "�" for sign in text)
 
 
+FRAMES = 2  # that the patch kernel spans, in all of Qwen3-VL; a still image is repeated
+
 TEMPLATES = {
     "bare": "{}",
     "qwen3_vl_embedding": (
@@ -55,7 +57,6 @@ class Vision:
     mlp_width: int = option(4096, "inner width of the feed-forward")
     heads: int = option(16, "attention heads")
     patch: int = option(16, "pixels along a patch's side")
-    temporal: int = option(2, "frames that the patch kernel spans; a still image is repeated")
     merge: int = option(2, "patches along the side of one merged visual token")
     positions: int = option(2304, "learned positions, a square grid that is interpolated")
     deepstack: tuple[int, ...] = option((5, 11, 17), "layers whose output also enters the first language layers")
@@ -119,6 +120,9 @@ class Data:
     keep_word: float = option(0.7, "a training query keeps each word with this probability, at least two")
     crop: tuple[float, float] = option((0.7, 1.0), "area of the crop of a training query's image")
     mirror: float = option(0.5, "probability that a training query's image is mirrored")
+    augmented: str = option(
+        "drawn", "an item's titles and images: drawn, original, augmented or all (data/pipeline.py)"
+    )
     threads: int = option(2, "reader threads")
 
 
@@ -224,6 +228,11 @@ def period(config: Config) -> int:
     return next(p for p in range(1, len(sparse) + 1) if sparse == sparse[:p] * (len(sparse) // p))
 
 
+def row_text(config: Config) -> int:
+    """Text tokens of a training row's product: it may hold an enriched title beside its own."""
+    return config.data.text_tokens * (2 if config.data.augmented == "all" else 1)
+
+
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name → value of every option."""
     found = {}
@@ -248,6 +257,7 @@ ANY_LENGTH = {
 """Options that hold as many values as one likes, of this type."""
 
 CHOICES = {
+    "data.augmented": ("drawn", "original", "augmented", "all"),
     "language.pooling": ("mean", "last"),
     "experts.dispatch": ("grouped", "expert_parallel", "dense"),
     "experts.router_term": ("none", "learned", "hard"),

@@ -100,7 +100,7 @@ def reference_config(config: config_lib.Config, tokenizer: text.Tokenizer, tied:
         intermediate_size=v.mlp_width,
         num_heads=v.heads,
         patch_size=v.patch,
-        temporal_patch_size=v.temporal,
+        temporal_patch_size=config_lib.FRAMES,
         spatial_merge_size=v.merge,
         out_hidden_size=c.width,
         num_position_embeddings=v.positions,
@@ -180,7 +180,7 @@ def published(
         size={"shortest_edge": rule.min_pixels, "longest_edge": rule.max_pixels},
         patch_size=rule.patch,
         merge_size=rule.merge,
-        temporal_patch_size=config.vision.temporal,
+        temporal_patch_size=config_lib.FRAMES,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         image_processor_type="Qwen2VLImageProcessorFast",
@@ -210,7 +210,7 @@ def torch_inputs(segment: Segment, config: config_lib.Config) -> dict:
     if segment.images:
         pixels = np.concatenate([image.pixels for image in segment.images]).astype(np.float32) / 127.5 - 1
         side = config.vision.patch
-        pixels = np.repeat(pixels.reshape(len(pixels), 3, 1, side, side), config.vision.temporal, axis=2)
+        pixels = np.repeat(pixels.reshape(len(pixels), 3, 1, side, side), config_lib.FRAMES, axis=2)
         inputs["pixel_values"] = torch.tensor(pixels.reshape(len(pixels), -1))
         inputs["image_grid_thw"] = torch.tensor([[1, *image.hw] for image in segment.images])
         inputs["mm_token_type_ids"] = torch.tensor(segment.is_visual[None].astype(np.int32))

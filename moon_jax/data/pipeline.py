@@ -56,32 +56,62 @@ class Reader:
         views: Sequence[str],
         alteration: Alteration | None = None,
         rng: np.random.Generator | None = None,
-        draw: bool = False,
     ) -> list[rows_lib.Segment]:
-        """The segments of a product's `views`.
+        """The segments of a product's `views`, of its own title and its first images: what was added to it is left out.
 
         Args:
             alteration: how text and images are altered; None leaves them alone.
-            rng: needed by `alteration` and `draw`.
-            draw: which images fill the row, where the product has more than fit: drawn, not the first ones.
+            rng: needed by `alteration`.
         """
-        text = product.text.strip() if product.text else None
-        if text and alteration:
-            text = keep_words(text, alteration.keep_word, alteration.least_words, rng)
-        tokens = (
-            self.tokenizer.encode([text], self.config.data.text_tokens)[0]
-            if text and set(views) & {"t", "mm"}
-            else None
-        )
-        images = product.images if set(views) & {"i", "mm"} else ()
-        if len(images) > self.config.data.images:
-            chosen = range(self.config.data.images)
-            if draw:
-                chosen = sorted(rng.choice(len(images), self.config.data.images, replace=False))
-            images = [images[index] for index in chosen]
-        patches = [self.image(image, alteration, rng) for image in images]
+        return self.segments(titles_of(product), product.images[: self.config.data.images], views, alteration, rng)
+
+    def segments(
+        self,
+        titles: Sequence[str],
+        images: Sequence[Any],
+        views: Sequence[str],
+        alteration: Alteration | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> list[rows_lib.Segment]:
+        """The segments of titles, one behind the other, and images, as `read` has them."""
+        parts = []
+        if set(views) & {"t", "mm"}:
+            if alteration:
+                titles = [keep_words(title, alteration.keep_word, alteration.least_words, rng) for title in titles]
+            parts = [self.tokenizer.encode([title], self.config.data.text_tokens)[0] for title in titles]
+        tokens = np.concatenate(parts) if parts else None
+        patches = [self.image(image, alteration, rng) for image in images] if set(views) & {"i", "mm"} else ()
         merge, term = self.config.vision.merge, self.config.experts.router_term
         return rows_lib.segments(tokens, patches, self.tokenizer, merge, views, self.template, term)
+
+
+def titles_of(product: Product) -> list[str]:
+    """A product's own title, if it has one."""
+    return [product.text.strip()] if product.text and product.text.strip() else []
+
+
+def drawn(product: Product, augmented: str, images: int, rng: np.random.Generator) -> tuple[list[str], list[Any]]:
+    """The titles and images by which a training step reads a product; of more than fit, some are drawn.
+
+    Args:
+        augmented: what of it, and of what was added to it, is read (`config.data.augmented`). drawn: one title, and so
+            many images, of both; original: of its own; augmented: of what was added, where there is any; all: an
+            added title behind its own, and images of both.
+        images: at most so many.
+    """
+
+    def some(items: Sequence[Any], most: int) -> list[Any]:
+        if len(items) <= most:
+            return list(items)
+        return [items[index] for index in sorted(rng.choice(len(items), most, replace=False))]
+
+    own, added = titles_of(product), product.enriched_texts
+    pictures = product.images + product.expanded_images
+    if augmented == "original":
+        return own, some(product.images, images)
+    if augmented == "augmented":
+        return some(added or own, 1), some(product.expanded_images or product.images, images)
+    return own + some(added, 1) if augmented == "all" else some([*own, *added], 1), some(pictures, images)
 
 
 STEPS = 2**40
@@ -114,9 +144,11 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
         member = triplets_of(step)[place][1][role]
         if member is None:
             return []
-        product, alteration = prepared.products[member], query_alteration if role == 0 else None
+        product = prepared.products[member]
         try:
-            return reader.read(product, VIEWS, alteration, rng, draw=True)
+            # Shoppers write no enriched titles: a query is what it was.
+            titles, images = drawn(product, data.augmented if role else "original", data.images, rng)
+            return reader.segments(titles, images, VIEWS, None if role else query_alteration, rng)
         except BadImage as error:
             raise UserError(f"product {product.id}: image: {error}; it could be read when the run began") from None
 

@@ -58,8 +58,9 @@ class Layout:
         data, merge = config.data, config.vision.merge
         images = data.images if with_images else 0
         visual = images * data.visual_tokens
-        text_only, image_only = data.text_tokens + template.length, visual + 2 * images + template.length
-        length = image_only + data.text_tokens
+        text = config_lib.row_text(config) if all_views else data.text_tokens
+        text_only, image_only = text + template.length, visual + 2 * images + template.length
+        length = image_only + text
         if all_views and images:
             length += text_only + (0 if prefix_is_view(template, config.experts.router_term) else image_only)
         return cls(

@@ -188,7 +188,6 @@ def _vision(vision: dict[str, Any]) -> dict[str, Any]:
         "vision.mlp_width": vision["intermediate_size"],
         "vision.heads": vision["num_heads"],
         "vision.patch": vision["patch_size"],
-        "vision.temporal": vision["temporal_patch_size"],
         "vision.merge": vision["spatial_merge_size"],
         "vision.positions": vision["num_position_embeddings"],
         "vision.deepstack": tuple(vision["deepstack_visual_indexes"]),
@@ -239,6 +238,7 @@ def _same(held: dict[str, Any], text: dict[str, Any], vision: dict[str, Any]) ->
         "text_config.rope_scaling.rope_type": (rope.get("rope_type", "default"), "default"),
         "text_config.rope_scaling.mrope_interleaved": (rope.get("mrope_interleaved", True), True),
         "vision_config.hidden_act": (vision.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
+        "vision_config.temporal_patch_size": (vision.get("temporal_patch_size", 2), config_lib.FRAMES),
         "vision_config.in_channels": (vision.get("in_channels", 3), 3),
         "vision_config.out_hidden_size": (vision["out_hidden_size"], text["hidden_size"]),
     }

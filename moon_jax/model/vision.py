@@ -124,7 +124,7 @@ class VisionTower(nn.Module):
         # Qwen's preprocessing, x/255 with mean and deviation 0.5, on the device.
         pixels = (rows.patches.astype(jnp.float32) / 127.5 - 1.0).astype(self.dtype)
         init = partitioned((None, None, "embed"), nn.initializers.variance_scaling(1.0, "fan_in", "normal", (0, 1)))
-        kernel = self.param("patch_kernel", init, (c.temporal, pixels.shape[-1], c.width), self.param_dtype)
+        kernel = self.param("patch_kernel", init, (config_lib.FRAMES, pixels.shape[-1], c.width), self.param_dtype)
         bias = self.param("patch_bias", partitioned(("embed",), nn.initializers.zeros), (c.width,), self.param_dtype)
         # A still image fills all frames of the kernel: the sum over them is the same product.
         x = pixels @ kernel.sum(0).astype(self.dtype) + bias.astype(self.dtype)

@@ -326,7 +326,7 @@ def _measure(compiled: Any, config: config_lib.Config, state: Any, batch: Any, b
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     rows = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), batch)
     product = np.arange(len(rows.product), dtype=np.int32)
-    full = full_rows(rows.rows, config.data.text_tokens)
+    full = full_rows(rows.rows, config_lib.row_text(config))
     rows = rows.replace(rows=full, weight=np.ones_like(rows.weight), product=product)
     given = jax.device_put(rows, jax.tree.map(lambda leaf: leaf.sharding, batch))
     create = jax.jit(lambda: nn.unbox(initial_state(config, rows.rows)), out_shardings=shardings)
