@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import functools
 import json
@@ -106,7 +107,7 @@ REMEDIES = {
 
 def _refused(error: OSError, parsed: argparse.Namespace) -> str:
     # What fails in the middle of a file does not say which: it is ours, where we write.
-    flag = {"export": "output", "prepare": "output", "plan": "json"}.get(parsed.command, "workdir")
+    flag = {"export": "output", "prepare": "output", "augment": "output", "plan": "json"}.get(parsed.command, "workdir")
     place = error.filename or f"--{flag} {getattr(parsed, flag)}"
     return f"{place}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"
 
@@ -182,18 +183,27 @@ def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     watch.Watch().line(f"the model is in {workdir}; to serve it: {export}")
 
 
-def run_prepare(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    """Prepares, with progress, and tells what came of it."""
+def _expand(parsed: argparse.Namespace, addresses: tuple[str, ...]) -> None:
+    """Data and output as paths of this machine, but for data at one of these kinds of addresses."""
     for flag in ("data", "output"):
-        if places.is_address(getattr(parsed, flag)) and not getattr(parsed, flag).startswith(("hf://", "tfds://")):
-            raise UserError(
-                f"--{flag} {getattr(parsed, flag)}: not a folder of this machine; mount it, and give that path"
-            )
-    # As a shell leaves it in --output=~/x.
-    parsed.data, parsed.output = (os.path.expanduser(given) for given in (parsed.data, parsed.output))
+        given = getattr(parsed, flag)
+        if places.is_address(given) and not given.startswith(addresses):
+            raise UserError(f"--{flag} {given}: not a folder of this machine; mount it, and give that path")
+        # As a shell leaves it in --output=~/x.
+        setattr(parsed, flag, os.path.expanduser(given))
+
+
+def _processes(parsed: argparse.Namespace) -> int:
     processes = parsed.processes if parsed.processes is not None else len(os.sched_getaffinity(0))
     if processes < 1:
         raise UserError(f"--processes {processes}: give 1 or more")
+    return processes
+
+
+def run_prepare(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Prepares, with progress, and tells what came of it."""
+    _expand(parsed, ("hf://", "tfds://"))
+    processes = _processes(parsed)
     config = config_lib.override(config_lib.Config(), overrides)
     from moon_jax.data import prepare, workers
     from moon_jax.training import watch
@@ -217,6 +227,44 @@ def run_prepare(parsed: argparse.Namespace, overrides: list[str]) -> None:
         ["moon-jax", "train", "--config", "quickstart", "--data", parsed.output, "--workdir", "runs/first"]
     )
     report.line(f"prepared in {parsed.output}; to train: {train}")
+
+
+def run_augment(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Augments, with progress, and tells what came of it."""
+    if overrides:
+        raise UserError(f"{overrides[0]}: augment runs no config; leave this out")
+    _expand(parsed, ())
+    processes = _processes(parsed)
+    if parsed.connections < 1:
+        raise UserError(f"--connections {parsed.connections}: give 1 or more")
+    from moon_jax.augment import engines, pipeline
+    from moon_jax.augment.options import Options
+    from moon_jax.data import workers
+    from moon_jax.training import watch
+
+    interrupt.check()
+    _hush()
+    options = Options(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Options)})
+    max_pixels = config_lib.Config().data.max_pixels
+    if parsed.beam is not None:
+        engine: engines.Engine = engines.Beam(tuple(shlex.split(parsed.beam)))
+        engines.load_beam(engine.arguments)
+    else:
+        engine = engines.Local(functools.partial(workers.pool, processes), processes)
+    report = watch.Watch()
+    connections = max(1, parsed.connections // processes)
+    prepared = pipeline.augment(parsed.data, parsed.output, options, max_pixels, engine, connections, report.progress)
+    told = prepared.manifest["augmented"]
+    for kind, name in (("text", "enriched titles"), ("image", "expanded images")):
+        left = ", ".join(f"{count:,} {reason}" for reason, count in told[kind]["left_out"].items()) or "none"
+        report.line(f"{name}: {told[kind]['added']:,} added of {told[kind]['made']:,} made; left out: {left}")
+    if not options.model:
+        report.line("nothing was filtered by agreement of image and title: that wants --model, an embedder")
+    report.line(f"where each came from: {pipeline.RESULTS}; to look at: {parsed.output}/{pipeline.PICTURE}")
+    train = shlex.join(
+        ["moon-jax", "train", "--config", "quickstart", "--data", parsed.output, "--workdir", "runs/augmented"]
+    )
+    report.line(f"augmented in {parsed.output}; to train: {train}")
 
 
 def run_export(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -330,6 +378,7 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
 COMMANDS = {
     "quickstart": run_quickstart,
     "prepare": run_prepare,
+    "augment": run_augment,
     "train": run_train,
     "export": run_export,
     "plan": run_plan,

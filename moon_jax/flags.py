@@ -7,6 +7,7 @@ import difflib
 import re
 from typing import NoReturn
 
+from moon_jax.augment.options import Options
 from moon_jax.config import UserError
 
 DESCRIPTION = """\
@@ -16,6 +17,7 @@ examples:
   moon-jax quickstart                                              the whole method on a rendered catalogue
   moon-jax quickstart --data catalogue/ --workdir runs/first       on your own
   moon-jax prepare --data catalogue/ --output prepared             any catalogue or log, into records
+  moon-jax augment --data prepared --output augmented              enriched titles and expanded images beside them
   moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
   moon-jax export --model runs/2b --output served --verify
   moon-jax plan --config moon2_qwen3vl_2b --topology v5p:4x4x4     what a step costs there, before renting it
@@ -76,6 +78,24 @@ examples:
 
 Nothing is fetched but from hosts that --fetch names (*.example.com takes its subdomains), never from addresses of a
 private network, and hf:// from the hub.
+"""
+
+AUGMENT = """\
+Adds enriched titles and expanded images to the products that a run trains on: by rules and OpenCV, or by models. Titles
+come from any server of OpenAI's protocol (vLLM, SGLang, transformers serve), images from an editing pipeline of
+diffusers, such as Qwen-Image-Edit. What disagrees with its product is dropped, if --model names an embedder: a run of
+ours, CLIP or SigLIP. Where each result came from stands in augmented.parquet, some are shown in augmented.png. What is
+evaluated is left as it was. The same command again goes on where it stopped.
+
+examples:
+  moon-jax augment --data prepared --output augmented
+  moon-jax augment --data prepared --output augmented --model runs/first
+  moon-jax augment --data prepared --output augmented --text http://localhost:8000/v1 --text-model Qwen3-VL-8B-Instruct
+  moon-jax augment --data prepared --output augmented --images hf://Qwen/Qwen-Image-Edit-2509 --model models/clip
+  moon-jax augment --data prepared --output augmented --beam '--runner=FlinkRunner --flink_master=HOST:8081'
+  moon-jax train --config quickstart --data augmented --workdir runs/more --config.data.augmented=drawn
+
+Nothing asks the network but a server that --text names, and hf:// the hub. A server's key is read from OPENAI_API_KEY.
 """
 
 EXPORT = """\
@@ -150,6 +170,35 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     prepare.add_argument("--columns", default="own", help="a column map: own (default), mbe, mbe2, … or a .json file")
     prepare.add_argument("--fetch", action="append", default=[], metavar="HOST", help="ask this host for images by URL")
     prepare.add_argument("--processes", type=int, help="that work at a time (default: one for each core)")
+    augment = commands.add_parser(
+        "augment", help="add enriched titles and expanded images to prepared data", description=AUGMENT, **layout
+    )
+    augment.add_argument("--data", required=True, help="prepared data")
+    augment.add_argument("--output", required=True, help="a folder that is new, empty, or half done")
+    augment.add_argument("--text", default=Options.text, help="rules (default), none, or the URL of a server")
+    augment.add_argument("--text-model", default=Options.text_model, help="the model that is asked there")
+    augment.add_argument(
+        "--images", default=Options.images, help="classical (default), none, or a diffusers pipeline: folder or hf://"
+    )
+    augment.add_argument(
+        "--image-steps", type=int, default=Options.image_steps, help="its steps of denoising; default: its own number"
+    )
+    augment.add_argument(
+        "--expansions", type=int, default=Options.expansions, help="images of a product, n_c (default: %(default)s)"
+    )
+    augment.add_argument(
+        "--model", default=Options.model, help="the embedder of the filter: a workdir, a folder or hf://; default: none"
+    )
+    augment.add_argument(
+        "--quantile",
+        type=float,
+        default=Options.quantile,
+        help="share of the results that the filter drops (default: %(default)s)",
+    )
+    augment.add_argument("--seed", type=int, default=Options.seed, help="of what is drawn (default: %(default)s)")
+    augment.add_argument("--processes", type=int, help="that work at a time (default: one for each core)")
+    augment.add_argument("--connections", type=int, default=16, help="requests to the server at a time (default: 16)")
+    augment.add_argument("--beam", metavar="OPTIONS", help="run on Apache Beam with these options of its own")
     export = commands.add_parser("export", help="write a Hugging Face folder", description=EXPORT, **layout)
     export.add_argument("--model", required=True, help="a workdir, a Hugging Face folder, or hf://owner/name")
     export.add_argument("--output", required=True, help="a folder that is new or empty")

@@ -11,14 +11,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +26,16 @@ import numpy as np
 import pyarrow as pa
 
 from moon_jax import config as config_lib
-from moon_jax import interrupt
-from moon_jax.config import Unavailable, UserError
+from moon_jax.config import UserError
 from moon_jax.data import columns as columns_lib
+from moon_jax.data import outputs, records, sources, tfds, triplets, units
 from moon_jax.data import prepared as prepared_lib
-from moon_jax.data import records, sources, tfds, triplets, units
 from moon_jax.data import shards as shards_lib
+from moon_jax.data import workers as workers_lib
 from moon_jax.data.tables import SPLITS, Tables
 
-WORK = ".work"
-"""The folder within the output that holds what is half done."""
-
-SOURCE = "source.json"
-"""What the output was made from: files with their sizes and times, and the options."""
-
-LOCK = "lock"
-"""In WORK: held by the process that prepares."""
+PARTS = ("units", "shards")
+"""The folders of the output's WORK."""
 
 PLAN = "plan.npy"
 """In WORK: where each record lies, in the order of the indices."""
@@ -104,27 +97,28 @@ def prepare(
         UserError: nothing to read, or nothing left to train on or to find; the output holds something else.
         KeyboardInterrupt: a stop was asked for; what is done stays.
     """
-    output, work = Path(output), Path(output) / WORK
+    output = Path(output)
     opened = source if isinstance(source, sources.Opened) else sources.open_source(source, options.columns)
     if prepared_lib.is_prepared(output):
         if not is_of(output, opened, options):
-            raise UserError(
-                f"--output {output}: holds what was prepared from another source, one that changed since, or with other"
-                " options; give another output, or remove this one"
-            )
-        shutil.rmtree(work, ignore_errors=True)
+            raise outputs.refused(output)
+        shutil.rmtree(output / outputs.WORK, ignore_errors=True)
         return prepared_lib.open_prepared(output)
-    _check(output, opened, options)
-    with _alone(output):
-        return _prepared(opened, output, options, pool, workers, progress)
+    with outputs.claimed(output, _told(opened, options), PARTS) as work:
+        return _prepared(opened, output, work, options, pool, workers, progress)
 
 
 def _prepared(
-    opened: sources.Opened, output: Path, options: Options, pool: Pool, workers: int, progress: Progress
+    opened: sources.Opened,
+    output: Path,
+    work: Path,
+    options: Options,
+    pool: Pool,
+    workers: int,
+    progress: Progress,
 ) -> prepared_lib.Prepared:
     """The three passes."""
-    work = output / WORK
-    _claim(output, opened, options)
+    _forget(output, work)
     with pool() as executor:
         names = _read(opened, options, work, executor, workers, progress)
     pa.default_memory_pool().release_unused()
@@ -143,8 +137,8 @@ def _prepared(
         shards = _write(plan, work, output, executor, workers, progress)
     if opened.sign() != opened.signature:
         raise UserError(f"--data {opened.name}: changed while it was read; remove {output}, and prepare it again")
-    manifest = _manifest(output, described, shards, opened.synthetic)
-    shards_lib.whole(output / SOURCE, _told(opened, options))
+    manifest = manifest_of(output, {"synthetic": opened.synthetic} | described, shards)
+    shards_lib.whole(output / outputs.SOURCE, _told(opened, options))
     # The manifest comes last: where it stands, the rest is whole.
     shards_lib.whole(output / prepared_lib.MANIFEST, json.dumps(manifest, indent=2) + "\n")
     shutil.rmtree(work)
@@ -157,81 +151,16 @@ def _told(opened: sources.Opened, options: Options) -> str:
 
 def is_of(folder: Path, opened: sources.Opened, options: Options) -> bool:
     """Whether a folder, or what is half done in its WORK, was made from these very files with these options."""
-    path = folder / SOURCE
-    return path.is_file() and path.read_text(encoding="utf-8") == _told(opened, options)
+    return outputs.is_of(folder, _told(opened, options))
 
 
-def is_empty(output: Path) -> bool:
-    """Whether a folder holds nothing but what a preparation that was killed at once leaves."""
-    ours = {output / WORK, output / WORK / "units", output / WORK / "shards", output / WORK / LOCK}
-    return all(path in ours for path in output.rglob("*"))
-
-
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Within it no other process prepares here. The lock falls when the process ends, however it does."""
-    with (output / WORK / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Unavailable(f"--output {output}: another process prepares there; wait for it, or end it") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-
-
-def _check(output: Path, opened: sources.Opened, options: Options) -> None:
-    """Refuses an output that holds anything but this preparation, half done; makes its folders."""
-    work = output / WORK
-    if (work / SOURCE).is_file():
-        if not is_of(work, opened, options):
-            raise UserError(
-                f"--output {output}: holds a preparation that was begun from another source, one that changed since, or"
-                " with other options; remove it to begin anew"
-            )
-    elif output.exists() and (not output.is_dir() or not is_empty(output)):
-        raise UserError(f"--output {output}: holds other things; give a folder that is new or empty")
-    for part in ("units", "shards"):
-        (work / part).mkdir(parents=True, exist_ok=True)
-
-
-def _claim(output: Path, opened: sources.Opened, options: Options) -> None:
-    """Makes the output the home of this preparation."""
-    work = output / WORK
-    for old in [*work.glob("units/*.tmp"), *output.glob("*.tmp")]:
-        old.unlink(missing_ok=True)
+def _forget(output: Path, work: Path) -> None:
+    """Removes what another try may do better."""
     # What could not be had may be there now: then other records stay, and the shards are others.
     marks = list(work.glob(f"units/*{units.AGAIN}"))
     stale = [*work.glob("shards/*.json"), *output.glob(f"{records.NAME}-*.array_record-*")] if marks else []
     for old in (*stale, *(mark.with_suffix(".parquet") for mark in marks), *marks):
         old.unlink(missing_ok=True)
-    shards_lib.whole(work / SOURCE, _told(opened, options))
-
-
-def _bounded(calls: Iterable[Callable[[], Future]], most: int) -> Iterator[Any]:
-    """The results of what `calls` submit, in order, of which `most` wait at a time.
-
-    Raises:
-        UserError: a worker was killed.
-    """
-    waiting: collections.deque[Future] = collections.deque()
-    try:
-        for call in calls:
-            interrupt.check()
-            waiting.append(call())
-            if len(waiting) >= most:
-                yield waiting.popleft().result()
-        while waiting:
-            interrupt.check()
-            yield waiting.popleft().result()
-    except BrokenExecutor:
-        raise UserError(
-            "a worker was killed, most likely since memory was short; give fewer --processes, then the same command"
-            " goes on"
-        ) from None
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _read(
@@ -263,7 +192,7 @@ def _read(
 
     size = told = 0
     with progress("reading (MB)", total) as advance:
-        for _ in _bounded(submitted(), 2 * workers):
+        for _ in workers_lib.bounded(submitted(), 2 * workers):
             size += queue.popleft()
             done = min(size // MEGABYTE, total)
             if done > told:
@@ -367,7 +296,7 @@ def _write(
     )
     written = []
     with progress("writing shards", len(plan)) as advance:
-        for told in _bounded(calls, 2 * workers):
+        for told in workers_lib.bounded(calls, 2 * workers):
             written.append(told)
             advance()
     return written
@@ -441,11 +370,19 @@ def _describe(tables: Tables, output: Path) -> dict[str, Any]:
     }
 
 
-def _manifest(output: Path, described: dict[str, Any], shards: list[dict[str, Any]], synthetic: bool) -> dict[str, Any]:
-    """Also writes what TensorFlow Datasets wants to know."""
+def manifest_of(
+    output: Path, described: dict[str, Any], shards: list[dict[str, Any]], others: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The manifest of a folder. Also writes what TensorFlow Datasets wants to know.
+
+    Args:
+        described: what the manifest tells beside files and fingerprint.
+        shards: in order, as `shards.write` tells them.
+        others: more files that lie there.
+    """
     lib = prepared_lib
     tfds.write(output, {name: [shard for shard in shards if f"-{name}." in shard["file"]] for name in SPLITS})
-    beside = (lib.GROUPS, lib.TRIPLETS, lib.VAL_QUERIES, lib.QUARANTINE, *tfds.FILES)
+    beside = (lib.GROUPS, lib.TRIPLETS, lib.VAL_QUERIES, lib.QUARANTINE, *tfds.FILES, *others)
     files = {
         name: {"bytes": (output / name).stat().st_size, "checksum": shards_lib.checksum(output / name)}
         for name in beside
@@ -460,7 +397,6 @@ def _manifest(output: Path, described: dict[str, Any], shards: list[dict[str, An
     return {
         "schema": lib.SCHEMA,
         "fingerprint": fingerprint.hexdigest(),
-        "synthetic": synthetic,
         **described,
         "files": files,
         "shards": [{name: shard[name] for name in fields} for shard in shards],

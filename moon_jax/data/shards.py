@@ -28,37 +28,48 @@ def whole(path: Path, text: str) -> None:
 
 
 def write_shard(path: Path, places: np.ndarray, work: Path) -> dict[str, Any]:
-    """Copies records of units into the shard `path`, unless it stands already.
+    """Copies records of units into the shard `path`: those at the `places`, PLACE[n]."""
+    return write(path, _records(places, work), work)
 
-    Args:
-        places: PLACE[n], of each record.
+
+def write(path: Path, given: Iterator[bytes], work: Path) -> dict[str, Any]:
+    """Writes records into the shard `path`, unless it stands already, and a note of it into `work`.
 
     Returns:
         The fields of records.Shard, and `content`, a digest of the records alone.
+
+    Raises:
+        UserError: the disk is full.
     """
-    note = work / "shards" / f"{path.name}.json"
-    if note.is_file() and path.is_file():
-        return json.loads(note.read_text(encoding="utf-8"))
+    told = note(path.name, work)
+    if told.is_file() and path.is_file():
+        return json.loads(told.read_text(encoding="utf-8"))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    content = hashlib.blake2b(digest_size=16)
+    content, count = hashlib.blake2b(digest_size=16), 0
     try:
         writer = ArrayRecordWriter(str(temporary), records.SHARD_OPTIONS)
-        for record in _records(places, work):
+        for record in given:
+            count += 1
             content.update(len(record).to_bytes(8, "little") + record)
             writer.write(record)
         writer.close()
     except RuntimeError as error:  # what the library makes of a full disk
         raise UserError(f"{path}: {str(error).split(';')[0]}; make room, then the same command goes on") from None
-    told = {
+    fields = {
         "file": path.name,
-        "records": len(places),
+        "records": count,
         "bytes": temporary.stat().st_size,
         "checksum": checksum(temporary),
         "content": content.hexdigest(),
     }
     temporary.replace(path)
-    whole(note, json.dumps(told))
-    return told
+    whole(told, json.dumps(fields))
+    return fields
+
+
+def note(shard: str, work: Path) -> Path:
+    """The file that says that a shard is whole, and tells of it."""
+    return work / "shards" / f"{shard}.json"
 
 
 def _records(places: np.ndarray, work: Path) -> Iterator[bytes]:

@@ -1,17 +1,22 @@
-"""Processes that do the work of prepare: they leave Ctrl-C to the one that started them, and end when it does."""
+"""Processes that work for prepare and augment: they leave Ctrl-C to the one that started them, and end with it."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
+from typing import Any
+
+from moon_jax import interrupt
+from moon_jax.config import UserError
 
 
 @contextlib.contextmanager
@@ -51,3 +56,29 @@ def _end_with_parent() -> None:
     """Where the parent is killed, nobody tells its workers."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
+
+
+def bounded(calls: Iterable[Callable[[], Future]], most: int) -> Iterator[Any]:
+    """The results of what `calls` submit, in order, of which `most` wait at a time.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    waiting: collections.deque[Future] = collections.deque()
+    try:
+        for call in calls:
+            interrupt.check()
+            waiting.append(call())
+            if len(waiting) >= most:
+                yield waiting.popleft().result()
+        while waiting:
+            interrupt.check()
+            yield waiting.popleft().result()
+    except BrokenExecutor:
+        raise UserError(
+            "a worker was killed, most likely since memory was short; give fewer --processes, then the same command"
+            " goes on"
+        ) from None
+    finally:
+        for future in waiting:
+            future.cancel()

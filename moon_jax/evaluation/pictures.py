@@ -30,7 +30,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 DASHES = ("-", "-", "-", "--", "--")
 """Inter-product objectives are solid, intra-product ones dashed."""
 
-INK, FAINT, HIT = "#222222", "#9A9A9A", "#009E73"
+INK, FAINT, HIT, MISS = "#222222", "#9A9A9A", "#009E73", "#D55E00"
 
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei",
          "Malgun Gothic", "Noto Sans Arabic", "Noto Sans Devanagari", "Arial Unicode MS")  # fmt: skip
@@ -265,3 +265,41 @@ def _fold(text: str, width: int, most: int) -> str:
     """At most `most` lines of `width` characters."""
     lines = textwrap.wrap(" ".join(text.split())[:400], width, max_lines=most, placeholder=" …")
     return "\n".join(lines)
+
+
+def additions(
+    path: Path,
+    shown: Sequence[tuple[Product, Sequence[tuple[str, bytes, bool]], Sequence[tuple[str, bool]]]],
+    max_pixels: int,
+    footer: str,
+) -> None:
+    """Products beside what co-augmentation made of them; what it left out is crossed.
+
+    Args:
+        shown: of each, the product, its images (label, bytes, whether added), and its titles (text, whether added).
+    """
+    columns = 1 + max((len(images) for _, images, _ in shown), default=0)
+    rows, title = -(-len(shown) // 2), "Co-augmentation: products drawn at random, and what was made of them"
+    with _picture(path, title, footer, (2 * 1.5 * columns + 0.6, 2.3 * rows + 0.8)) as figure:
+        for part, (product, images, titles) in zip(
+            figure.subfigures(rows, 2, squeeze=False).ravel(), shown, strict=False
+        ):
+            told = [_fold(product.text or "no title", 26 * columns, 2)]
+            told += [f"{'+' if added else '✗'} {_fold(made, 26 * columns, 3)}" for made, added in titles]
+            part.supxlabel("\n".join(told), x=0.02, ha="left", fontsize=7)
+            cells = part.subplots(1, columns, squeeze=False)[0]
+            for axes in cells[1 + len(images) :]:
+                axes.axis("off")
+            for axes, (label, image, added) in zip(
+                cells, [("product", product.images[0], True), *images], strict=False
+            ):
+                axes.set_xticks([])
+                axes.set_yticks([])
+                picture = decode(image, max_pixels)
+                picture.thumbnail((224, 224))
+                axes.imshow(np.asarray(picture))
+                axes.set_title(label, fontsize=8, color=INK if added else FAINT, pad=3)
+                axes.spines[:].set_visible(True)
+                axes.spines[:].set_color(INK if label == "product" else "#DDDDDD")
+                if not added:
+                    axes.plot([0, 1], [0, 1], transform=axes.transAxes, color=MISS, linewidth=2.5)

@@ -21,7 +21,7 @@ from etils import epath
 from moon_jax import config as config_lib
 from moon_jax import hosts, interrupt, places
 from moon_jax.config import Unavailable, UserError
-from moon_jax.data import prepare, sources, synthetic, text
+from moon_jax.data import outputs, prepare, sources, synthetic, text
 from moon_jax.data import prepared as prepared_lib
 from moon_jax.hub import folder, weights
 from moon_jax.training import checkpoints, watch
@@ -286,12 +286,12 @@ def _home(workdir: Path, opened: sources.Opened, options: prepare.Options) -> Pa
     own, half = workdir / "data", workdir / HALF
     if (own / prepared_lib.MANIFEST).exists():
         return own if prepared_lib.is_prepared(own) and prepare.is_of(own, opened, options) else None
-    if prepare.is_of(half, opened, options) or prepare.is_of(half / prepare.WORK, opened, options):
+    if prepare.is_of(half, opened, options) or prepare.is_of(half / outputs.WORK, opened, options):
         return half
     if half.exists() and not any(
-        (half / name).is_file() for name in (prepare.SOURCE, f"{prepare.WORK}/{prepare.SOURCE}")
+        (half / name).is_file() for name in (outputs.SOURCE, f"{outputs.WORK}/{outputs.SOURCE}")
     ):
-        return half if prepare.is_empty(half) else None  # not ours
+        return half if outputs.is_empty(half, prepare.PARTS) else None  # not ours
     shutil.rmtree(half, ignore_errors=True)
     return half
 

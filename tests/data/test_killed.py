@@ -154,7 +154,7 @@ def test_another_source_or_another_option_is_told(source, undisturbed, tmp_path)
     (tmp_path / "other.jsonl").write_text('{"product_id": "1", "title": "a"}')
     other = start(tmp_path / "other.jsonl", output, 1)
     _, err = other.communicate(timeout=60)
-    assert other.returncode == 2 and "holds a preparation that was begun from another source" in err
+    assert other.returncode == 2 and "holds what was begun from another source" in err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     full = start(source, tmp_path / "full", 1)

@@ -427,7 +427,7 @@ def test_two_cannot_prepare_one_output(tmp_path):
     (tmp_path / "p" / ".work").mkdir(parents=True)
     with (tmp_path / "p" / ".work" / "lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process prepares there"):
+        with pytest.raises(UserError, match="another process works there"):
             prepared_from(tmp_path, tmp_path / "p")
     assert len(prepared_from(tmp_path, tmp_path / "p").products) == 4
 

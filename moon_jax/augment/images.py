@@ -1,0 +1,296 @@
+"""The image half of co-augmentation, without a model: the subject is cut out, and shown otherwise.
+
+As MOON2.0 (arXiv 2511.12449) has it, in two stages: I_m, the picture without clutter, then I_k, k = 1 … n_c: the same
+product before another background, from another viewpoint, or closer. OpenCV does the work: `pip install -e
+'.[augment]'`. What is drawn at random follows from the seed alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from moon_jax.config import UserError
+
+JPEG_QUALITY = 92
+
+WORKING_SIDE = 256
+"""Pixels of the longer side while the subject is sought."""
+
+BORDER = 0.04
+"""Of the shorter side: the frame that is taken for background."""
+
+LEAST_SIDE = 16
+"""In smaller pictures no subject is sought."""
+
+ALIKE, PLAIN, REACH = 6.0, 0.5, (2.5, 6.0)
+"""Colours less apart than ALIKE (CIE76) are one; a frame of one colour for the share PLAIN is plain, and colours within
+REACH of it are background then: the nearer bound where it does not vary.
+"""
+
+COMPACT = 0.75
+"""Share of its convex hull that a subject fills, before a background that is not plain."""
+
+LEAST_AREA, MOST_AREA = 0.04, 0.92
+"""Share of the picture that a subject may have; else none was found."""
+
+SCRAP = 0.12
+"""Of the largest part's area: smaller ones, such as a shop's badge, are no part of the subject."""
+
+WHITE = (255.0, 255.0, 255.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """I_m: what a picture is of."""
+
+    pixels: np.ndarray  # u8[height,width,3]: the whole picture
+    mask: np.ndarray | None  # f32[height,width]: 1 where the subject is; None where it was not found
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the subject; of the whole picture where none was found."""
+        height, width = self.pixels.shape[:2]
+        if self.mask is None:
+            return 0, 0, width, height
+        rows, columns = (np.flatnonzero((self.mask > 0.5).any(axis)) for axis in (1, 0))
+        return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+    def alone(self, background: tuple[float, ...] | np.ndarray = WHITE) -> np.ndarray:
+        """The subject before a background, of one colour or f32[height,width,3]: f32[height,width,3]."""
+        if self.mask is None:
+            return self.pixels.astype(np.float32)
+        mask = self.mask[..., None]
+        return self.pixels * mask + np.broadcast_to(np.float32(background), self.pixels.shape) * (1 - mask)
+
+
+def _cv2() -> Any:
+    import cv2  # behind an extra
+
+    cv2.setNumThreads(1)  # processes share the cores
+    cv2.setRNGSeed(0)  # grabCut draws
+    return cv2
+
+
+def check() -> None:
+    """
+    Raises:
+        UserError: OpenCV is not installed.
+    """
+    try:
+        import cv2  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--images classical: wants OpenCV ({error}); pip install -e '.[augment]', or give --images none"
+        ) from None
+
+
+def subject_of(picture: Image.Image) -> Subject:
+    """Finds the subject of an RGB picture.
+
+    Where the frame is of one colour, as a studio's, the subject is what that colour does not reach from the edge.
+    Elsewhere GrabCut (Rother et al., 2004) is asked, which starts from the frame as background, and believed if what
+    it finds is compact. Parts that are small and lie apart, such as badges and captions, are left out, holes filled.
+    """
+    cv2 = _cv2()
+    pixels = np.asarray(picture)
+    height, width = pixels.shape[:2]
+    scale = min(1.0, WORKING_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    if min(size) < LEAST_SIDE:
+        return Subject(pixels, None)
+    frame = max(1, round(BORDER * min(size)))
+    ring = np.ones(small.shape[:2], bool)
+    ring[frame:-frame, frame:-frame] = False
+    lab = cv2.cvtColor(small.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    distance, share = _from_frame(lab, ring)
+    mask = _beyond(distance, ring, cv2) if share >= PLAIN else _grabbed(small, ring, cv2)
+    mask = _solid(mask, cv2)
+    if not LEAST_AREA <= mask.mean() <= MOST_AREA or (share < PLAIN and not _compact(mask, ring, cv2)):
+        return Subject(pixels, None)
+    soft = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    soft = cv2.GaussianBlur(soft, (0, 0), max(0.6, 0.6 / scale))
+    return Subject(pixels, np.clip((soft - 0.25) * 2, 0, 1))
+
+
+def _from_frame(lab: np.ndarray, ring: np.ndarray) -> tuple[np.ndarray, float]:
+    """How far each pixel is from the frame's commonest colour (CIE76), and the share of the frame that has it."""
+    there = lab[ring][:: max(1, int(ring.sum()) // 400)]
+    between = np.sqrt(((there[:, None] - there[None]) ** 2).sum(-1))
+    alike = there[between[np.argmax((between < ALIKE).sum(1))] < ALIKE]
+    distance = np.sqrt(((lab - np.median(alike, axis=0)) ** 2).sum(-1))
+    return distance, float((distance[ring] < ALIKE).mean())
+
+
+def _beyond(distance: np.ndarray, ring: np.ndarray, cv2: Any) -> np.ndarray:
+    """What the frame's colour does not reach from the edge: u8[h,w]."""
+    reach = np.clip(4 * np.median(distance[ring & (distance < ALIKE)]), *REACH)
+    _, parts = cv2.connectedComponents((distance < reach).astype(np.uint8), connectivity=4)
+    touching = np.unique(parts[ring & (distance < reach)])
+    beyond = (~np.isin(parts, touching[touching > 0])).astype(np.uint8)
+    # Of what the camera and JPEG make of an edge, a pixel is background still.
+    return cv2.erode(beyond, np.ones((3, 3), np.uint8)) if min(beyond.shape) >= 100 else beyond
+
+
+def _grabbed(small: np.ndarray, ring: np.ndarray, cv2: Any) -> np.ndarray:
+    """What GrabCut takes for the subject: u8[h,w]."""
+    labels = np.where(ring, cv2.GC_BGD, cv2.GC_PR_FGD).astype(np.uint8)
+    models = np.zeros((2, 1, 65))
+    cv2.grabCut(cv2.cvtColor(small, cv2.COLOR_RGB2BGR), labels, None, *models, 4, cv2.GC_INIT_WITH_MASK)
+    return (labels % 2).astype(np.uint8)
+
+
+def _solid(mask: np.ndarray, cv2: Any) -> np.ndarray:
+    """A mask u8[h,w] without scraps and holes."""
+    mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    count, parts, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    if count == 1:
+        return mask
+    area = stats[1:, cv2.CC_STAT_AREA]
+    kept = np.isin(parts, 1 + np.flatnonzero(area >= SCRAP * area.max())).astype(np.uint8)
+    outlines, _ = cv2.findContours(kept, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(kept, outlines, -1, 1, cv2.FILLED)
+
+
+def _compact(mask: np.ndarray, ring: np.ndarray, cv2: Any) -> bool:
+    """Whether a mask is one part that fills its hull, and leaves the frame."""
+    outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    if len(outlines) != 1:
+        return False
+    hull = cv2.contourArea(cv2.convexHull(outlines[0]))
+    return mask.sum() > COMPACT * hull and cv2.dilate(mask, np.ones((3, 3), np.uint8))[ring].mean() < 0.3
+
+
+def background(subject: Subject, rng: np.random.Generator) -> np.ndarray:
+    """The subject before a wall and a floor, a gradient or soft patches of colour, with its shadow, moved a little."""
+    cv2 = _cv2()
+    height, width = subject.pixels.shape[:2]
+    colours = _pale(rng), _pale(rng)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    kind = int(rng.integers(3))
+    if kind == 0:
+        share = 1 / (1 + np.exp(-(y - rng.uniform(0.6, 0.85) * height) / (0.01 * height)))
+    elif kind == 1:
+        turn = rng.uniform(0, 2 * np.pi)
+        share = 0.5 + 0.5 * (np.cos(turn) * (2 * x / width - 1) + np.sin(turn) * (2 * y / height - 1)) / np.sqrt(2)
+    else:
+        share = cv2.resize(rng.uniform(0, 1, (4, 4)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    share = np.clip(share, 0, 1)[..., None]
+    scene = colours[0] * (1 - share) + colours[1] * share
+    left, top, right, bottom = subject.box
+    scale = rng.uniform(0.8, 1.0) * min(1.0, 0.92 * width / (right - left), 0.92 * height / (bottom - top))
+    room = np.array([width - scale * (right - left), height - scale * (bottom - top)])
+    place = room * rng.uniform(0.25, 0.75, 2)
+    size = width, height
+    move = np.float32([[scale, 0, place[0] - scale * left], [0, scale, place[1] - scale * top]])
+    pixels = cv2.warpAffine(
+        subject.pixels, move, (width, height), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REPLICATE
+    )
+    mask = cv2.warpAffine(subject.mask, move, size, flags=cv2.INTER_LINEAR)
+    blur = 0.03 * min(height, width)
+    shadow = cv2.GaussianBlur(np.roll(mask, (round(blur), round(blur / 2)), (0, 1)), (0, 0), blur)
+    scene = scene * (1 - 0.35 * shadow[..., None])
+    return Subject(pixels, mask).alone(scene.astype(np.float32))
+
+
+def _pale(rng: np.random.Generator) -> np.ndarray:
+    """A colour that no product is mistaken for: light, and of little saturation."""
+    grey = rng.uniform(150, 240)
+    return np.clip(grey + rng.uniform(-35, 35, 3), 0, 255).astype(np.float32)
+
+
+def viewpoint(subject: Subject, rng: np.random.Generator) -> np.ndarray:
+    """The subject alone, seen from elsewhere: turned about three axes in perspective. It is never mirrored."""
+    cv2 = _cv2()
+    height, width = subject.pixels.shape[:2]
+    yaw, pitch, roll = rng.choice([-1, 1], 3) * rng.uniform((12, 4, 2), (28, 14, 9)) * np.pi / 180
+    left, top, right, bottom = subject.box
+    centre = np.array([(left + right) / 2, (top + bottom) / 2])
+    corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]], float)
+    flat = np.concatenate([corners - centre, np.zeros((4, 1))], 1)
+    about_y = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
+    about_x = np.array([[1, 0, 0], [0, np.cos(pitch), -np.sin(pitch)], [0, np.sin(pitch), np.cos(pitch)]])
+    about_z = np.array([[np.cos(roll), -np.sin(roll), 0], [np.sin(roll), np.cos(roll), 0], [0, 0, 1]])
+    turned = flat @ (about_z @ about_x @ about_y).T
+    eye = 2.5 * max(height, width)
+    seen = turned[:, :2] * (eye / (eye + turned[:, 2:]))
+    # As large as fits, in the middle.
+    seen -= (seen.min(0) + seen.max(0)) / 2
+    seen *= min(1.0, 0.94 * min(np.array([width, height]) / np.ptp(seen, axis=0)))
+    seen += [width / 2, height / 2]
+    move = cv2.getPerspectiveTransform(np.float32(corners), np.float32(seen))
+    fill = _edge_colour(subject)
+    pixels = cv2.warpPerspective(
+        np.clip(subject.alone(fill), 0, 255),
+        move,
+        (width, height),
+        flags=cv2.INTER_CUBIC,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=tuple(map(float, fill)),
+    )
+    return pixels
+
+
+def _edge_colour(subject: Subject) -> np.ndarray:
+    """The colour of the picture's edge, f32[3], where the subject was not found; else white."""
+    if subject.mask is not None:
+        return np.float32(WHITE)
+    pixels = subject.pixels
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return np.median(edge, axis=0).astype(np.float32)
+
+
+def detail(subject: Subject, rng: np.random.Generator) -> np.ndarray:
+    """A part of the picture where the subject has most to show, enlarged."""
+    cv2 = _cv2()
+    height, width = subject.pixels.shape[:2]
+    left, top, right, bottom = subject.box
+    share = rng.uniform(0.5, 0.7)
+    # A window of the picture's aspect, that share of the subject's longer side.
+    scale = min(1.0, share * max((right - left) / width, (bottom - top) / height))
+    wide, high = max(8, round(scale * width)), max(8, round(scale * height))
+    wide, high = min(wide, width), min(high, height)
+    grey = cv2.cvtColor(subject.pixels, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    edges = cv2.magnitude(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
+    weight = edges if subject.mask is None else edges * subject.mask + 8 * subject.mask
+    total = cv2.integral(weight)
+    score = total[high:, wide:] - total[:-high, wide:] - total[high:, :-wide] + total[:-high, :-wide]
+    score = score * rng.uniform(0.9, 1.0, score.shape)  # among windows that show about as much, any
+    y, x = np.unravel_index(int(np.argmax(score)), score.shape)
+    part = subject.pixels[y : y + high, x : x + wide]
+    return cv2.resize(part, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.float32)
+
+
+OPERATIONS: dict[str, Callable[[Subject, np.random.Generator], np.ndarray]] = {
+    "background": background,
+    "viewpoint": viewpoint,
+    "detail": detail,
+}
+
+
+def expand(picture: Image.Image, count: int, rng: np.random.Generator) -> list[tuple[str, bytes]]:
+    """I_1 … I_count of an RGB picture, of its size: the operation and a JPEG each.
+
+    Operations alternate, in an order that is drawn. Where no subject was found there is no other background.
+    """
+    subject = subject_of(picture)
+    names = [name for name in OPERATIONS if name != "background" or subject.mask is not None]
+    order = [names[index] for index in rng.permutation(len(names))]
+    made = []
+    for number in range(count):
+        name = order[number % len(order)]
+        pixels = np.clip(np.rint(OPERATIONS[name](subject, rng)), 0, 255).astype(np.uint8)
+        made.append((name, jpeg(Image.fromarray(pixels))))
+    return made
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=JPEG_QUALITY)
+    return stream.getvalue()
