@@ -246,8 +246,8 @@ def run_augment(parsed: argparse.Namespace, overrides: list[str]) -> None:
     _hush()
     options = Options(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Options)})
     max_pixels = config_lib.Config().data.max_pixels
-    if parsed.beam is not None:
-        engine: engines.Engine = engines.Beam(tuple(shlex.split(parsed.beam)))
+    if parsed.beam:
+        engine: engines.Engine = engines.Beam(tuple(f"--{option.removeprefix('--')}" for option in parsed.beam))
         engines.load_beam(engine.arguments)
     else:
         engine = engines.Local(functools.partial(workers.pool, processes), processes)

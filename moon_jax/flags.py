@@ -92,7 +92,7 @@ examples:
   moon-jax augment --data prepared --output augmented --model runs/first
   moon-jax augment --data prepared --output augmented --text http://localhost:8000/v1 --text-model Qwen3-VL-8B-Instruct
   moon-jax augment --data prepared --output augmented --images hf://Qwen/Qwen-Image-Edit-2509 --model models/clip
-  moon-jax augment --data prepared --output augmented --beam '--runner=FlinkRunner --flink_master=HOST:8081'
+  moon-jax augment --data prepared --output augmented --beam runner=FlinkRunner --beam flink_master=HOST:8081
   moon-jax train --config quickstart --data augmented --workdir runs/more --config.data.augmented=drawn
 
 Nothing asks the network but a server that --text names, and hf:// the hub. A server's key is read from OPENAI_API_KEY.
@@ -198,7 +198,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     augment.add_argument("--seed", type=int, default=Options.seed, help="of what is drawn (default: %(default)s)")
     augment.add_argument("--processes", type=int, help="that work at a time (default: one for each core)")
     augment.add_argument("--connections", type=int, default=16, help="requests to the server at a time (default: 16)")
-    augment.add_argument("--beam", metavar="OPTIONS", help="run on Apache Beam with these options of its own")
+    augment.add_argument(
+        "--beam", action="append", metavar="OPTION=VALUE", help="run on Apache Beam, with this option of its own"
+    )
     export = commands.add_parser("export", help="write a Hugging Face folder", description=EXPORT, **layout)
     export.add_argument("--model", required=True, help="a workdir, a Hugging Face folder, or hf://owner/name")
     export.add_argument("--output", required=True, help="a folder that is new or empty")

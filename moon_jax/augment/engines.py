@@ -125,7 +125,7 @@ def load_beam(arguments: Sequence[str]) -> tuple[Any, Any]:
     try:
         return apache_beam, PipelineOptions(list(arguments))
     except SystemExit:  # argparse within Beam
-        raise UserError(f"--beam '{' '.join(arguments)}': not options of Apache Beam") from None
+        raise UserError(f"--beam {' '.join(arguments)}: not options of Apache Beam") from None
 
 
 def _one(work: Work, number: int) -> None:

@@ -14,15 +14,15 @@ import unicodedata
 from moon_jax.evaluation.labels import UNSPACED, words
 from moon_jax.types import Product
 
-_UNIT = re.compile(
-    "[mck]?m|inch(?:es)?|in|ft|feet|yd|[mk]?g|gms?|oz|lbs?|[mc]?l|lit(?:re|er)s?|ltr|gal|m?ah|k?v|k?w|[kmg]?hz|[kmgt]b|"
-    "mp|px|dpi|ct|cts|carats?|denier|gsm|tog|%|°[cf]?|毫米|厘米|米|英?寸|千?克|公?斤|毫?升|伏|瓦|码"
+_UNIT = (
+    "(?:[mck]?m|inch(?:es)?|in|ft|feet|yd|[mk]?g|gms?|oz|lbs?|[mc]?l|lit(?:re|er)s?|ltr|gal|m?ah|k?v|k?w|[kmg]?hz|"
+    "[kmgt]b|mp|px|dpi|ct|cts|carats?|denier|gsm|tog|%|°[cf]?|毫米|厘米|米|英?寸|千?克|公?斤|毫?升|伏|瓦|码)"
 )
-"""After a number they make a size."""
-
 _NUMBER = r"\d+(?:[.,/]\d+)*"
-_MEASURE = re.compile(rf"({_NUMBER})\s*(°?[^\W\d_]+|[%°])")
-_DIMENSIONS = re.compile(rf"{_NUMBER}(?:\s*[x×*]\s*{_NUMBER})+", re.IGNORECASE)
+# Not within a code. In scripts without spaces a word may touch the number.
+_BEFORE, _AFTER = rf"(?<![^\W{UNSPACED.pattern[1:-1]}])(?<![.,])", rf"(?![^\W{UNSPACED.pattern[1:-1]}])"
+_MEASURE = re.compile(rf"{_BEFORE}({_NUMBER})\s*({_UNIT}){_AFTER}", re.IGNORECASE)
+_DIMENSIONS = re.compile(rf"{_BEFORE}{_NUMBER}(?:\s*[x×*]\s*{_NUMBER})+{_AFTER}", re.IGNORECASE)
 _LETTER_SIZE = re.compile(r"(?<!\w)(?:X{0,5}[SL]|M|\d+X[SL])(?!\w|['’])")
 YES, NO = frozenset({"yes", "true"}), frozenset({"no", "none", "false", "na", "n/a", "nil", "-", "unknown", "other"})
 """Values that say whether, not what."""
@@ -57,9 +57,7 @@ def _sizes(text: str) -> dict[str, str]:
     text = unicodedata.normalize("NFKC", text)
     found = {}
     for match in _MEASURE.finditer(text):
-        unit = match[2].casefold()
-        if _UNIT.fullmatch(unit):
-            found[f"{match[1]} {unit}"] = match[0]
+        found[f"{match[1]} {match[2].casefold()}"] = match[0]
     for match in itertools.chain(_DIMENSIONS.finditer(text), _LETTER_SIZE.finditer(text)):
         found[re.sub(r"\s|×|\*", lambda sign: "" if sign[0].isspace() else "x", match[0]).casefold()] = match[0]
     return found
@@ -70,13 +68,13 @@ def enriched(product: Product) -> str:
 
     A fact is a short value; of a number, or of one that says whether, the name is told. Codes are no facts.
     """
-    told, facts = words(product.text or ""), []
+    facts: list[str] = []
     for name, values in entities(product).items():
         for value in values[:MOST_VALUES]:
             fact = _fact(name, " ".join(value.split()))
-            if not fact or words(fact) <= told or len(facts) == MOST_FACTS:
+            told = "\n".join([product.text or "", *facts])
+            if not fact or not _beyond(fact, told) or len(facts) == MOST_FACTS:
                 continue
-            told |= words(fact)
             if name == "brand":
                 facts.insert(0, fact)
             else:
@@ -136,25 +134,37 @@ def flaw(title: str, product: Product, brands: frozenset[str] = frozenset()) -> 
     if len(title) > LONGEST_TITLE:
         return "too long"
     title, text = (unicodedata.normalize("NFKC", given) for given in (title, source_text(product)))
-    known, folded = words(text), text.casefold()
-    tokens = re.findall(r"[^\W_]+", title)
-    pieces = [piece for token in tokens for piece in (list(token) if UNSPACED.search(token) else [token])]
-    new = [
-        piece
-        for piece in pieces
-        if not words(piece) <= known and not (UNSPACED.search(piece) and piece.casefold() in folded)
-    ]
+    new, pieces = _beyond(title, text), _pieces(title)
     if _scripts(title) - _scripts(text):
         return "language"
-    if set(re.findall(_NUMBER, title)) - set(re.findall(_NUMBER, text)) or any(map(re.compile(r"\d").search, new)):
+    codes = [piece for piece in new if re.search(r"\d", piece) and not piece.isdigit() and not _sizes(piece)]
+    if codes or set(re.findall(_NUMBER, title)) - set(re.findall(_NUMBER, text)):
         return "number"
     if set(_sizes(title)) - set(_sizes(text)):
         return "size"
     if any(piece[0].isupper() for piece in new) or _named(title, brands) - _named(text, brands):
         return "brand"
-    if len(new) > len(pieces) / 2:
+    if sum(not re.search(r"\d", piece) for piece in new) > len(pieces) / 2:
         return "language"
-    return "nothing new" if words(title) <= words(product.text or "") else ""
+    return "" if _beyond(title, product.text or "") else "nothing new"
+
+
+def _pieces(text: str) -> list[str]:
+    """The words of a text; in scripts without spaces, its signs."""
+    tokens = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text))
+    return [
+        piece for token in tokens for piece in (re.findall(r"\d+|\D", token) if UNSPACED.search(token) else [token])
+    ]
+
+
+def _beyond(title: str, text: str) -> list[str]:
+    """The words of a title that a text does not hold, but for case and plural endings, as one word or as two."""
+    known, folded = words(text), unicodedata.normalize("NFKC", text).casefold()
+    return [
+        piece
+        for piece in _pieces(title)
+        if not words(piece) <= known and not (UNSPACED.search(piece) and piece.casefold() in folded)
+    ]
 
 
 def _scripts(text: str) -> set[str]:

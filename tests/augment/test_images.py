@@ -1,0 +1,126 @@
+"""The subject is found and kept, the rest is changed; all of it follows from the seed."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from moon_jax.augment import images
+from moon_jax.data.images import decode
+
+SIZE = (120, 90)
+INK, PAPER = (190, 40, 40), (245, 245, 242)
+
+
+def picture(badge: bool = False, noise: float = 1.5, size: tuple[int, int] = SIZE) -> tuple[Image.Image, np.ndarray]:
+    """A red jug with a dark mark on its left, on paper, and where it is."""
+    shape, truth = Image.new("RGB", size, PAPER), Image.new("L", size)
+    for image, colour in ((shape, INK), (truth, 1)):
+        draw = ImageDraw.Draw(image)
+        draw.ellipse((40, 20, 85, 75), fill=colour)
+        draw.rectangle((55, 10, 70, 30), fill=colour)
+    draw = ImageDraw.Draw(shape)
+    draw.rectangle((46, 42, 56, 54), fill=(20, 20, 60))
+    if badge:
+        draw.rectangle((4, 4, 14, 10), fill=(20, 120, 200))
+    pixels = np.asarray(shape) + np.random.default_rng(0).normal(0, noise, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), np.asarray(truth).astype(bool)
+
+
+def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
+    return (mask & truth).sum() / (mask | truth).sum()
+
+
+@pytest.mark.parametrize("badge", [False, True])
+def test_the_subject_is_found_and_a_badge_is_not(badge):
+    shown, truth = picture(badge)
+    subject = images.subject_of(shown)
+    assert overlap(subject.mask > 0.5, truth) > 0.9
+    assert subject.mask[:14, :20].max() == 0
+    left, top, right, bottom = subject.box
+    assert abs(left - 40) <= 2 and abs(top - 10) <= 2 and abs(right - 86) <= 2 and abs(bottom - 76) <= 2
+    alone = subject.alone((0, 0, 255))
+    assert np.abs(alone[2, 2] - [0, 0, 255]).max() < 1 and np.abs(alone[60, 70] - INK).max() < 12
+
+
+def test_a_white_subject_before_white_is_kept_whole():
+    """Its outline is all that tells it; what it encloses is not background, however alike."""
+    shown = Image.new("RGB", SIZE, (255, 255, 255))
+    draw = ImageDraw.Draw(shown)
+    draw.ellipse((30, 15, 90, 75), fill=(255, 255, 255), outline=(150, 150, 150), width=3)
+    mask = images.subject_of(shown).mask
+    assert mask[45, 60] == 1 and mask[:8].max() == 0
+
+
+def test_in_clutter_nothing_is_found_and_before_a_varied_wall_the_subject_is():
+    noise = np.random.default_rng(1).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    assert images.subject_of(Image.fromarray(noise)).mask is None
+    assert images.subject_of(Image.new("RGB", SIZE, "teal")).mask is None
+    assert images.subject_of(Image.new("RGB", (12, 300), "teal")).mask is None
+    wall = np.zeros((90, 120, 3))
+    wall[..., 1] = np.linspace(60, 200, 120)
+    wall[..., 2] = np.linspace(60, 200, 90)[:, None]
+    shown, truth = picture(noise=0)
+    pixels = np.where(truth[..., None], np.asarray(shown), wall) + np.random.default_rng(2).normal(0, 2, wall.shape)
+    mask = images.subject_of(Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))).mask
+    assert overlap(mask > 0.5, truth) > 0.85
+
+
+def red(pixels: np.ndarray) -> np.ndarray:
+    return (pixels[..., 0] > 140) & (pixels[..., 1] < 90) & (pixels[..., 2] < 90)
+
+
+def dark(pixels: np.ndarray) -> np.ndarray:
+    return pixels.max(-1) < 90
+
+
+def test_another_background_keeps_the_subject():
+    shown, truth = picture()
+    made = [images.background(images.subject_of(shown), np.random.default_rng(seed)) for seed in range(12)]
+    for pixels in made:
+        assert pixels.shape == (90, 120, 3)
+        corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
+        assert np.abs(corners - PAPER).max() > 8
+        assert 0.5 * truth.sum() < (red(pixels) | dark(pixels)).sum() < 1.1 * truth.sum()
+    assert len({pixels.tobytes() for pixels in made}) == len(made)
+
+
+def test_another_viewpoint_shows_the_whole_subject_unmirrored():
+    shown, truth = picture()
+    for seed in range(12):
+        pixels = images.viewpoint(images.subject_of(shown), np.random.default_rng(seed))
+        assert 0.55 * truth.sum() < (red(pixels) | dark(pixels)).sum() < 1.8 * truth.sum()
+        # The mark is left of the middle still.
+        assert np.nonzero(dark(pixels))[1].mean() < np.nonzero(red(pixels))[1].mean() - 2
+        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        assert not red(border).any()
+
+
+def test_a_detail_is_a_part_of_the_subject_enlarged():
+    shown, _ = picture()
+    for seed in range(12):
+        pixels = images.detail(images.subject_of(shown), np.random.default_rng(seed))
+        assert pixels.shape == (90, 120, 3) and (red(pixels) | dark(pixels)).mean() > 0.45
+        assert dark(pixels).sum() > 1.5 * dark(np.asarray(shown)).sum()
+
+
+def test_expansions_follow_from_the_seed_and_alternate():
+    shown, _ = picture()
+    first, again = (images.expand(shown, 5, np.random.default_rng(7)) for _ in range(2))
+    assert first == again and first != images.expand(shown, 5, np.random.default_rng(8))
+    names = [name for name, _ in first]
+    assert set(names[:3]) == set(images.OPERATIONS) and names[3:] == names[:2]
+    assert len({image for _, image in first}) == 5
+    for _, image in first:
+        assert decode(image, 10**6).size == SIZE and Image.open(io.BytesIO(image)).format == "JPEG"
+    plain = images.expand(Image.new("RGB", SIZE, "teal"), 4, np.random.default_rng(0))
+    assert [name for name, _ in plain].count("background") == 0
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 1000), (1000, 16), (17, 90), (2000, 1500)])
+def test_pictures_of_any_size_are_expanded(size):
+    noise = np.random.default_rng(3).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    for shown in (Image.fromarray(noise), Image.new("RGB", size, "white"), picture()[0].resize(size)):
+        for _, image in images.expand(shown, 3, np.random.default_rng(0)):
+            assert decode(image, 10**7).size == size

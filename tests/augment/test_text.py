@@ -1,0 +1,127 @@
+"""Entities, titles by rules, and what no enriched title may say."""
+
+import json
+
+import pytest
+
+from moon_jax.augment import text
+from moon_jax.types import Product
+from tests.conftest import ROOT
+
+MUG = Product(
+    text="Acme Blue Ceramic Mug",
+    id="m",
+    category=("Kitchen", "Drinkware", "Coffee Mugs"),
+    brand="Acme",
+    attributes={
+        "Material": "Ceramic",
+        "Microwave Safe": "Yes",
+        "Gift Pack": "No",
+        "GSM": "410",
+        "Number of Contents in Sales Package": "1",
+        "Model ID": "ACMBLU20X7",
+        "Shape": "round with a wide rim and a handle",
+        "Finish": "Glossy",
+    },
+    description="A mug of 330 ml. Dishwasher proof. By nobody else.",
+)
+
+
+def test_entities_are_what_the_product_says():
+    found = text.entities(MUG)
+    assert found["brand"] == ("Acme",) and found["Material"] == ("Ceramic",)
+    assert found["category"] == ("Coffee Mugs", "Drinkware", "Kitchen")
+    assert found["size in the text"] == ("330 ml",)
+    assert text.entities(Product(text="shoe")) == {}
+
+
+def test_rules_add_each_short_fact_once():
+    """Known words are not told again; yes becomes the name; no, codes and long values are no facts; a bare number has
+    its name."""
+    assert (
+        text.enriched(MUG) == "Acme Blue Ceramic Mug, Microwave Safe, GSM 410, Glossy, Coffee Mugs, Drinkware, 330 ml"
+    )
+    assert text.enriched(Product(text="Mug", brand="Acme", attributes={"a": "x"})).startswith("Mug, Acme")
+    assert text.enriched(Product(text="blue mug", attributes={"colour": "Blue"}, category=("Mug",))) == ""
+    many = text.enriched(Product(text="a", attributes={f"n{n}": f"{chr(98 + n) * 3}" for n in range(20)}))
+    assert many.count(",") == text.MOST_FACTS
+    long = text.enriched(Product(text="a" * 290, attributes={"x": "word", "y": "anotherword"}))
+    assert long.endswith(", word") and len(long) <= text.LONGEST_TITLE
+
+
+@pytest.mark.parametrize(
+    "title, reason",
+    [
+        ("", "empty"),
+        ("  ", "empty"),
+        ("Acme Blue Ceramic Mug\nglossy", "several lines"),
+        ("Acme Blue Ceramic Mug glossy\x00", "several lines"),
+        ("Acme Blue Ceramic Mug glossy\u2028more", "several lines"),
+        ("Acme mug glossy " * 30, "too long"),
+        ("Синяя кружка Acme Blue Ceramic Mug", "language"),
+        ("Acme 杯子 Blue Ceramic Mug", "language"),
+        ("tasse en porcelaine bleue fabriquée par Acme", "language"),
+        ("Acme Blue Ceramic Mug, set of 4, glossy", "number"),
+        ("Acme Blue Ceramic Mug glossy 33", "number"),
+        ("Acme Blue Ceramic Mug glossy 3.30 ml", "number"),
+        ("Acme Blue Ceramic Mug glossy m4x", "number"),
+        ("Acme Blue Ceramic Mug 330 l glossy", "size"),
+        ("Acme Blue Ceramic Mug 410 g glossy", "size"),
+        ("Acme Blue Ceramic Mug glossy XL", "size"),
+        ("Acme Blue Ceramic Mug by Nike glossy", "brand"),
+        ("Zenware Acme Blue Ceramic Mug glossy", "brand"),
+        ("Acme Blue Ceramic Mug glossy, like tall stories", "brand"),
+        ("Acme blue mug", "nothing new"),
+        ("ACME Blue Ceramic Mugs", "nothing new"),
+        ("Acme Blue Ceramic Mug glossy", ""),
+        ("Acme Blue Ceramic Mug, 330ml, round rim, glossy finish for hot drinks", ""),
+        ("Acme Blue Ceramic Mug, GSM 410", ""),
+    ],
+)
+def test_a_title_may_say_nothing_that_the_product_does_not(title, reason):
+    assert text.flaw(title, MUG, frozenset({"acme", "tall stories"})) == reason
+    assert reason in (*text.FLAWS, "")
+
+
+def test_scripts_without_spaces_are_compared_sign_by_sign():
+    mug = Product(text="蓝色陶瓷杯", description="容量330毫升", brand="安可", attributes={"产地": "景德镇"})
+    assert text.flaw("蓝色陶瓷杯 景德镇 330毫升", mug) == ""
+    assert text.flaw("蓝色陶瓷杯 500毫升", mug) == "number"
+    assert text.flaw("蓝色陶瓷杯 景德镇 耐克", mug, frozenset({"耐克", "安可"})) == "brand"
+    assert text.flaw("蓝色陶瓷杯 景德镇 安可", mug, frozenset({"耐克", "安可"})) == ""
+    assert text.flaw("红木家具沙发椅子", mug) == "language"
+
+
+def test_sizes_compare_however_they_are_written():
+    towel = Product(text="Towel 75 x 150 cm", description="weighs 450g, size XL")
+    for title in ("Towel 75x150 soft", "Towel 450 g", "XL Towel", "Towel, 75 × 150 cm, soft"):
+        assert text.flaw(title, towel) in ("", "nothing new"), title
+    for title in ("Towel 75x75 soft", "Towel 450 kg", "XXL Towel", "Towel S"):
+        assert text.flaw(title, towel) in ("size", "number"), title
+    # A number within a code is no size.
+    assert text.entities(Product(text="HP v220w drive")) == {}
+
+
+def test_quotation_marks_around_an_answer_go():
+    assert text.cleaned(' "“blue mug”" \n') == "blue mug"
+    assert text.cleaned('"') == '"' and text.cleaned('the "best" mug') == 'the "best" mug'
+
+
+def test_what_the_rules_write_of_real_products_is_without_a_flaw():
+    path = ROOT.parent / "shared" / "data" / "flipkart" / "products.jsonl"
+    if not path.is_file():
+        pytest.skip("shared/data/flipkart is not there")
+    made = 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        product = Product(
+            text=row["title"],
+            description=row["description"] or "",
+            brand=row["brand"] or "",
+            category=tuple(row["category"]),
+            attributes=row["attributes"],
+        )
+        title = text.enriched(product)
+        made += bool(title)
+        assert not title or text.flaw(title, product) == "", (title, text.flaw(title, product))
+    assert made > 700

@@ -1,0 +1,132 @@
+"""What training reads of enriched titles and expanded images, by `data.augmented`; and that evaluation reads none."""
+
+import dataclasses
+import io
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moon_jax.config import UserError
+from moon_jax.data import pipeline
+from moon_jax.evaluation import report
+from moon_jax.serving import embedder as serving
+from moon_jax.training import watch
+from moon_jax.types import VIEWS, Product, Triplet
+from tests.conftest import random_params, tiny
+
+
+def plain(value: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32), (value,) * 3).save(stream, "PNG")
+    return stream.getvalue()
+
+
+ITEM = Product(
+    text="plain red shirt",
+    images=(plain(10),),
+    id="x",
+    enriched_texts=("blue bag",),
+    expanded_images=(plain(100), plain(200)),
+)
+
+
+def read(prepared, tokenizer, item=ITEM, **differences):
+    """64 rows of positives of one product: their texts, the brightness of their images, and the batch."""
+    config = tiny(data__batch=64, **differences)
+    lone = dataclasses.replace(prepared, products=[item], group=np.array([0]), triplets=[Triplet(0, 0, 0)])
+    batch = pipeline.batches(lone, pipeline.Reader(config, tokenizer))[0]
+    texts, pictures = [], []
+    for row in range(64, 128):
+        first, stop = batch.rows.span[row, VIEWS.index("t")]
+        texts.append(tokenizer.base.decode(batch.rows.tokens[row, first:stop]).strip())
+        shown = batch.rows.patch_image[row]
+        pictures.append(
+            tuple(int(batch.rows.patches[row][shown == n].mean()) for n in range(shown.max() + 1) if (shown == n).any())
+        )
+    return texts, pictures, batch
+
+
+def test_drawn_reads_one_title_and_one_image_of_all(prepared, tokenizer):
+    texts, pictures, batch = read(prepared, tokenizer)
+    counted = Counter(texts)
+    assert set(counted) == {"plain red shirt", "blue bag"} and 20 < counted["blue bag"] < 44
+    shown = Counter(pictures)
+    assert set(shown) == {(10,), (100,), (200,)} and min(shown.values()) > 10
+    # The negatives are read alike, and anew.
+    assert not np.array_equal(batch.rows.tokens[64:128], batch.rows.tokens[128:])
+
+
+def test_original_and_augmented_read_one_of_the_two(prepared, tokenizer):
+    texts, pictures, _ = read(prepared, tokenizer, data__augmented="original")
+    assert set(texts) == {"plain red shirt"} and set(pictures) == {(10,)}
+    texts, pictures, _ = read(prepared, tokenizer, data__augmented="augmented")
+    assert set(texts) == {"blue bag"} and set(pictures) == {(100,), (200,)}
+    bare = dataclasses.replace(ITEM, enriched_texts=(), expanded_images=())
+    texts, pictures, _ = read(prepared, tokenizer, bare, data__augmented="augmented")
+    assert set(texts) == {"plain red shirt"} and set(pictures) == {(10,)}
+
+
+def test_all_holds_both_titles_and_all_images_in_one_row(prepared, tokenizer):
+    texts, pictures, batch = read(prepared, tokenizer, data__augmented="all", data__images=3)
+    assert set(texts) == {"plain red shirt blue bag"} and set(pictures) == {(10, 100, 200)}
+    longest = tiny().data.text_tokens
+    long = dataclasses.replace(ITEM, text="red shirt " * 30, enriched_texts=("blue bag " * 30,))
+    texts, _, wide = read(prepared, tokenizer, long, data__augmented="all", data__images=3)
+    first, stop = wide.rows.span[64, VIEWS.index("t")]
+    assert stop - first == 2 * longest and "shirt" in texts[0] and "blue" in texts[0]
+    assert wide.rows.tokens.shape == batch.rows.tokens.shape
+    # Of more images than fit, each is drawn.
+    _, pictures, _ = read(prepared, tokenizer, data__augmented="all", data__images=2)
+    assert {len(one) for one in pictures} == {2} and len(set(pictures)) == 3
+
+
+def test_queries_are_never_augmented(prepared, tokenizer):
+    for mode in ("drawn", "augmented", "all"):
+        config = tiny(data__batch=64, data__augmented=mode, data__keep_word=1.0)
+        lone = dataclasses.replace(prepared, products=[ITEM], group=np.array([0]), triplets=[Triplet(0, 0, 0)])
+        rows = pipeline.batches(lone, pipeline.Reader(config, tokenizer))[0].rows
+        for row in range(64):
+            first, stop = rows.span[row, 0]
+            assert tokenizer.base.decode(rows.tokens[row, first:stop]).strip() == "plain red shirt"
+            assert rows.patches[row][rows.patch_image[row] >= 0].max() == 10
+
+
+def test_what_has_nothing_added_is_read_as_ever(prepared, tokenizer):
+    """Not one random number is drawn for it: a run on plain data does not depend on the option's default."""
+    first, other = (
+        pipeline.batches(prepared, pipeline.Reader(tiny(data__augmented=mode), tokenizer))[3].rows
+        for mode in ("drawn", "original")
+    )
+    np.testing.assert_array_equal(first.tokens, other.tokens)
+    np.testing.assert_array_equal(first.patches, other.patches)
+
+
+def test_an_unknown_word_is_refused():
+    with pytest.raises(UserError, match=r"data\.augmented must be drawn, original, augmented or all"):
+        tiny(data__augmented="both")
+
+
+@pytest.mark.parametrize("mode", ["drawn", "all"])
+def test_evaluation_reads_nothing_that_was_added(prepared, tokenizer, tmp_path, mode):
+    """Every product gets a title that would change its vector and an image that cannot be read: the scores, the labels'
+    too, and the vectors are those of the untouched data."""
+    config = tiny(data__augmented=mode)
+    embedder = serving.Embedder(config, random_params(config, tokenizer), tokenizer, "f", 1)
+    poisoned = dataclasses.replace(
+        prepared,
+        products=[
+            dataclasses.replace(product, enriched_texts=("watch watch watch",), expanded_images=(b"no image",))
+            for product in prepared.products
+        ],
+    )
+    found = []
+    for number, data in enumerate((prepared, poisoned)):
+        workdir = tmp_path / str(number)
+        workdir.mkdir()
+        metrics = report.evaluate(embedder, data, workdir, watch.Watch())
+        found.append((metrics, (workdir / "embeddings" / "val.parquet").read_bytes()))
+    assert found[0][0]["retrieval"] == found[1][0]["retrieval"] and found[0][0]["labels"] == found[1][0]["labels"]
+    assert found[0][1] == found[1][1]
+    np.testing.assert_array_equal(embedder.encode(prepared.products[:9]), embedder.encode(poisoned.products[:9]))
