@@ -64,9 +64,9 @@ def opened(data: Path) -> Prepared:
     return open_prepared(data)
 
 
-def items(prepared: Prepared, unit: int) -> range:
+def items(prepared: Prepared, unit: int, size: int) -> range:
     """The products of a unit: of those to train on, which lie first."""
-    return prepared.train[unit * UNIT : (unit + 1) * UNIT]
+    return prepared.train[unit * size : (unit + 1) * size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Generate:
     work: Path
     options: Options
     max_pixels: int
+    size: int  # products of a unit
     connections: int  # requests to a server at a time; changes nothing of the unit
 
     def path(self, unit: int) -> Path:
@@ -106,6 +107,7 @@ class Generate:
 
     def __call__(self, unit: int) -> None:
         prepared = opened(self.data)
+        chosen = items(prepared, unit, self.size)
         kept = Kept(self.work / "answers" / f"{unit:08}")
 
         def made(index: int) -> list[dict[str, Any]]:
@@ -117,9 +119,9 @@ class Generate:
         # Several at a time only where a server is waited for.
         if self.options.asks_server:
             with interrupt.thread_pool(self.connections) as pool:
-                results = list(pool.map(made, items(prepared, unit)))
+                results = list(pool.map(made, chosen))
         else:
-            results = [made(index) for index in items(prepared, unit)]
+            results = [made(index) for index in chosen]
         rows = [row for result in results for row in result]
         path = self.path(unit)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -84,7 +84,12 @@ def augment(
     candidates.check(options)
     embedder = _embedder(options.model, max_pixels) if options.model else None
     told = json.dumps(
-        {"data": prepared.fingerprint, "options": dataclasses.asdict(options), "embedder": embedder and embedder.name},
+        {
+            "data": prepared.fingerprint,
+            "options": dataclasses.asdict(options),
+            "embedder": embedder and embedder.name,
+            "unit": candidates.UNIT,
+        },
         sort_keys=True,
     )
     if prepared_lib.is_prepared(output):
@@ -98,7 +103,7 @@ def augment(
         units = range(-(-len(prepared.train) // candidates.UNIT))
         engine(
             "augmenting (units)",
-            candidates.Generate(data, work, options, max_pixels, connections),
+            candidates.Generate(data, work, options, max_pixels, candidates.UNIT, connections),
             units,
             progress,
             alone=options.asks_pipeline,
@@ -106,7 +111,7 @@ def augment(
         if embedder:
             engine("scoring (units)", Score(data, work, options.model, max_pixels), units, progress, alone=True)
         thresholds = _thresholds(work, units, options.quantile)
-        writing = Write(data, work, output, tuple(sorted(thresholds.items())))
+        writing = Write(data, work, output, candidates.UNIT, tuple(sorted(thresholds.items())))
         engine("writing shards", writing, range(len(prepared.manifest["shards"])), progress)
         counts = _write_results(work, units, output / RESULTS, thresholds)
         _draw(prepared, work, output / PICTURE, thresholds, max_pixels)
@@ -232,6 +237,7 @@ class Write:
     data: Path
     work: Path
     output: Path
+    size: int  # products of a unit
     thresholds: tuple[tuple[str, float], ...]
 
     def _name(self, number: int) -> str:
@@ -248,8 +254,8 @@ class Write:
         before = sum(shard["records"] for shard in prepared.manifest["shards"][:number])
         added: dict[int, Product] = {}
         for index in range(before, before + prepared.manifest["shards"][number]["records"]):
-            if index in prepared.train and (index == before or index % candidates.UNIT == 0):
-                added = self._added(index // candidates.UNIT)
+            if index in prepared.train and (index == before or index % self.size == 0):
+                added = self._added(index // self.size)
             raw = prepared.products.raw(index)
             if index in prepared.train and index in added:
                 more = added[index]

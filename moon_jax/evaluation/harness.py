@@ -60,7 +60,8 @@ class Contrastive:
         try:
             self._model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            # Pillow's resizing is the one that such models were trained with.
+            self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"--model {folder}: {' '.join(str(error).split())[:300]}") from None
         self._torch, self._max_pixels = torch, max_pixels

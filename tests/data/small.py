@@ -1,10 +1,12 @@
-"""moon-jax with small chunks and shards, so that little data has many: python -m tests.data.small prepare …"""
+"""moon-jax with small chunks, units and shards, so that little data has many: python -m tests.data.small prepare …"""
 
 import sys
 
 from moon_jax import cli
+from moon_jax.augment import candidates
 from moon_jax.data import prepare, readers
 
 if __name__ == "__main__":
+    candidates.UNIT = 8
     readers.CHUNK_RECORDS, prepare.SHARD_BYTES = 50, 100_000
     sys.exit(cli.main())

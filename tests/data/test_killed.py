@@ -4,17 +4,16 @@ processes; and nothing that it started outlives it."""
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import ROOT, SCHEMA, jpeg, records
+from tests import killing
+from tests.conftest import SCHEMA, jpeg, records
+from tests.killing import content, finish
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +43,7 @@ def source(tmp_path_factory):
 
 
 def start(source, output, processes):
-    command = [sys.executable, "-m", "tests.data.small", "prepare", "--data", source, "--output", output]
-    return subprocess.Popen(
-        [*map(str, command), "--processes", str(processes)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return killing.start(["prepare", "--data", source, "--output", output, "--processes", processes])
 
 
 @pytest.fixture(scope="module")
@@ -79,36 +60,8 @@ def undisturbed(source, tmp_path_factory):
     return found, took
 
 
-def alive(session):
-    """Processes of a session that still run."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            _, _, rest = path.read_text().rpartition(")")
-        except OSError:
-            continue
-        state, _, _, owner = rest.split()[:4]
-        if int(owner) == session and state != "Z":
-            found.append(path.parent.name)
-    return found
-
-
 def killed(source, undisturbed, tmp_path, seed):
-    expected, took = undisturbed
-    rng = np.random.default_rng(seed)
-    output = tmp_path / "p"
-    for _ in range(2):
-        process = start(source, output, int(rng.integers(1, 4)))
-        time.sleep(rng.uniform(0.2, 1.0) * took)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        deadline = time.monotonic() + 20
-        while alive(process.pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not alive(process.pid), "a worker outlives the one that started it"
-    out = finish(start(source, output, int(rng.integers(1, 4))))
-    assert "triplets" in out
-    assert content(output) == expected
+    assert "triplets" in killing.killed(["prepare", "--data", source], tmp_path / "p", *undisturbed, seed)
 
 
 @pytest.mark.parametrize("seed", range(2))

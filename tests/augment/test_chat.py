@@ -1,0 +1,224 @@
+"""Titles from a real server of the protocol: `transformers serve` on loopback, with a tiny random model."""
+
+import base64
+import functools
+import io
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from moon_jax.augment import candidates, chat, engines, pipeline, text
+from moon_jax.augment.options import Options
+from moon_jax.config import Unavailable, UserError
+from moon_jax.data import text as text_lib
+from moon_jax.data import workers
+from moon_jax.hub import export
+from moon_jax.types import Product
+from tests.augment.server import free_port, served
+from tests.conftest import SCHEMA, prepared_from, random_params, records, tiny
+
+RETRY_AFTER, PRODUCTS = 0.3, 40
+WORDS = ["red", "green", "blue", "yellow", "shirt", "shoe", "bag", "hat", "watch", "plain"]
+TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% for part in message.content -%}
+{%- if part.type == 'text' -%}{{ part.text }}{%- else -%}<|vision_start|><|image_pad|><|vision_end|>{%- endif -%}
+{%- endfor -%}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}"""
+
+openai = pytest.importorskip("openai", reason="the openai client is not installed: pip install -e '.[openai]'")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model that can say WORDS and stop: other tokens have no embedding, and so no chance."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = text_lib.train([row["title"] for row in records(60) if row["title"]] * 3, 330)
+    config = tiny(experts__count=0, data__visual_tokens=24, data__text_tokens=40, language__vocab=330)
+    params = random_params(config, tokenizer)
+    said = [ids[0] for ids in (tokenizer.base.encode(word, add_special_tokens=False).ids for word in WORDS)]
+    assert len({*said}) == len(WORDS)
+    table = np.zeros_like(params["token_embedding"])
+    kept = [*said, tokenizer.pad]
+    table[kept] = np.random.default_rng(4).normal(size=(len(kept), table.shape[1]))
+    params = dict(params) | {"token_embedding": table}
+    path = folder / "tokenizer.json"
+    tokenizer.save(path)
+    given = dict(config=config, encoder=params, alignment=None, tokenizer=path, fingerprint="f", step=1)
+    export.export(export.Trained(**given), folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    with served(model, free_port(), tmp_path_factory.mktemp("log") / "log") as url:
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Short answers, and one more try."""
+    monkeypatch.setattr(chat, "MOST_TOKENS", 6)
+    monkeypatch.setattr(chat.Chat.__init__, "__defaults__", (chat.SECONDS, 1))
+    for cache in (candidates.opened, candidates._client, candidates._brands):
+        cache.cache_clear()
+
+
+@contextmanager
+def between(url, answer, port=0):
+    """A proxy before the server, which counts what is asked.
+
+    Args:
+        answer: (number of the request) → status and headers to refuse it with, or None to pass it on.
+    """
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append((time.monotonic(), body))
+            refusal = answer(len(asked))
+            if refusal:
+                status, headers, content = refusal[0], refusal[1], b'{"error": {"message": "as told"}}'
+            else:
+                request = urllib.request.Request(f"{url}/chat/completions", body, {"Content-Type": "application/json"})
+                with urllib.request.urlopen(request) as given:
+                    status, headers, content = 200, {}, given.read()
+            self.send_response(status)
+            for name, value in ({"Content-Type": "application/json", "Content-Length": len(content)} | headers).items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}/v1", asked
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Products that say all WORDS somewhere, and one title without a picture."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [row | {"description": " ".join(WORDS)} for row in records(60)][:PRODUCTS]
+    schema = SCHEMA.append(pa.field("description", pa.string()))
+    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "products.parquet")
+    prepared_from(folder / "products.parquet", folder / "p")
+    return folder / "p"
+
+
+def augmented(data, output, url, model, connections=4):
+    options = Options(text=url, text_model=str(model), images="none")
+    engine = engines.Local(functools.partial(workers.pool, 1), 1)
+    return pipeline.augment(data, output, options, 10**7, engine, connections)
+
+
+def rows_of(prepared):
+    return pq.read_table(prepared.folder / pipeline.RESULTS).to_pylist()
+
+
+def test_what_is_asked_follows_from_the_product():
+    wide = io.BytesIO()
+    Image.new("RGB", (2000, 500), "red").save(wide, "PNG")
+    product = Product(text="Red {mug}", images=(wide.getvalue(),), brand="Acme", attributes={"Material": "steel"})
+    body = chat.Chat("http://x/v1", "m").request(product, 2**40 + 7, 10**7)
+    assert body["model"] == "m" and body["temperature"] == 0 and body["seed"] == 7
+    [message] = body["messages"]
+    picture, asked = message["content"]
+    assert "Title: Red {mug}" in asked["text"] and '{"brand": ["Acme"], "Material": ["steel"]}' in asked["text"]
+    kind, data = picture["image_url"]["url"].split(",")
+    shown = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == "data:image/jpeg;base64" and shown.format == "JPEG" and shown.size == (512, 128)
+    [only] = chat.Chat("http://x/v1", "m").request(Product(text="mug"), 1, 10**7)["messages"][0]["content"]
+    assert only["type"] == "text"
+
+
+def test_titles_are_the_servers_and_none_says_what_the_product_does_not(data, model, server, tmp_path):
+    prepared = augmented(data, tmp_path / "a", server, model)
+    rows, asked = rows_of(prepared), chat.Chat(server, str(model))
+    client = asked.client()
+    assert len(rows) == sum(bool(prepared.products[index].text) for index in prepared.train)
+    for row in rows:
+        product = prepared.products[row["product"]]
+        bare = Product(**{n: getattr(product, n) for n in ("text", "images", "brand", "category", "attributes", "id")})
+        given = asked.answer(client, asked.request(bare, row["seed"], 10**7))
+        assert row["text"] == text.cleaned(given) and set(row["text"].split()) <= set(WORDS)
+        assert (row["reason"] or "") == text.flaw(row["text"], product)
+        assert product.enriched_texts == (() if row["reason"] else (row["text"],))
+        assert (row["backend"], row["model"], row["prompt"]) == ("chat", str(model), chat.PROMPT_VERSION)
+    assert {row["reason"] for row in rows} >= {None}
+    assert len({row["seed"] for row in rows}) == len(rows)
+
+
+def test_a_server_that_dies_costs_no_answer(data, model, server, tmp_path):
+    """It goes after a dozen answers, and is back for the next try: each title was asked once, but for those it refused,
+    and the bytes are those of a server that stayed."""
+    with between(server, lambda number: (503, {}) if number > 12 else None) as (url, asked):
+        with pytest.raises(Unavailable, match="nothing done is lost"):
+            augmented(data, tmp_path / "a", url, model)
+        first = {body for _, body in asked[:12]}
+    kept = (tmp_path / "a" / ".work" / "answers").rglob("*")
+    assert sum(path.is_file() for path in kept) == 12
+    with pytest.raises(UserError, match="other options"):
+        augmented(data, tmp_path / "a", "http://127.0.0.1:1/v1", model)
+    candidates._client.cache_clear()
+    with between(server, lambda number: None, int(url.split(":")[2].split("/")[0])) as (url, asked):
+        prepared = augmented(data, tmp_path / "a", url, model)
+        again = [body for _, body in asked]
+    assert not first & set(again) and len(again) + 12 == len(rows_of(prepared))
+    undisturbed = augmented(data, tmp_path / "b", server, model)
+    assert [p.enriched_texts for p in prepared.products] == [p.enriched_texts for p in undisturbed.products]
+
+
+def test_a_limit_is_waited_for(data, model, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(chat.Chat.__init__, "__defaults__", (chat.SECONDS, 3))
+    refuse = lambda number: (429, {"Retry-After": "1"}) if number in (1, 2) else None  # noqa: E731
+    with between(server, refuse) as (url, asked):
+        prepared = augmented(data, tmp_path / "a", url, model, connections=1)
+        times = [moment for moment, _ in asked]
+    assert times[1] - times[0] >= 0.99 and times[2] - times[1] >= 0.99
+    assert asked[0][1] == asked[1][1] == asked[2][1] and len(asked) == len(rows_of(prepared)) + 2
+
+
+def test_a_request_that_is_not_taken_is_noted_and_the_rest_goes_on(data, model, server, tmp_path):
+    with between(server, lambda number: (400, {}) if number == 3 else None) as (url, _):
+        rows = rows_of(augmented(data, tmp_path / "a", url, model))
+    [left] = [row for row in rows if row["reason"] == candidates.REFUSED]
+    assert "as told" in left["detail"] and left["text"] == ""
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_no_permission_or_no_such_model_ends_it_at_once(data, model, server, tmp_path, status):
+    with (
+        between(server, lambda number: (status, {})) as (url, asked),
+        pytest.raises(UserError, match="--text-model") as caught,
+    ):
+        augmented(data, tmp_path / "a", url, model, connections=1)
+    assert len(asked) <= 2 and not isinstance(caught.value, Unavailable) and "\n" not in str(caught.value)
+
+
+def test_the_key_is_sent_and_never_written(data, model, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-mine")
+    prepared = augmented(data, tmp_path / "a", server, model)
+    for path in prepared.folder.rglob("*"):
+        assert not path.is_file() or b"sk-secret-of-mine" not in path.read_bytes()
+    assert candidates._client(chat.Chat(server, str(model))).api_key == "sk-secret-of-mine"

@@ -1,0 +1,117 @@
+"""Anyone's embedder, against what transformers itself makes of texts and images."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moon_jax.config import UserError
+from moon_jax.evaluation import harness
+from moon_jax.types import Product
+from tests.conftest import jpeg
+
+TEXTS = ["red canvas sneaker", "blue mug", "a " * 60, "x"]
+IMAGES = [jpeg((200, 30, 30), (40, 30), 0), jpeg((20, 30, 200), (24, 60), 1)]
+TOWERS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def folder_of(kind, path):
+    """A tiny random model of that kind with its tokenizer and image processor, as a folder."""
+    from tests.reference import torch, transformers
+
+    words = sorted({sign for text in TEXTS for sign in text.split()})
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    base = Tokenizer(
+        models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2} | {w: 3 + n for n, w in enumerate(words)}, "<unk>")
+    )
+    base.pre_tokenizer = pre_tokenizers.Whitespace()
+    base.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=base, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    fast.save_pretrained(path)
+    text = TOWERS | {
+        "vocab_size": 40,
+        "max_position_embeddings": 12,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    vision = TOWERS | {"image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    if kind == "clip":
+        model = transformers.CLIPModel(
+            transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+        )
+        processor = transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        )
+    elif kind == "siglip":
+        model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+        processor = transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    else:
+        vision = TOWERS | {"num_patches": 16, "patch_size": 8}
+        model = transformers.Siglip2Model(transformers.Siglip2Config(text_config=text, vision_config=vision))
+        processor = transformers.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.eval().save_pretrained(path)
+    processor.save_pretrained(path)
+    return model, transformers.AutoTokenizer.from_pretrained(path), processor
+
+
+@pytest.mark.parametrize("kind", harness.CONTRASTIVE)
+def test_a_contrastive_model_is_what_transformers_makes_of_it(kind, tmp_path, monkeypatch):
+    """Its similarities are the model's own logits, undone of scale and bias."""
+    from tests.reference import torch
+
+    model, tokenizer, processor = folder_of(kind, tmp_path)
+    monkeypatch.setattr(harness, "BATCH", 3)
+    embedder = harness.open_embedder(str(tmp_path), 10**6)
+    texts = embedder.encode([Product(text=text) for text in TEXTS])
+    images = embedder.encode([Product(images=(image,)) for image in IMAGES])
+    assert texts.dtype == np.float32 and np.allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-6)
+    inputs = dict(
+        processor(images=[Image.open(io.BytesIO(image)).convert("RGB") for image in IMAGES], return_tensors="pt")
+    )
+    padding = "longest" if kind == "clip" else "max_length"
+    inputs |= tokenizer(TEXTS, padding=padding, max_length=12, truncation=True, return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        logits = model(**inputs).logits_per_text
+        own = (logits - getattr(model, "logit_bias", 0)) / model.logit_scale.exp()
+    np.testing.assert_allclose(texts @ images.T, own.numpy(), atol=2e-5)
+    both = embedder.encode([Product(text=TEXTS[0], images=IMAGES[:1])])
+    mean = texts[0] + images[0]
+    np.testing.assert_allclose(both[0], mean / np.linalg.norm(mean), atol=1e-5)
+    with pytest.raises(UserError, match="item 1: neither text nor image"):
+        embedder.encode([Product(text="x"), Product()])
+    assert embedder.name.startswith(f"{kind} ")
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(tmp_path)
+    assert harness.open_embedder(str(tmp_path), 10**6).name != embedder.name
+
+
+def test_ours_is_the_embedder_itself(tmp_path, tokenizer, monkeypatch):
+    from moon_jax.serving import embedder as serving
+    from tests.conftest import random_params, tiny
+
+    config = tiny()
+    own = serving.Embedder(config, random_params(config, tokenizer), tokenizer, "f00d", 1)
+    monkeypatch.setattr(serving, "load", lambda model: own)
+    ours = harness.open_embedder(str(tmp_path), 10**6)
+    items = [Product(text="red shirt"), Product(images=IMAGES[:1])]
+    np.testing.assert_array_equal(ours.encode(items), own.encode(items))
+    assert ours.name == "moon_jax f00d"
+
+
+def test_what_is_no_model_is_told(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        harness.open_embedder("nowhere", 10**6)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(UserError, match=str(tmp_path)):
+        harness.open_embedder(str(tmp_path), 10**6)

@@ -1,0 +1,75 @@
+"""Commands that are killed, by SIGKILL and at any moment, and run again: the same bytes as undisturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tests.conftest import ROOT
+
+
+def start(arguments: list[object]) -> subprocess.Popen:
+    """moon-jax with small chunks, units and shards, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.data.small", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def alive(session: int) -> list[str]:
+    """Processes of a session that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, _, rest = path.read_text().rpartition(")")
+        except OSError:
+            continue
+        state, _, _, owner = rest.split()[:4]
+        if int(owner) == session and state != "Z":
+            found.append(path.parent.name)
+    return found
+
+
+def killed(arguments: list[object], output: Path, expected: dict[str, bytes], seconds: float, seed: int) -> str:
+    """Kills it twice within the `seconds` that it takes, and finishes it; each time with another number of processes.
+
+    Returns:
+        What it said in the end.
+    """
+    rng = np.random.default_rng(seed)
+
+    def again() -> subprocess.Popen:
+        return start([*arguments, "--output", output, "--processes", rng.integers(1, 4)])
+
+    for _ in range(2):
+        process = again()
+        time.sleep(rng.uniform(0.2, 1.0) * seconds)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        deadline = time.monotonic() + 20
+        while alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not alive(process.pid), "a worker outlives the one that started it"
+    out = finish(again())
+    assert content(output) == expected
+    return out
