@@ -13,9 +13,12 @@ from typing import Any
 from PIL import Image
 
 from moon_jax.augment.images import jpeg
-from moon_jax.config import UserError
+from moon_jax.config import Prepare, UserError
 from moon_jax.data.images import decode
 from moon_jax.hub import folder as folder_lib
+
+LONGEST_SIDE = Prepare().longest_side
+"""Of what is kept, in pixels: no more than of the catalogue's own images."""
 
 PROMPT_VERSION = "image-1"
 """Changes with the prompts."""
@@ -62,7 +65,7 @@ class Editor:
                 use_safetensors=True,
                 torch_dtype=torch.bfloat16 if accelerated else torch.float32,
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, AttributeError) as error:
             raise UserError(f"--images {self.model}: {' '.join(str(error).split())[:300]}") from None
         pipeline.set_progress_bar_config(disable=True)
         if accelerated:
@@ -71,7 +74,9 @@ class Editor:
         def edit(picture: Image.Image, prompt: str, seed: int) -> Image.Image:
             options: dict[str, Any] = {"num_inference_steps": self.steps} if self.steps else {}
             generator = torch.Generator("cpu").manual_seed(seed)
-            return pipeline(image=picture, prompt=prompt, generator=generator, **options).images[0].convert("RGB")
+            edited = pipeline(image=picture, prompt=prompt, generator=generator, **options).images[0].convert("RGB")
+            edited.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            return edited
 
         return edit
 

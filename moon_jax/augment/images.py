@@ -134,8 +134,8 @@ def _beyond(distance: np.ndarray, ring: np.ndarray, cv2: Any) -> np.ndarray:
     _, parts = cv2.connectedComponents((distance < reach).astype(np.uint8), connectivity=4)
     touching = np.unique(parts[ring & (distance < reach)])
     beyond = (~np.isin(parts, touching[touching > 0])).astype(np.uint8)
-    # Of what the camera and JPEG make of an edge, a pixel is background still.
-    return cv2.erode(beyond, np.ones((3, 3), np.uint8)) if min(beyond.shape) >= 100 else beyond
+    # Of what the camera and JPEG make of an edge, a pixel or two are background still.
+    return cv2.erode(beyond, np.ones((3, 3), np.uint8), iterations=min(2, min(beyond.shape) // 120))
 
 
 def _grabbed(small: np.ndarray, ring: np.ndarray, cv2: Any) -> np.ndarray:

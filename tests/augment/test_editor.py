@@ -1,0 +1,157 @@
+"""Expanded images by a diffusers pipeline: a tiny random one that edits, InstructPix2Pix's."""
+
+import functools
+import inspect
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moon_jax.augment import candidates, editor, engines, pipeline
+from moon_jax.augment.options import Options
+from moon_jax.config import UserError
+from moon_jax.data import workers
+from moon_jax.data.images import decode
+from tests.conftest import prepared_from
+
+reference = pytest.importorskip("tests.reference", reason="torch and transformers are not installed")
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[diffusers]'")
+torch, transformers = reference.torch, reference.transformers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(0)
+    signs = [chr(number) for number in range(33, 127)]
+    vocabulary = {sign: n for n, sign in enumerate([*signs, *(f"{sign}</w>" for sign in signs)])}
+    vocabulary |= {"<|startoftext|>": len(vocabulary), "<|endoftext|>": len(vocabulary) + 1}
+    (path / "vocab.json").write_text(json.dumps(vocabulary))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    text = transformers.CLIPTextConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        vocab_size=len(vocabulary),
+        bos_token_id=len(vocabulary) - 2,
+        eos_token_id=len(vocabulary) - 1,
+        pad_token_id=len(vocabulary) - 1,
+    )
+    made = diffusers.StableDiffusionInstructPix2PixPipeline(
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+        ),
+        text_encoder=transformers.CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=16,
+            in_channels=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=4,
+        ),
+        scheduler=diffusers.EulerDiscreteScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.save_pretrained(path / "model", safe_serialization=True)
+    return path / "model"
+
+
+def picture():
+    noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def test_an_edit_is_the_pipelines_own_and_follows_from_the_seed(folder):
+    edit = editor.Editor(str(folder), 2).load()
+    first, again, other = (edit(picture(), "a mug", seed) for seed in (1, 1, 2))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+    assert first.tobytes() != edit(picture(), "a shoe", 1).tobytes()
+    own = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
+    own.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(1)
+    expected = own(image=picture(), prompt="a mug", generator=generator, num_inference_steps=2).images[0]
+    assert first.tobytes() == expected.tobytes()
+
+
+def test_the_subject_is_edited_first_and_expansions_from_it():
+    """I_m = edit(I), I_k = edit(I_m, T, prompt_k): each with a seed of its own, and kept under a name of its own."""
+    asked, names = [], []
+
+    def edit(base, prompt, seed):
+        asked.append((base.getpixel((8, 8)), prompt, seed))
+        return Image.new("RGB", (32, 32), (10 * len(asked),) * 3)
+
+    def kept(name, make):
+        names.append(name)
+        return make()
+
+    made = editor.expand(edit, Image.new("RGB", (32, 32), (200, 200, 200)), "blue {mug}", 4, 70, kept)
+    assert [name for name, _ in made] == ["background", "viewpoint", "detail", "background"]
+    assert names == ["subject", "1", "2", "3", "4"] and [seed for _, _, seed in asked] == [70, 71, 72, 73, 74]
+    assert [base[0] for base, _, _ in asked] == [200, 10, 10, 10, 10]
+    assert all("blue {mug}" in prompt for _, prompt, _ in asked)
+    assert [decode(image, 10**6).getpixel((0, 0))[0] for _, image in made] == [20, 30, 40, 50]
+
+
+def test_data_is_augmented_by_it_and_what_breaks_costs_no_picture(folder, catalogue, tmp_path, monkeypatch):
+    data = tmp_path / "p"
+    prepared_from(catalogue, data)
+    options = Options(text="none", images=str(folder), image_steps=1, expansions=1)
+    engine = engines.Local(functools.partial(workers.pool, 1), 1)
+    asked = Counter()
+    load = editor.Editor.load
+
+    def broken(self, after):
+        edit = load(self)
+
+        def counted(picture, prompt, seed):
+            if sum(asked.values()) == after:
+                raise MemoryError("the device is gone")
+            asked[prompt, seed] += 1
+            return edit(picture, prompt, seed)
+
+        return counted
+
+    candidates.opened.cache_clear()
+    candidates._edit.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(editor.Editor, "load", lambda self: broken(self, 7))
+        with pytest.raises(MemoryError):
+            pipeline.augment(data, tmp_path / "a", options, 10**7, engine, 1)
+        candidates._edit.cache_clear()
+        patched.setattr(editor.Editor, "load", lambda self: broken(self, -1))
+        prepared = pipeline.augment(data, tmp_path / "a", options, 10**7, engine, 1)
+    assert set(asked.values()) == {1}
+    candidates._edit.cache_clear()
+    undisturbed = pipeline.augment(data, tmp_path / "b", options, 10**7, engine, 1)
+    assert list(prepared.products) == list(undisturbed.products)
+    made = [p for p in prepared.products if p.expanded_images]
+    assert len(made) == sum(bool(prepared.products[index].images) for index in prepared.train)
+    assert len(asked) == 2 * len(made) and all(decode(p.expanded_images[0], 10**6) for p in made)
+
+
+@pytest.mark.parametrize("name", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline", "FluxKontextPipeline"])
+def test_the_pipelines_that_are_meant_are_called_alike(name):
+    taken = inspect.signature(getattr(diffusers, name).__call__).parameters
+    assert {"image", "prompt", "generator", "num_inference_steps"} <= set(taken)
+
+
+def test_a_folder_that_is_no_pipeline_is_told(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Nothing"}')
+    with pytest.raises(UserError, match="--images"):
+        editor.Editor(str(tmp_path)).load()
