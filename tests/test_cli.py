@@ -212,6 +212,42 @@ def test_mistakes_of_prepare(capsys, tmp_path, monkeypatch, given, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_augment_then_a_run(capsys, catalogue, tmp_path):
+    data, output = tmp_path / "p", tmp_path / "a"
+    assert cli.main(["prepare", "--data", str(catalogue), "--output", str(data), "--processes", "1"]) == 0
+    command = ["augment", "--data", str(data), "--output", str(output), "--processes", "1"]
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    manifest = json.loads((output / "manifest.json").read_text())["augmented"]
+    assert f"enriched titles: {manifest['text']['added']} added of {manifest['text']['made']} made" in told
+    assert "nothing was filtered" in told and f"--data {output} --workdir runs/augmented" in told
+    assert cli.main(command) == 0
+    assert cli.main(["train", "--config", "quickstart", *arguments(output, tmp_path / "w")]) == 0
+    # Other data than a run began with are refused, augmented or not.
+    assert "other data" in one_line(capsys, *arguments(data, tmp_path / "w"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--data", "nowhere", "--output", "a"], "nowhere: not prepared data; moon-jax prepare makes it"),
+        (["--data", "gs://bucket/x", "--output", "a"], "--data gs://bucket/x: not a folder of this machine"),
+        (["--data", "hf://datasets/a/b", "--output", "a"], "--data hf://datasets/a/b: not a folder of this machine"),
+        (["--data", ".", "--output", "a", "--processes", "0"], "--processes 0: give 1 or more"),
+        (["--data", ".", "--output", "a", "--connections", "0"], "--connections 0: give 1 or more"),
+        (["--data", ".", "--output", "a", "--expansion", "3"], "--expansion: not understood; the closest flag is"),
+        (["--data", ".", "--output", "a", "--config.data.batch=2"], "augment runs no config; leave this out"),
+    ],
+)
+def test_mistakes_of_augment(capsys, tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["augment", *given]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 # --- the system ---------------------------------------------------------------------------------------------------
 
 

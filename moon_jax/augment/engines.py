@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import json
+import logging
 import shutil
 import threading
 import time
@@ -117,15 +119,27 @@ def load_beam(arguments: Sequence[str]) -> tuple[Any, Any]:
     Raises:
         UserError: it is not installed, or does not know the arguments.
     """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of clouds whose clients are not installed
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
+
+        options = PipelineOptions(list(arguments))
+        known = options.get_all_options()
     except ImportError as error:
         raise UserError(f"--beam: wants Apache Beam ({error}); pip install -e '.[beam]'") from None
-    try:
-        return apache_beam, PipelineOptions(list(arguments))
     except SystemExit:  # argparse within Beam
         raise UserError(f"--beam {' '.join(arguments)}: not options of Apache Beam") from None
+    finally:
+        logging.disable(before)
+    for argument in arguments:
+        # Beam leaves out what it does not know, and would run somewhere else.
+        name = argument.removeprefix("--").partition("=")[0]
+        if name.replace("-", "_") not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise UserError(f"--beam {name}: not an option of Apache Beam; the closest is {close[0]}")
+    return apache_beam, options
 
 
 def _one(work: Work, number: int) -> None:

@@ -234,6 +234,14 @@ def test_what_fails_in_beam_is_told_in_one_line(tmp_path, error):
         engines.Beam(())("work", Failing(tmp_path, ValueError("a bug")), range(6), pipeline.silent)
 
 
+def test_options_that_beam_does_not_have_are_told(data, tmp_path):
+    pytest.importorskip("apache_beam", reason="apache-beam is not installed: pip install -e '.[beam]'")
+    with pytest.raises(UserError, match="--beam runer: not an option of Apache Beam; the closest is runner"):
+        augmented(data, tmp_path / "a", engines.Beam(("--runer=DirectRunner",)))
+    with pytest.raises(UserError, match=r"--beam: .*NoRunner"):
+        augmented(data, tmp_path / "b", engines.Beam(("--runner=NoRunner",)))
+
+
 def test_a_stop_ends_the_work_and_what_is_done_stays(data, plain, tmp_path, monkeypatch):
     """Asked for in the middle, locally and in Beam; then the same command gives the same bytes."""
     from moon_jax import interrupt
