@@ -71,7 +71,7 @@ tells what a file holds. The same command again goes on where it stopped.
 
 examples:
   moon-jax prepare --data catalogue/ --output prepared
-  moon-jax prepare --data mbe_test.jsonl --columns mbe --fetch img.alicdn.com --output prepared
+  moon-jax prepare --data mbe.jsonl --columns mbe --fetch img.alicdn.com --output prepared
   moon-jax prepare --data fashion200k/ --columns fashion200k --output prepared --config.prepare.longest_side=512
   moon-jax prepare --data products.csv --columns mine.json --output prepared
   moon-jax train --config quickstart --data prepared --workdir runs/first

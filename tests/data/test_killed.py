@@ -64,13 +64,13 @@ def killed(source, undisturbed, tmp_path, seed):
     assert "triplets" in killing.killed(["prepare", "--data", source], tmp_path / "p", *undisturbed, seed)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_killed_at_random(source, undisturbed, tmp_path, seed):
     killed(source, undisturbed, tmp_path, seed)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(2, 32))
+@pytest.mark.parametrize("seed", range(1, 31))
 def test_killed_at_random_moments(source, undisturbed, tmp_path, seed):
     killed(source, undisturbed, tmp_path, seed)
 

@@ -37,7 +37,7 @@ def test_sizes_are_the_folders(published):
     ours = config_lib.leaves(config_lib.Config())  # whose defaults are the 2B's
     for name, value in found.items():
         assert ours[name] == value, name
-    assert sum(name.startswith(("vision.", "language.")) for name in found) == 19
+    assert sum(name.startswith(("vision.", "language.")) for name in found) == 18
     assert folder.config(published, {}).experts.count == 0
 
 
