@@ -6,7 +6,6 @@ Nothing is consumed and nothing is remembered, so resuming needs the step and no
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,11 +14,12 @@ import numpy as np
 
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
+from moon_jax.data import records
 from moon_jax.data import rows as rows_lib
 from moon_jax.data.images import BadImage, Patches, ResizeRule, check_shape, crop_box, decode, patchify
 from moon_jax.data.prepared import Prepared
 from moon_jax.data.text import Tokenizer, keep_words
-from moon_jax.types import VIEWS, Batch, Product, Triplet
+from moon_jax.types import VIEWS, Batch, Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,9 @@ def titles_of(product: Product) -> list[str]:
     return [product.text.strip()] if product.text and product.text.strip() else []
 
 
-def drawn(product: Product, augmented: str, images: int, rng: np.random.Generator) -> tuple[list[str], list[Any]]:
+def drawn(
+    product: Product, augmented: str, images: int, rng: np.random.Generator | None
+) -> tuple[list[str], list[Any]]:
     """The titles and images by which a training step reads a product; of more than fit, some are drawn.
 
     Args:
@@ -98,6 +100,7 @@ def drawn(product: Product, augmented: str, images: int, rng: np.random.Generato
             many images, of both; original: of its own; augmented: of what was added, where there is any; all: an
             added title behind its own, and images of both.
         images: at most so many.
+        rng: needed where `draws` says so.
     """
 
     def some(items: Sequence[Any], most: int) -> list[Any]:
@@ -112,6 +115,13 @@ def drawn(product: Product, augmented: str, images: int, rng: np.random.Generato
     if augmented == "augmented":
         return some(added or own, 1), some(product.expanded_images or product.images, images)
     return own + some(added, 1) if augmented == "all" else some([*own, *added], 1), some(pictures, images)
+
+
+def draws(product: Product, augmented: str, images: int) -> bool:
+    """Whether `drawn` may need random numbers."""
+    if augmented == "original":
+        return len(product.images) > images
+    return bool(product.enriched_texts) or len(product.images) + len(product.expanded_images) > images
 
 
 STEPS = 2**40
@@ -132,19 +142,7 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
     query_alteration = Alteration(data.keep_word, 2, data.crop, data.mirror)
     order = grain.MapDataset.range(len(prepared.triplets)).seed(config.seed).shuffle().repeat()
 
-    # Each row asks for those of its step: a few steps are read at a time.
-    @functools.lru_cache(maxsize=64)
-    def triplets_of(step: int) -> tuple[tuple[int, Triplet], ...]:
-        indices = [int(order[step * data.batch + place]) for place in range(data.batch)]
-        return tuple((index, prepared.triplets[index]) for index in indices)
-
-    def read(number: int, rng: np.random.Generator) -> list[rows_lib.Segment]:
-        step, row = divmod(number, count)
-        role, place = divmod(row, data.batch)
-        member = triplets_of(step)[place][1][role]
-        if member is None:
-            return []
-        product = prepared.products[member]
+    def read(product: Product, role: int, rng: np.random.Generator | None) -> list[rows_lib.Segment]:
         try:
             # Shoppers write no enriched titles: a query is what it was.
             titles, images = drawn(product, data.augmented if role else "original", data.images, rng)
@@ -152,15 +150,31 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
         except BadImage as error:
             raise UserError(f"product {product.id}: image: {error}; it could be read when the run began") from None
 
-    every_row = grain.MapDataset.range(STEPS * count).seed(config.seed).random_map(read)
+    # Random numbers follow from the row's number, and cost as much as its packing: only who draws asks for them.
+    held: dict[int, tuple[Product, int]] = {}
+    random_rows = grain.MapDataset.range(STEPS * count).seed(config.seed)
+    random_rows = random_rows.random_map(lambda number, rng: read(*held.pop(number), rng))
+
+    def row(number: int, product: Product | None) -> list[rows_lib.Segment]:
+        if product is None:
+            return []
+        role = number % count // data.batch
+        if role and not draws(product, data.augmented, data.images):
+            return read(product, role, None)
+        held[number] = product, role
+        return random_rows[number]
 
     def batch(step: int) -> Batch:
-        indices, chosen = zip(*triplets_of(step), strict=True)
+        indices = [int(order[step * data.batch + place]) for place in range(data.batch)]
+        chosen = [prepared.triplets[index] for index in indices]
         members = np.array(
             [-1 if triplet[role] is None else triplet[role] for role in range(3) for triplet in chosen], np.int32
         )
+        asked = np.unique([members[place] for place in share if members[place] >= 0]).tolist()
+        products = dict(zip(asked, records.several(prepared.products, asked), strict=True))
+        segments = [row(step * count + place, products.get(int(members[place]))) for place in share]
         return Batch(
-            rows=rows_lib.pack([[every_row[step * count + row]] for row in share], layout, reader.tokenizer.pad),
+            rows=rows_lib.pack([[parts] for parts in segments], layout, reader.tokenizer.pad),
             product=members,
             group=np.where(members >= 0, prepared.group[members], -1).astype(np.int32),
             weight=np.array([triplet.weight for triplet in chosen], np.float32),

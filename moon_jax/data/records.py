@@ -174,23 +174,44 @@ class Records(Sequence[Product]):
         Raises:
             UserError: its shard is damaged.
         """
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        [record] = self._read([index])
+        return record
+
+    def several(self, indices: Sequence[int]) -> list[Product]:
+        """The products at `indices`, read at once: a record alone costs as much as dozens together.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        return list(map(decode, self._read(indices)))
+
+    def _read(self, indices: Sequence[int]) -> list[bytes]:
+        wanted = np.asarray(indices, np.int64)
+        if len(wanted) and not (-len(self) <= wanted.min() and wanted.max() < len(self)):
+            raise IndexError(next(index for index in indices if not -len(self) <= index < len(self)))
+        wanted %= max(len(self), 1)
+        numbers = np.searchsorted(self._first, wanted, side="right") - 1
+        found: list[bytes] = [b""] * len(wanted)
+        for number in np.unique(numbers).tolist():
+            places = np.flatnonzero(numbers == number)
+            rows = wanted[places] - self._first[number]
+            for place, record in zip(places.tolist(), self._of_shard(number, rows.tolist()), strict=True):
+                found[place] = record
+        return found
+
+    def _of_shard(self, number: int, rows: list[int]) -> list[bytes]:
         try:
             with self._lock:
                 # The reader keeps a position of its own.
                 if number not in self._readers:
                     path = self.folder / self.shards[number].file
                     self._readers[number] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
-                [record] = self._readers[number].read([index - int(self._first[number])])
+                return self._readers[number].read(rows)
         except (ValueError, RuntimeError, IndexError, OSError) as error:
             told = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"{self.folder / self.shards[number].file}: damaged ({told}); prepare the data again"
             ) from None
-        return record
 
     def __iter__(self) -> Iterator[Product]:
         return (self[index] for index in range(len(self)))
@@ -200,6 +221,11 @@ class Records(Sequence[Product]):
 
     def __setstate__(self, state: tuple[Path, tuple[Shard, ...]]) -> None:
         self.__init__(*state)
+
+
+def several(products: Sequence[Product], indices: Sequence[int]) -> list[Product]:
+    """The products at `indices`; of Records, at once."""
+    return products.several(indices) if isinstance(products, Records) else [products[index] for index in indices]
 
 
 class Triplets(Sequence[Triplet]):

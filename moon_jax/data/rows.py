@@ -13,6 +13,7 @@ own; its images still go through the vision tower once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -91,44 +92,53 @@ def _assemble(
     text: np.ndarray | None, images: Sequence[Patches], tokenizer: Tokenizer, merge: int, template: Template
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, positions and the visual mask of one segment, positions as Qwen3-VL counts them."""
-    tokens, positions, visual = [], [], []
-    start = 0  # the next position; an image advances it by the longer side of its merged grid
+    grids = tuple((image.hw[0] // merge, image.hw[1] // merge) for image in images)
+    words = 0 if text is None else len(text)
+    position, visual = _places(len(template.prefix), grids, words + len(template.suffix))
+    frames = [_frame(rows * columns, tokenizer) for rows, columns in grids]
+    parts = [template.prefix, *frames, *(() if text is None else (text,)), template.suffix]
+    return np.concatenate(parts).astype(np.int32, copy=False), position, visual
 
-    def add_words(words: np.ndarray) -> None:
+
+@functools.lru_cache(maxsize=256)
+def _frame(count: int, tokenizer: Tokenizer) -> np.ndarray:
+    """i32[count+2]: the tokens of an image; shared, so it may not be written."""
+    tokens = np.full(count + 2, tokenizer.image_pad, np.int32)
+    tokens[0], tokens[-1] = tokenizer.vision_start, tokenizer.vision_end
+    tokens.flags.writeable = False
+    return tokens
+
+
+@functools.lru_cache(maxsize=4096)
+def _places(before: int, grids: tuple[tuple[int, int], ...], behind: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions i32[n,3] and the visual mask bool[n] of words, images of these merged grids, and words; shared.
+
+    An image advances the next position by the longer side of its grid.
+    """
+    positions, visual, start = [], [], 0
+
+    def add_words(count: int) -> None:
         nonlocal start
-        tokens.append(words)
-        positions.append(np.repeat(np.arange(start, start + len(words))[:, None], 3, axis=1))
-        visual.append(np.zeros(len(words), bool))
-        start += len(words)
+        positions.append(np.repeat(np.arange(start, start + count)[:, None], 3, axis=1))
+        visual.append(np.zeros(count, bool))
+        start += count
 
-    if len(template.prefix):
-        add_words(template.prefix)
-    for image in images:
-        rows, columns = image.hw[0] // merge, image.hw[1] // merge
+    add_words(before)
+    for rows, columns in grids:
         count = rows * columns
-        words, place, seen = (
-            np.full(count + 2, tokenizer.image_pad),
-            np.zeros((count + 2, 3), int),
-            np.ones(count + 2, bool),
-        )
-        words[0], words[-1] = tokenizer.vision_start, tokenizer.vision_end
+        place, seen = np.zeros((count + 2, 3), int), np.ones(count + 2, bool)
         place[1:-1, 1], place[1:-1, 2] = np.divmod(np.arange(count), columns)
         place[1:-1] += 1
         place[-1] = 1 + max(rows, columns)
         seen[0] = seen[-1] = False
-        tokens.append(words)
         positions.append(place + start)
         visual.append(seen)
         start += 2 + max(rows, columns)
-    if text is not None:
-        add_words(text)
-    if len(template.suffix):
-        add_words(template.suffix)
-    return (
-        np.concatenate(tokens).astype(np.int32),
-        np.concatenate(positions).astype(np.int32),
-        np.concatenate(visual),
-    )
+    add_words(behind)
+    found = np.concatenate(positions).astype(np.int32), np.concatenate(visual)
+    for array in found:
+        array.flags.writeable = False
+    return found
 
 
 def segments(
