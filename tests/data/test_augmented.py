@@ -103,6 +103,17 @@ def test_what_has_nothing_added_is_read_as_ever(prepared, tokenizer):
     np.testing.assert_array_equal(first.patches, other.patches)
 
 
+@pytest.mark.parametrize("mode", ["drawn", "original", "augmented", "all"])
+@pytest.mark.parametrize("titles", [0, 1, 2])
+@pytest.mark.parametrize("own", [0, 1, 3])
+@pytest.mark.parametrize("added", [0, 2])
+def test_who_draws_nothing_needs_no_random_numbers(mode, titles, own, added):
+    item = Product(text="a", images=(b"i",) * own, enriched_texts=("t",) * titles, expanded_images=(b"e",) * added)
+    if not pipeline.draws(item, mode, 1):
+        first = pipeline.drawn(item, mode, 1, None)
+        assert first == pipeline.drawn(item, mode, 1, np.random.default_rng(0))
+
+
 def test_an_unknown_word_is_refused():
     with pytest.raises(UserError, match=r"data\.augmented must be drawn, original, augmented or all"):
         tiny(data__augmented="both")

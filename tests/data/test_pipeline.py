@@ -4,11 +4,13 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
-from moon_jax.data import pipeline
+from moon_jax.config import UserError
+from moon_jax.data import pipeline, prepare, records
 from moon_jax.types import Product, Triplet
-from tests.conftest import tiny
+from tests.conftest import prepared_from, tiny
 
 
 def equal(a, b):
@@ -110,3 +112,20 @@ def test_a_missing_negative_is_an_empty_row(prepared, tokenizer):
     batch = pipeline.batches(lonely, pipeline.Reader(tiny(), tokenizer))[0]
     assert (batch.rows.view[16:] == 0).all() and (batch.product[16:] == -1).all() and (batch.group[16:] == -1).all()
     assert (batch.rows.segment[16:] == 0).all()
+
+
+def test_records_are_read_at_once_in_any_order(catalogue, tmp_path, monkeypatch):
+    """Over several shards, with repetitions, from the end, and none at all."""
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 5_000)
+    found = prepared_from(catalogue, tmp_path / "p").products
+    assert len(found.shards) > 5
+    asked = [41, 3, 3, 0, len(found) - 1, 17, -1, 3]
+    assert [product.id for product in found.several(asked)] == [found[index].id for index in asked]
+    assert found.several([]) == [] and records.several(list(found), asked) == found.several(asked)
+    for wrong in (len(found), -len(found) - 1):
+        with pytest.raises(IndexError):
+            found.several([0, wrong])
+    path = tmp_path / "p" / found.shards[3].file
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match=f"{path.name}: damaged"):
+        type(found)(found.folder, found.shards).several(range(len(found)))
