@@ -155,3 +155,50 @@ def test_a_folder_that_is_no_pipeline_is_told(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "Nothing"}')
     with pytest.raises(UserError, match="--images"):
         editor.Editor(str(tmp_path)).load()
+
+
+@pytest.mark.long
+def test_qwen_image_edit_itself(tmp_path):
+    """The pipeline that the docs name, tiny and random: it loads and edits, and what it gives is made smaller."""
+    kept = json.loads(reference.qwen_tokenizer(320).base.to_str())["model"]
+    names = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    tokenizer = transformers.Qwen2Tokenizer(vocab=kept["vocab"], merges=[tuple(pair) for pair in kept["merges"]])
+    tokenizer.add_special_tokens({"additional_special_tokens": [*names, "<|im_start|>", "<|im_end|>"]})
+    image, start, end, video = tokenizer.convert_tokens_to_ids(names)
+    widths = {"hidden_size": 16, "intermediate_size": 16}
+    text = widths | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 330}
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text | {"rope_parameters": rope, "max_position_embeddings": 4096},
+        vision_config=widths | {"depth": 1, "num_heads": 2, "out_hidden_size": 16, "fullatt_block_indexes": [0]},
+        image_token_id=image,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        video_token_id=video,
+    )
+    torch.manual_seed(0)
+    made = diffusers.QwenImageEditPipeline(
+        transformer=diffusers.QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(8, 4, 4),
+        ),
+        vae=diffusers.AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=tokenizer,
+        processor=transformers.Qwen2VLProcessor(
+            image_processor=transformers.Qwen2VLImageProcessor(min_pixels=28**2, max_pixels=64 * 28**2),
+            tokenizer=tokenizer,
+            video_processor=transformers.Qwen2VLVideoProcessor(),
+        ),
+    )
+    made.save_pretrained(tmp_path / "model", safe_serialization=True)
+    edited = editor.Editor(str(tmp_path / "model"), 1).load()(picture(), "a mug", 3)
+    assert max(edited.size) == editor.LONGEST_SIDE and edited.mode == "RGB"
