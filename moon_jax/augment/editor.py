@@ -63,7 +63,7 @@ class Editor:
                 revision=revision or None,
                 local_files_only=not hub,
                 use_safetensors=True,
-                torch_dtype=torch.bfloat16 if accelerated else torch.float32,
+                dtype=torch.bfloat16 if accelerated else torch.float32,
             )
         except (OSError, ValueError, ImportError, AttributeError) as error:
             raise UserError(f"--images {self.model}: {' '.join(str(error).split())[:300]}") from None
