@@ -187,6 +187,8 @@ def _expand(parsed: argparse.Namespace, addresses: tuple[str, ...]) -> None:
     """Data and output as paths of this machine, but for data at one of these kinds of addresses."""
     for flag in ("data", "output"):
         given = getattr(parsed, flag)
+        if not given:
+            raise UserError(f"--{flag}: empty; give a path")
         if places.is_address(given) and not given.startswith(addresses):
             raise UserError(f"--{flag} {given}: not a folder of this machine; mount it, and give that path")
         # As a shell leaves it in --output=~/x.
@@ -234,6 +236,8 @@ def run_augment(parsed: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise UserError(f"{overrides[0]}: augment runs no config; leave this out")
     _expand(parsed, ())
+    if parsed.beam and parsed.processes is not None:
+        raise UserError("--processes: Beam has an option of its own for its workers")
     processes = _processes(parsed)
     if parsed.connections < 1:
         raise UserError(f"--connections {parsed.connections}: give 1 or more")
@@ -246,21 +250,27 @@ def run_augment(parsed: argparse.Namespace, overrides: list[str]) -> None:
     _hush()
     options = Options(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Options)})
     max_pixels = config_lib.Config().data.max_pixels
+    if options.asks_server or options.asks_pipeline:
+        processes = 1  # which waits for the server with threads, and has the device to itself
     if parsed.beam:
         engine: engines.Engine = engines.Beam(tuple(f"--{option.removeprefix('--')}" for option in parsed.beam))
         engines.load_beam(engine.arguments)
     else:
         engine = engines.Local(functools.partial(workers.pool, processes), processes)
     report = watch.Watch()
-    connections = max(1, parsed.connections // processes)
-    prepared = pipeline.augment(parsed.data, parsed.output, options, max_pixels, engine, connections, report.progress)
+    prepared = pipeline.augment(
+        parsed.data, parsed.output, options, max_pixels, engine, parsed.connections, report.progress
+    )
     told = prepared.manifest["augmented"]
     for kind, name in (("text", "enriched titles"), ("image", "expanded images")):
         left = ", ".join(f"{count:,} {reason}" for reason, count in told[kind]["left_out"].items()) or "none"
         report.line(f"{name}: {told[kind]['added']:,} added of {told[kind]['made']:,} made; left out: {left}")
+        if told[kind]["made"] and not told[kind]["added"]:
+            report.line(f"none of the {name} was good enough: {pipeline.RESULTS} tells why, one by one")
     if not options.model:
-        report.line("nothing was filtered by agreement of image and title: that wants --model, an embedder")
-    report.line(f"where each came from: {pipeline.RESULTS}; to look at: {parsed.output}/{pipeline.PICTURE}")
+        report.line("the filter was off: it wants an embedder, --model")
+    report.line(f"where each came from: {parsed.output}/{pipeline.RESULTS}")
+    report.line(f"some to look at: {parsed.output}/{pipeline.PICTURE}")
     train = shlex.join(
         ["moon-jax", "train", "--config", "quickstart", "--data", parsed.output, "--workdir", "runs/augmented"]
     )

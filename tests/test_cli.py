@@ -212,6 +212,20 @@ def test_mistakes_of_prepare(capsys, tmp_path, monkeypatch, given, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_where_nothing_was_done_is_free_again(capsys, tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "products.csv").write_text("sku,title,images\n1,a,\n2,b,\n")
+    command = ["prepare", "--data", str(tmp_path / "c"), "--output", str(tmp_path / "p"), "--processes", "1"]
+    assert cli.main(command) == 2 and "no column product_id" in capsys.readouterr().err
+    (tmp_path / "c" / "products.csv").write_text("product_id,title,images\n1,a,\n2,b,\n")
+    assert cli.main(command) == 2
+    assert "has both a title and an image" in capsys.readouterr().err  # the next mistake, not "another source"
+    (tmp_path / "file").write_text("x")
+    assert cli.main([*command[:4], str(tmp_path / "file" / "p")]) == 2
+    told = capsys.readouterr().err
+    assert "Not a directory; give a folder that can be made" in told and told.count("\n") == 1
+
+
 def test_augment_tells_what_came_of_it(capsys, catalogue, tmp_path):
     data, output = tmp_path / "p", tmp_path / "a"
     assert cli.main(["prepare", "--data", str(catalogue), "--output", str(data), "--processes", "1"]) == 0
@@ -221,16 +235,19 @@ def test_augment_tells_what_came_of_it(capsys, catalogue, tmp_path):
     told = " ".join(capsys.readouterr().out.split())
     manifest = json.loads((output / "manifest.json").read_text())["augmented"]
     assert f"enriched titles: {manifest['text']['added']} added of {manifest['text']['made']} made" in told
-    assert "nothing was filtered" in told and f"--data {output} --workdir runs/augmented" in told
+    assert "the filter was off" in told and f"--data {output} --workdir runs/augmented" in told
     assert cli.main(command) == 0
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--data", "nowhere", "--output", "a"], "nowhere: not prepared data; moon-jax prepare makes it"),
+        (["--data", "nowhere", "--output", "a"], "nowhere: no such folder"),
         (["--data", "gs://bucket/x", "--output", "a"], "--data gs://bucket/x: not a folder of this machine"),
         (["--data", "hf://datasets/a/b", "--output", "a"], "--data hf://datasets/a/b: not a folder of this machine"),
+        (["--data", ".", "--output", "a"], "not prepared data; moon-jax prepare makes it"),
+        (["--data", ".", "--output", ""], "--output: empty; give a path"),
+        (["--data", ".", "--output", "a", "--processes", "2", "--beam", "runner=X"], "--processes: Beam has"),
         (["--data", ".", "--output", "a", "--processes", "0"], "--processes 0: give 1 or more"),
         (["--data", ".", "--output", "a", "--connections", "0"], "--connections 0: give 1 or more"),
         (["--data", ".", "--output", "a", "--expansion", "3"], "--expansion: not understood; the closest flag is"),

@@ -26,7 +26,7 @@ from moon_jax.augment import chat, editor, images, text
 from moon_jax.augment.options import Options
 from moon_jax.config import UserError
 from moon_jax.data import units
-from moon_jax.data.images import decode
+from moon_jax.data.images import BadImage, check_shape, decode
 from moon_jax.data.prepared import Prepared, open_prepared
 from moon_jax.types import Product
 
@@ -54,14 +54,21 @@ CANDIDATES = pa.schema([*PROVENANCE, ("image", pa.binary())])
 LEAST_SIDE = 16
 """Pixels; of a smaller picture nothing is made."""
 
-REFUSED = "not answered"
-"""The reason where a backend did not take a request; other reasons are text.FLAWS."""
+REFUSED, UNREADABLE = "not answered", "bad image"
+"""The reasons where a backend did not take a request, or made no image; those of titles are text.FLAWS."""
 
 
-@functools.cache
-def opened(data: Path) -> Prepared:
-    """The prepared data, opened once in each process."""
-    return open_prepared(data)
+@functools.lru_cache(maxsize=1)
+def opened(data: Path, fingerprint: str) -> Prepared:
+    """The prepared data of this fingerprint, opened once in each process.
+
+    Raises:
+        UserError: other data lies there now.
+    """
+    found = open_prepared(data)
+    if found.fingerprint != fingerprint:
+        raise UserError(f"--data {data}: changed while it was augmented; give the command again")
+    return found
 
 
 def items(prepared: Prepared, unit: int, size: int) -> range:
@@ -93,6 +100,7 @@ class Generate:
     """Makes units."""
 
     data: Path
+    fingerprint: str  # of the data
     work: Path
     options: Options
     max_pixels: int
@@ -106,7 +114,7 @@ class Generate:
         return self.path(unit).is_file()
 
     def __call__(self, unit: int) -> None:
-        prepared = opened(self.data)
+        prepared = opened(self.data, self.fingerprint)
         chosen = items(prepared, unit, self.size)
         kept = Kept(self.work / "answers" / f"{unit:08}")
 
@@ -156,7 +164,9 @@ class Generate:
         if "refused" in answer:
             return [told | {"text": "", "reason": REFUSED, "detail": answer["refused"]}]
         title = text.cleaned(answer["title"])
-        return [told | {"text": title, "reason": text.flaw(title, product, _brands(self.work)) or None}]
+        return [
+            told | {"text": title, "reason": text.flaw(title, product, _brands(self.work, self.fingerprint)) or None}
+        ]
 
     def _images(self, product: Product, kept: Kept) -> list[dict[str, Any]]:
         if self.options.images == "none" or not product.images or not self.options.expansions:
@@ -166,23 +176,36 @@ class Generate:
             return []
         seed, count = self._seed(product, "image"), self.options.expansions
         told = {"kind": "image", "backend": "classical", "model": "", "prompt": "", "seed": seed}
-        if self.options.asks_pipeline:
-            pipeline = editor.Editor(self.options.images, self.options.image_steps)
-            told |= {"backend": "diffusers", "model": pipeline.model, "prompt": editor.PROMPT_VERSION}
-            found = editor.expand(
-                _edit(pipeline),
-                picture,
-                product.text or "",
-                count,
-                seed,
-                lambda name, make: kept(f"{product.id} image {name}", make),
-            )
-        else:
+        if not self.options.asks_pipeline:
             found = images.expand(picture, count, np.random.default_rng(seed))
+            return [
+                told | {"number": number, "operation": operation, "image": image}
+                for number, (operation, image) in enumerate(found)
+            ]
+        pipeline = editor.Editor(self.options.images, self.options.image_steps)
+        told |= {"backend": "diffusers", "model": pipeline.model, "prompt": editor.PROMPT_VERSION}
+        edited = editor.expand(
+            lambda *given: _edit(pipeline, *given),
+            picture,
+            product.text or "",
+            count,
+            seed,
+            lambda name, make: kept(f"{product.id} image {name}", make),
+        )
         return [
-            told | {"number": number, "operation": operation, "image": image}
-            for number, (operation, image) in enumerate(found)
+            told | _checked(image, self.max_pixels) | {"number": number, "operation": operation, "seed": own}
+            for number, (operation, own, image) in enumerate(edited)
         ]
+
+
+def _checked(image: bytes, max_pixels: int) -> dict[str, Any]:
+    """An image that a model made, and a reason if training could not read it."""
+    try:
+        picture = decode(image, max_pixels)
+        check_shape(picture.height, picture.width)
+    except BadImage as bad:
+        return {"image": image, "reason": UNREADABLE, "detail": str(bad)}
+    return {"image": image}
 
 
 @functools.cache
@@ -190,8 +213,18 @@ def _client(server: chat.Chat) -> Any:
     return server.client()
 
 
-@functools.cache
-def _edit(pipeline: editor.Editor) -> Any:
+_ONE_AT_A_TIME = threading.Lock()
+"""A pipeline has a state, and fills the device."""
+
+
+def _edit(pipeline: editor.Editor, *given: Any) -> Any:
+    with _ONE_AT_A_TIME:
+        return _loaded(pipeline, pipeline.signature())(*given)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(pipeline: editor.Editor, signature: str) -> Any:
+    del signature
     return pipeline.load()
 
 
@@ -199,8 +232,9 @@ BRANDS = "brands.json"
 """In the work folder: the brands of the catalogue."""
 
 
-@functools.cache
-def _brands(work: Path) -> frozenset[str]:
+@functools.lru_cache(maxsize=1)
+def _brands(work: Path, fingerprint: str) -> frozenset[str]:
+    del fingerprint
     return frozenset(json.loads((work / BRANDS).read_text(encoding="utf-8")))
 
 
@@ -214,6 +248,11 @@ def check(options: Options) -> None:
         raise UserError("--expansions and --image-steps: give 0 or more")
     if not 0 <= options.quantile < 1:
         raise UserError(f"--quantile {options.quantile:g}: give a share from 0 to below 1")
+    given = (("--image-steps", options.image_steps, options.asks_pipeline, "a diffusers pipeline as --images"),)
+    given += (("--quantile", options.quantile != Options.quantile, options.model, "an embedder as --model"),)
+    for flag, asked, wanted, what in given:
+        if asked and not wanted:
+            raise UserError(f"{flag}: wants {what}")
     if options.text == "none" and (options.images == "none" or not options.expansions):
         raise UserError("--text none --images none: nothing to do")
     if options.asks_server:

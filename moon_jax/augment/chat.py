@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import os
+import urllib.parse
 from typing import Any
 
 from moon_jax.augment.text import LONGEST_TITLE, entities
@@ -96,22 +97,39 @@ class Chat:
 
         try:
             given = client.chat.completions.create(**request)
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            raise Refused(_short(error)) from None
         except (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError) as error:
             raise Unavailable(f"--text {self.url}: {_short(error)}; nothing done is lost, try again later") from None
-        except openai.APIError as error:
+        except openai.APIStatusError as error:
+            if error.status_code in REFUSALS:
+                raise Refused(_short(error)) from None
             raise UserError(
                 f"--text {self.url}: {_short(error)}; give the server's own --text-model, and OPENAI_API_KEY if it"
                 " wants one"
             ) from None
-        if not given.choices:
-            raise Refused("an answer without a choice")
-        return given.choices[0].message.content or ""
+        except (openai.APIError, ValueError) as error:
+            raise UserError(f"--text {self.url}: {_short(error)}; {FOREIGN}") from None
+        if isinstance(given, str):
+            raise UserError(f"--text {self.url}: {FOREIGN}")
+        try:
+            content = given.choices[0].message.content or ""
+        except (AttributeError, IndexError, TypeError):
+            raise Refused("an answer without a choice") from None
+        if not isinstance(content, str):
+            raise Refused("an answer that is no text")
+        return content.encode("utf-8", "replace").decode()
+
+
+REFUSALS = (400, 413, 422)
+"""Statuses that are about one request alone: too long, or of a kind that the model does not take."""
+
+FOREIGN = "what answers there does not speak OpenAI's protocol; its URL mostly ends in /v1"
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """What an error says, without the key that it may repeat."""
+    told = " ".join(str(error).split())
+    key = os.environ.get("OPENAI_API_KEY")
+    return ((told.replace(key, "…") if key else told)[:200] or type(error).__name__).rstrip(".")
 
 
 def check(url: str, model: str) -> None:
@@ -121,6 +139,10 @@ def check(url: str, model: str) -> None:
     """
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--text {url}: give rules, none, or a server's URL such as http://localhost:8000/v1")
+    parts = urllib.parse.urlsplit(url)
+    if parts.username or parts.password:
+        told = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        raise UserError(f"--text {told}: give no password in the URL, which is kept; OPENAI_API_KEY is not")
     try:
         import openai  # noqa: F401
     except ImportError as error:

@@ -6,6 +6,7 @@ As MOON2.0 (arXiv 2511.12449) has it: I_m, the picture edited down to its subjec
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ class Editor:
     model: str
     steps: int = 0  # of denoising; 0 leaves the pipeline's own number
 
+    def signature(self) -> str:
+        """Of the weights: names, sizes and times of a folder's files; of the hub's, the name says it."""
+        if self.model.startswith(folder_lib.HUB):
+            return self.model
+        digest = hashlib.blake2b(digest_size=8)
+        for path in sorted(path for path in Path(self.model).rglob("*") if path.is_file()):
+            told = path.stat()
+            digest.update(repr((str(path.relative_to(self.model)), told.st_size, told.st_mtime_ns)).encode())
+        return digest.hexdigest()
+
     def load(self) -> Callable[[Image.Image, str, int], Image.Image]:
         """What edits a picture by a prompt and a seed. Weights are safetensors; no code of the folder is run.
 
@@ -51,23 +62,25 @@ class Editor:
             UserError: diffusers is not installed, or that is no pipeline which edits images.
         """
         check(self.model)
+        import diffusers
         import torch
-        from diffusers import DiffusionPipeline
 
         hub = self.model.startswith(folder_lib.HUB)
         name, _, revision = self.model.removeprefix(folder_lib.HUB).partition("@") if hub else (self.model, "", "")
         accelerated = torch.cuda.is_available()
         try:
-            pipeline = DiffusionPipeline.from_pretrained(
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
                 name,
                 revision=revision or None,
                 local_files_only=not hub,
                 use_safetensors=True,
+                trust_remote_code=False,
                 dtype=torch.bfloat16 if accelerated else torch.float32,
             )
         except (OSError, ValueError, ImportError, AttributeError) as error:
             raise UserError(f"--images {self.model}: {' '.join(str(error).split())[:300]}") from None
         pipeline.set_progress_bar_config(disable=True)
+        diffusers.utils.logging.set_verbosity_error()
         if accelerated:
             pipeline.to("cuda")
 
@@ -84,17 +97,22 @@ class Editor:
 def check(model: str) -> None:
     """
     Raises:
-        UserError: diffusers is not installed, or there is no pipeline.
+        UserError: there is no pipeline, or one with code of its own; or diffusers is not installed.
     """
+    if not model.startswith(folder_lib.HUB):
+        if not (Path(model) / "model_index.json").is_file():
+            raise UserError(
+                f"--images {model}: no model_index.json there; give classical, none, a folder that diffusers saved, or"
+                f" {folder_lib.HUB}owner/name"
+            )
+        code = next(Path(model).rglob("*.py"), None)
+        if code:
+            raise UserError(f"--images {model}: holds code, {code.relative_to(model)}, which is never run")
     try:
         import diffusers  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
         raise UserError(f"--images {model}: wants diffusers ({error}); pip install -e '.[diffusers]'") from None
-    if not model.startswith(folder_lib.HUB) and not (Path(model) / "model_index.json").is_file():
-        raise UserError(
-            f"--images {model}: no model_index.json there; give a folder that diffusers saved, classical or none"
-        )
 
 
 def expand(
@@ -104,8 +122,8 @@ def expand(
     count: int,
     seed: int,
     kept: Callable[[str, Callable[[], bytes]], bytes],
-) -> list[tuple[str, bytes]]:
-    """I_1 … I_count of an RGB picture: what the prompt asked for and a JPEG each.
+) -> list[tuple[str, int, bytes]]:
+    """I_1 … I_count of an RGB picture: what the prompt asked for, the seed of that edit and a JPEG each.
 
     Args:
         kept: (name, make) → bytes: what was made under that name before, or what `make` gives.
@@ -119,5 +137,5 @@ def expand(
     for number in range(1, count + 1):
         name = tuple(PROMPTS)[(number - 1) % len(PROMPTS)]
         base = decode(subject, 2**31)
-        made.append((name, kept(f"{number}", lambda b=base, n=name, k=number: edited(b, PROMPTS[n], k))))
+        made.append((name, seed + number, kept(f"{number}", lambda b=base, n=name, k=number: edited(b, PROMPTS[n], k))))
     return made

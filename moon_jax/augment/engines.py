@@ -43,7 +43,7 @@ class Engine(Protocol):
         """
         Args:
             what: its name, for the progress.
-            alone: one at a time on this machine, as a model on its accelerator wants it; a cluster need not care.
+            alone: one at a time, in this process, as a model on its accelerator wants it. Beam's workers have one each.
         """
 
 
@@ -109,7 +109,8 @@ class Beam:
         interrupt.check()
         _raise_failure(work.work / FAILED)
         if error or not all(map(work.done, left)):
-            told = str(error).splitlines()[0] if error and str(error) else "work is left undone"
+            lines = [line for line in str(error or "").splitlines() if line.strip()]
+            told = lines[-1][:300] if lines else "work is left undone"
             raise UserError(f"--beam: {told}; see Beam's own log") from error
 
 

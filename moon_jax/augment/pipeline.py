@@ -10,10 +10,10 @@ train on are touched; triplets, split and all that is evaluated stay byte by byt
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moon_jax.augment import candidates, text
+from moon_jax.augment import candidates, chat, editor, text
 from moon_jax.augment.engines import Engine
 from moon_jax.augment.options import Options
 from moon_jax.config import UserError
@@ -74,20 +74,28 @@ def augment(
         KeyboardInterrupt: a stop was asked for; what is done stays.
     """
     data, output = Path(data).resolve(), Path(output).resolve()
+    if not data.is_dir():
+        raise UserError(f"--data {data}: no such folder")
     if not prepared_lib.is_prepared(data):
         raise UserError(f"--data {data}: not prepared data; moon-jax prepare makes it of any catalogue")
-    if data == output:
-        raise UserError(f"--output {output}: the same as --data; give another folder")
+    if output.is_relative_to(data):
+        raise UserError(f"--output {output}: within --data; give another folder")
     prepared = prepared_lib.open_prepared(data)
     if prepared.manifest.get("augmented"):
         raise UserError(f"--data {data}: augmented already; give what it was made from")
     candidates.check(options)
-    embedder = _embedder(options.model, max_pixels) if options.model else None
+    embedder = harness.open_embedder(options.model, max_pixels) if options.model else None
+    if embedder:
+        EMBEDDERS.clear()
+        EMBEDDERS[embedder.name] = embedder
+    server = options.asks_server and chat.PROMPT_VERSION
+    editing = options.asks_pipeline and [editor.PROMPT_VERSION, editor.Editor(options.images).signature()]
     told = json.dumps(
         {
             "data": prepared.fingerprint,
             "options": dataclasses.asdict(options),
             "embedder": embedder and embedder.name,
+            "backends": [server, editing],
             "unit": candidates.UNIT,
         },
         sort_keys=True,
@@ -103,15 +111,20 @@ def augment(
         units = range(-(-len(prepared.train) // candidates.UNIT))
         engine(
             "augmenting (units)",
-            candidates.Generate(data, work, options, max_pixels, candidates.UNIT, connections),
+            candidates.Generate(data, prepared.fingerprint, work, options, max_pixels, candidates.UNIT, connections),
             units,
             progress,
-            alone=options.asks_pipeline,
         )
         if embedder:
-            engine("scoring (units)", Score(data, work, options.model, max_pixels), units, progress, alone=True)
+            engine(
+                "scoring (units)",
+                Score(data, prepared.fingerprint, work, options.model, embedder.name, max_pixels),
+                units,
+                progress,
+                alone=True,
+            )
         thresholds = _thresholds(work, units, options.quantile)
-        writing = Write(data, work, output, candidates.UNIT, tuple(sorted(thresholds.items())))
+        writing = Write(data, prepared.fingerprint, work, output, candidates.UNIT, tuple(sorted(thresholds.items())))
         engine("writing shards", writing, range(len(prepared.manifest["shards"])), progress)
         counts = _write_results(work, units, output / RESULTS, thresholds)
         _draw(prepared, work, output / PICTURE, thresholds, max_pixels)
@@ -136,9 +149,10 @@ def _note_brands(prepared: Prepared, work: Path, progress: Progress) -> None:
     shards_lib.whole(path, json.dumps(sorted(found - {""})))
 
 
-@functools.cache
-def _embedder(model: str, max_pixels: int) -> harness.Embedder:
-    return harness.open_embedder(model, max_pixels)
+EMBEDDERS: dict[str, harness.Embedder] = {}
+"""The one that this process judges by, by name."""
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +163,10 @@ class Score:
     """
 
     data: Path
+    fingerprint: str  # of the data
     work: Path
     model: str
+    name: str  # the embedder's
     max_pixels: int
 
     def path(self, unit: int) -> Path:
@@ -160,7 +176,7 @@ class Score:
         return self.path(unit).is_file()
 
     def __call__(self, unit: int) -> None:
-        prepared = candidates.opened(self.data)
+        prepared = candidates.opened(self.data, self.fingerprint)
         rows = pq.read_table(_unit(self.work, unit)).to_pylist()
         items: list[Product] = []
         places: dict[Any, int] = {}
@@ -185,12 +201,23 @@ class Score:
         scores = np.full(len(rows), np.nan, np.float32)
         chosen = pairs[:, 0] >= 0
         if items:
-            vectors = _embedder(self.model, self.max_pixels).encode(items)
+            vectors = self._encode(items)
             scores[chosen] = np.einsum("nd,nd->n", vectors[pairs[chosen, 0]], vectors[pairs[chosen, 1]])
+            if not np.isfinite(scores[chosen]).all():
+                raise UserError(f"--model {self.model}: gives vectors that are not finite")
         temporary = self.path(unit).with_name(f"{unit:08}.{os.getpid()}.tmp")
         with temporary.open("wb") as file:
             np.save(file, scores)
         temporary.replace(self.path(unit))
+
+    def _encode(self, items: list[Product]) -> np.ndarray:
+        with _ONE_AT_A_TIME:
+            if self.name not in EMBEDDERS:
+                found = harness.open_embedder(self.model, self.max_pixels)
+                if found.name != self.name:
+                    raise UserError(f"--model {self.model}: changed since this began; remove the output to begin anew")
+                EMBEDDERS[self.name] = found
+            return EMBEDDERS[self.name].encode(items)
 
 
 def _unit(work: Path, unit: int) -> Path:
@@ -204,7 +231,7 @@ def _scores(work: Path, unit: int, rows: int) -> np.ndarray:
 
 
 def _thresholds(work: Path, units: range, quantile: float) -> dict[str, float]:
-    """By kind, the score below which a result is dropped: of n that were scored, the ⌊quantile · n⌋ lowest are."""
+    """By kind, the score below which a result is dropped: the ⌊quantile · n⌋ + 1st of n. Of equal ones, all stay."""
     scores: dict[str, list[np.ndarray]] = {"text": [], "image": []}
     for unit in units:
         kinds = pq.read_table(_unit(work, unit), columns=["kind"]).column("kind").to_numpy(zero_copy_only=False)
@@ -215,7 +242,7 @@ def _thresholds(work: Path, units: range, quantile: float) -> dict[str, float]:
     for kind, parts in scores.items():
         all_scores = np.concatenate(parts) if parts else np.zeros(0, np.float32)
         if len(all_scores):
-            place = int(quantile * len(all_scores))
+            place = int(quantile * len(all_scores) + 1e-9)
             found[kind] = float(np.partition(all_scores, place)[place])
     return found
 
@@ -235,13 +262,14 @@ class Write:
     """Writes a shard again, with what was added to its products."""
 
     data: Path
+    fingerprint: str  # of the data
     work: Path
     output: Path
     size: int  # products of a unit
     thresholds: tuple[tuple[str, float], ...]
 
     def _name(self, number: int) -> str:
-        return candidates.opened(self.data).manifest["shards"][number]["file"]
+        return candidates.opened(self.data, self.fingerprint).manifest["shards"][number]["file"]
 
     def done(self, number: int) -> bool:
         return shards_lib.note(self._name(number), self.work).is_file() and (self.output / self._name(number)).is_file()
@@ -250,7 +278,7 @@ class Write:
         shards_lib.write(self.output / self._name(number), self._records(number), self.work)
 
     def _records(self, number: int) -> Iterator[bytes]:
-        prepared = candidates.opened(self.data)
+        prepared = candidates.opened(self.data, self.fingerprint)
         before = sum(shard["records"] for shard in prepared.manifest["shards"][:number])
         added: dict[int, Product] = {}
         for index in range(before, before + prepared.manifest["shards"][number]["records"]):
@@ -329,7 +357,7 @@ def _draw(prepared: Prepared, work: Path, path: Path, thresholds: dict[str, floa
             else:
                 titles.append((f"{row['text']}{score}", not row["reason"]))
         shown.append((product, images, titles))
-    footer = "crossed: left out · numbers: agreement of image and title" if thresholds else "not filtered"
+    footer = "crossed (✗): left out" + (" · numbers: agreement of image and title" if thresholds else "")
     pictures.additions(path, shown, max_pixels, footer)
 
 

@@ -14,17 +14,60 @@ import unicodedata
 from moon_jax.evaluation.labels import UNSPACED, words
 from moon_jax.types import Product
 
-_UNIT = (
-    "(?:[mck]?m|inch(?:es)?|in|ft|feet|yd|[mk]?g|gms?|oz|lbs?|[mc]?l|lit(?:re|er)s?|ltr|gal|m?ah|k?v|k?w|[kmg]?hz|"
-    "[kmgt]b|mp|px|dpi|ct|cts|carats?|denier|gsm|tog|%|°[cf]?|毫米|厘米|米|英?寸|千?克|公?斤|毫?升|伏|瓦|码)"
-)
+_UNITS = {
+    "mm": "mm|millimet(?:er|re)s?|毫米",
+    "cm": "cms?|centimet(?:er|re)s?|厘米",
+    "m": "m|mtrs?|met(?:er|re)s?|米",
+    "km": "km|kilomet(?:er|re)s?|公里",
+    "inch": 'in|inch|inches|"|″|英寸|寸',
+    "ft": "ft|foot|feet|'|′",
+    "yd": "yds?|yards?",
+    "mg": "mg|milligram(?:me)?s?",
+    "g": "g|gms?|gram(?:me)?s?|克",
+    "kg": "kgs?|kilos?|kilogram(?:me)?s?|千克|公斤",
+    "oz": "oz|ounces?",
+    "lb": "lbs?|pounds?|磅",
+    "ml": "ml|millilit(?:er|re)s?|毫升",
+    "cl": "cl",
+    "l": "l|ltrs?|lit(?:er|re)s?|升",
+    "gal": "gal|gallons?",
+    "v": "v|volts?|伏",
+    "w": "w|watts?|瓦",
+    "kw": "kw",
+    "mah": "mah|毫安",
+    "hz": "hz",
+    "khz": "khz",
+    "mhz": "mhz",
+    "ghz": "ghz",
+    "kb": "kb",
+    "mb": "mb",
+    "gb": "gb",
+    "tb": "tb",
+    "mp": "mp|megapixels?",
+    "px": "px|pixels?",
+    "dpi": "dpi",
+    "ct": "cts?|carats?|克拉",
+    "gsm": "gsm",
+    "den": "den(?:ier)?",
+    "%": "%|percent",
+    "°": "°[cf]?|degrees?",
+}
+"""What makes a size of the number before it, in all spellings."""
+
 _NUMBER = r"\d+(?:[.,/]\d+)*"
 # Not within a code. In scripts without spaces a word may touch the number.
-_BEFORE, _AFTER = rf"(?<![^\W{UNSPACED.pattern[1:-1]}])(?<![.,])", rf"(?![^\W{UNSPACED.pattern[1:-1]}])"
-_MEASURE = re.compile(rf"{_BEFORE}({_NUMBER})\s*({_UNIT}){_AFTER}", re.IGNORECASE)
+_BEFORE, _AFTER = rf"(?<![^\W{UNSPACED.pattern[1:-1]}])(?<![.,/])", rf"(?![^\W{UNSPACED.pattern[1:-1]}])"
+_MEASURE = re.compile(rf"{_BEFORE}({_NUMBER})\s*({'|'.join(_UNITS.values())}){_AFTER}", re.IGNORECASE)
 _DIMENSIONS = re.compile(rf"{_BEFORE}{_NUMBER}(?:\s*[x×*]\s*{_NUMBER})+{_AFTER}", re.IGNORECASE)
-_LETTER_SIZE = re.compile(r"(?<!\w)(?:X{0,5}[SL]|M|\d+X[SL])(?!\w|['’])")
-YES, NO = frozenset({"yes", "true"}), frozenset({"no", "none", "false", "na", "n/a", "nil", "-", "unknown", "other"})
+_LETTER_SIZE = re.compile(r"(?<![\w'’])(?:(?i:x+[sl]|\d+x[sl])|[SML])(?![\w'’])")
+_UNIT_NAMES = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _UNITS.items()}
+
+SIZE_WORDS = re.compile("small|medium|large|oversized|petite")
+NUMBER_WORDS = re.compile("two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|hundred|double|triple|twin")
+"""Words that say a size or a number; English alone has them here."""
+
+YES = frozenset({"yes", "true"})
+NO = frozenset({"no", "none", "nan", "null", "nil", "false", "na", "n/a", "n.a.", "not applicable", "-", "unknown"})
 """Values that say whether, not what."""
 
 MOST_FACTS, MOST_VALUES, LONGEST_FACT, LONGEST_NAME = 8, 2, 4, 2
@@ -33,7 +76,7 @@ MOST_FACTS, MOST_VALUES, LONGEST_FACT, LONGEST_NAME = 8, 2, 4, 2
 LONGEST_TITLE = 300
 """Characters of an enriched title."""
 
-FLAWS = ("empty", "several lines", "too long", "language", "number", "size", "brand", "nothing new")
+FLAWS = ("empty", "signs", "too long", "language", "number", "size", "brand", "nothing new")
 """Why an enriched title is refused (`flaw`)."""
 
 
@@ -57,7 +100,8 @@ def _sizes(text: str) -> dict[str, str]:
     text = unicodedata.normalize("NFKC", text)
     found = {}
     for match in _MEASURE.finditer(text):
-        found[f"{match[1]} {match[2].casefold()}"] = match[0]
+        unit = next(name for name, spelt in _UNIT_NAMES.items() if spelt.fullmatch(match[2]))
+        found[f"{match[1]} {unit}"] = match[0]
     for match in itertools.chain(_DIMENSIONS.finditer(text), _LETTER_SIZE.finditer(text)):
         found[re.sub(r"\s|×|\*", lambda sign: "" if sign[0].isspace() else "x", match[0]).casefold()] = match[0]
     return found
@@ -121,32 +165,51 @@ def flaw(title: str, product: Product, brands: frozenset[str] = frozenset()) -> 
     """Why a title is no enriched one of this product, one of FLAWS; empty if it is one.
 
     Args:
-        brands: names of the catalogue's brands, as `brand_key` gives them.
+        brands: of the catalogue, as `brand_key` gives them.
 
-    A number, a size, and whatever looks like a name (a word that begins with a capital, or a brand of the catalogue)
-    must stand in what the product says of itself. Its language is that of the product if the script is, and if at least
-    half of its words stand there.
+    Signs are those that control a terminal or mark text up. A number, a size, and whatever looks like a name (a word
+    with a capital, or a brand of the catalogue) must stand in what the product says of itself. Its language is that of
+    the product if the script is, and if at least half of its different words stand there.
     """
     if not title.strip():
         return "empty"
-    if any(unicodedata.category(sign) in ("Cc", "Zl", "Zp", "Cs", "Co", "Cn") for sign in title):
-        return "several lines"
     if len(title) > LONGEST_TITLE:
         return "too long"
-    title, text = (unicodedata.normalize("NFKC", given) for given in (title, source_text(product)))
-    new, pieces = _beyond(title, text), _pieces(title)
+    if any(unicodedata.category(sign) in _CONTROLS and sign not in _JOINERS for sign in title):
+        return "signs"
+    title, text = (_plain(given) for given in (title, source_text(product)))
+    if set("<>{}[]|\\`") & set(title) - set(text):
+        return "signs"
     if _scripts(title) - _scripts(text):
         return "language"
+    new, pieces = _beyond(title, text), _pieces(title)
     codes = [piece for piece in new if re.search(r"\d", piece) and not piece.isdigit() and not _sizes(piece)]
-    if codes or set(re.findall(_NUMBER, title)) - set(re.findall(_NUMBER, text)):
+    numbers = set(re.findall(_NUMBER, title)) - set(re.findall(_NUMBER, text))
+    if codes or numbers or any(NUMBER_WORDS.fullmatch(piece.casefold()) for piece in new):
         return "number"
-    if set(_sizes(title)) - set(_sizes(text)):
+    counted = {match[1].casefold() for match in re.finditer(rf"{_NUMBER}[\s-]*([^\W\d_]+)", title)}
+    sized = {word for word in map(str.casefold, new) if SIZE_WORDS.fullmatch(word) or word in counted}
+    known = {piece.casefold() for size in _sizes(title) for piece in _pieces(_sizes(title)[size])}
+    if set(_sizes(title)) - set(_sizes(text)) or sized - known:
         return "size"
-    if any(piece[0].isupper() for piece in new) or _named(title, brands) - _named(text, brands):
+    if any(any(map(str.isupper, piece)) for piece in new if not _sizes(piece)) or (
+        _named(title, brands) - _named(text, brands)
+    ):
         return "brand"
-    if sum(not re.search(r"\d", piece) for piece in new) > len(pieces) / 2:
+    words_new = {piece.casefold() for piece in new if not re.search(r"\d", piece)}
+    if len(words_new) > len({piece.casefold() for piece in pieces}) / 2:
         return "language"
     return "" if _beyond(title, product.text or "") else "nothing new"
+
+
+_CONTROLS, _JOINERS = ("Cc", "Cf", "Zl", "Zp", "Cs", "Co", "Cn"), "\u200c\u200d"
+"""Categories of signs that are not seen; those that Persian, Indian scripts and emoji are written with."""
+
+
+def _plain(text: str) -> str:
+    """A text as it compares: compatible signs are one, and joiners are none."""
+    text = unicodedata.normalize("NFKC", text)
+    return "".join(sign for sign in text if unicodedata.category(sign) != "Cf")
 
 
 def _pieces(text: str) -> list[str]:
@@ -173,18 +236,22 @@ def _scripts(text: str) -> set[str]:
     return {unicodedata.name(sign, "?").split()[0] for sign in letters}
 
 
+MOST_WORDS, MOST_SIGNS = 8, 16
+"""Of a brand's name; in scripts without spaces, signs."""
+
+
 def brand_key(name: str) -> str:
-    """A brand's name in a form that compares; empty for what is no name."""
-    parts = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", name).casefold())
-    return " ".join(parts) if any(re.search(r"[^\W\d]", part) for part in parts) else ""
+    """A brand's name in a form that compares, without spaces, case and accents; empty for what is no name."""
+    apart = unicodedata.normalize("NFKD", _plain(name)).casefold()
+    key = "".join(sign for sign in apart if sign.isalnum())
+    return key if re.search(r"[^\W\d_]", key) else ""
 
 
 def _named(text: str, brands: frozenset[str]) -> set[str]:
-    """The brands that stand in a text, as whole words."""
-    tokens = brand_key(text).split()
-    spans = (tokens[start : start + length] for length in range(1, 5) for start in range(len(tokens) - length + 1))
-    within = "".join(tokens)
-    unspaced = (
-        {brand for brand in brands if UNSPACED.search(brand) and brand in within} if UNSPACED.search(text) else set()
-    )
-    return brands.intersection(map(" ".join, spans)) | unspaced
+    """The brands that stand in a text, as whole words; in scripts without spaces, anywhere."""
+    if not brands:
+        return set()
+    tokens = [key for key in map(brand_key, _pieces(text)) if key]
+    longest = MOST_SIGNS if UNSPACED.search(text) else MOST_WORDS
+    spans = (tokens[start : start + length] for start in range(len(tokens)) for length in range(1, longest + 1))
+    return set(brands.intersection(map("".join, spans)))

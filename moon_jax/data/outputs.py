@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,7 +37,11 @@ def is_empty(output: Path, parts: Sequence[str]) -> bool:
     Args:
         parts: the folders of WORK.
     """
-    ours = {output / WORK, output / WORK / LOCK, *(output / WORK / part for part in parts)}
+    ours = {
+        output / WORK,
+        *(output / WORK / name for name in (LOCK, f"{SOURCE}.tmp")),
+        *(output / WORK / part for part in parts),
+    }
     return all(path in ours for path in output.rglob("*"))
 
 
@@ -59,8 +64,11 @@ def claimed(output: Path, told: str, parts: Sequence[str]) -> Iterator[Path]:
             )
     elif output.exists() and (not output.is_dir() or not is_empty(output, parts)):
         raise UserError(f"--output {output}: holds other things; give a folder that is new or empty")
-    for part in parts:
-        (work / part).mkdir(parents=True, exist_ok=True)
+    try:
+        for part in parts:
+            (work / part).mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileNotFoundError, PermissionError) as error:
+        raise UserError(f"--output {output}: {error.strerror}; give a folder that can be made") from None
     with (work / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,7 +79,15 @@ def claimed(output: Path, told: str, parts: Sequence[str]) -> Iterator[Path]:
         for old in [*work.glob("*/*.tmp"), *output.glob("*.tmp")]:
             old.unlink(missing_ok=True)
         whole(work / SOURCE, told)
-        yield work
+        try:
+            yield work
+        except Unavailable:
+            raise
+        except UserError:
+            # Where nothing was done yet, what was wrong may be mended, and the folder taken for that.
+            if not any(path.is_file() for part in parts for path in (work / part).rglob("*")):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def refused(output: Path) -> UserError:

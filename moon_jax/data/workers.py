@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +31,10 @@ def pool(processes: int) -> Iterator[Executor]:
         context.set_forkserver_preload(["moon_jax.data.prepare"])
         # Whatever the server forks inherits its mask: Ctrl-C reaches no worker, not even one that is being born. (The
         # tracker first: as it starts, it lifts the mask.)
+        # A command that fails does not wait for its workers; the tracker, which cleans up, shall not complain of it.
+        sys.warnoptions.append("ignore:resource_tracker")
         resource_tracker.ensure_running()
+        sys.warnoptions.remove("ignore:resource_tracker")
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             forkserver.ensure_running()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from safetensors import SafetensorError
 
 from moon_jax.config import UserError
 from moon_jax.data.images import decode
@@ -62,7 +63,7 @@ class Contrastive:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             # Pillow's resizing is the one that such models were trained with.
             self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(f"--model {folder}: {' '.join(str(error).split())[:300]}") from None
         self._torch, self._max_pixels = torch, max_pixels
         self._device = "cuda" if torch.cuda.is_available() else "cpu"

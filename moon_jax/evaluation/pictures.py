@@ -280,7 +280,7 @@ def additions(
     """
     columns = 1 + max((len(images) for _, images, _ in shown), default=0)
     rows, title = -(-len(shown) // 2), "Co-augmentation: products drawn at random, and what was made of them"
-    with _picture(path, title, footer, (2 * 1.5 * columns + 0.6, 2.3 * rows + 0.8)) as figure:
+    with _picture(path, title, footer, (max(8.0, 3.0 * columns + 0.6), 2.3 * rows + 0.8)) as figure:
         for part, (product, images, titles) in zip(
             figure.subfigures(rows, 2, squeeze=False).ravel(), shown, strict=False
         ):

@@ -274,6 +274,12 @@ def prepare_data(config: config_lib.Config, place: places.Place, report: watch.W
         f" {manifest['splits']['train_queries'] + manifest['splits']['val_queries']:,} queries of the catalogue's own;"
         f" {prepared.summary() or '0 left out'}"
     )
+    added, mode = manifest.get("augmented"), config.data.augmented
+    if added:
+        counts = f"{added['text']['added']:,} enriched titles, {added['image']['added']:,} expanded images"
+        report.line(f"augmented by {counts}; config.data.augmented = {mode!r} says what a step reads of them")
+    elif mode != config_lib.Config().data.augmented:
+        report.line(f"config.data.augmented is {mode!r}, and nothing was added to this data: moon-jax augment does it")
     if prepared.quarantined:
         report.line(f"what was left out is listed in {place}/data/quarantine.jsonl")
     if len(prepared.val) <= 10:

@@ -3,6 +3,7 @@
 import base64
 import functools
 import io
+import json
 import threading
 import time
 import urllib.error
@@ -73,8 +74,7 @@ def quick(monkeypatch):
     """Short answers, and one more try."""
     monkeypatch.setattr(chat, "MOST_TOKENS", 6)
     monkeypatch.setattr(chat.Chat.__init__, "__defaults__", (chat.SECONDS, 1))
-    for cache in (candidates.opened, candidates._client, candidates._brands):
-        cache.cache_clear()
+    candidates._client.cache_clear()
 
 
 @contextmanager
@@ -82,7 +82,8 @@ def between(url, answer, port=0):
     """A proxy before the server, which counts what is asked.
 
     Args:
-        answer: (number of the request) → status and headers to refuse it with, or None to pass it on.
+        answer: (number of the request) → status, headers and, if it matters, content to refuse it with; or None to
+            pass it on.
     """
     asked = []
 
@@ -92,7 +93,7 @@ def between(url, answer, port=0):
             asked.append((time.monotonic(), body))
             refusal = answer(len(asked))
             if refusal:
-                status, headers, content = refusal[0], refusal[1], b'{"error": {"message": "as told"}}'
+                status, headers, content = (*refusal, b'{"error": {"message": "as told"}}')[:3]
             else:
                 request = urllib.request.Request(f"{url}/chat/completions", body, {"Content-Type": "application/json"})
                 with urllib.request.urlopen(request) as given:
@@ -119,7 +120,7 @@ def between(url, answer, port=0):
 def data(tmp_path_factory):
     """Products that say all WORDS somewhere, and one title without a picture."""
     folder = tmp_path_factory.mktemp("data")
-    rows = [row | {"description": " ".join(WORDS)} for row in records(60)][:PRODUCTS]
+    rows = [row | {"description": " ".join(WORDS), "brand": "Acmé Co"} for row in records(60)][:PRODUCTS]
     schema = SCHEMA.append(pa.field("description", pa.string()))
     pq.write_table(pa.Table.from_pylist(rows, schema), folder / "products.parquet")
     prepared_from(folder / "products.parquet", folder / "p")
@@ -178,6 +179,7 @@ def test_a_server_that_dies_costs_no_answer(data, model, server, tmp_path):
         first = {body for _, body in asked[:12]}
     kept = (tmp_path / "a" / ".work" / "answers").rglob("*")
     assert sum(path.is_file() for path in kept) == 12
+    assert json.loads((tmp_path / "a" / ".work" / candidates.BRANDS).read_text()) == ["acmeco"]
     with pytest.raises(UserError, match="other options"):
         augmented(data, tmp_path / "a", "http://127.0.0.1:1/v1", model)
     candidates._client.cache_clear()
@@ -204,6 +206,47 @@ def test_a_request_that_is_not_taken_is_noted_and_the_rest_goes_on(data, model, 
         rows = rows_of(augmented(data, tmp_path / "a", url, model))
     [left] = [row for row in rows if row["reason"] == candidates.REFUSED]
     assert "as told" in left["detail"] and left["text"] == ""
+
+
+def chosen(message):
+    return json.dumps({"id": "1", "object": "x", "created": 1, "model": "m", "choices": message}).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        chosen([{"index": 0}]),
+        chosen([]),
+        chosen(None),
+        chosen([{"index": 0, "message": {"role": "assistant", "content": ["a"]}}]),
+        chosen([{"index": 0, "message": {"role": "assistant", "content": "mug \ud800"}}]),
+    ],
+)
+def test_an_odd_answer_costs_one_title(data, model, server, tmp_path, content):
+    with between(server, lambda number: (200, {}, content) if number == 3 else None) as (url, _):
+        rows = rows_of(augmented(data, tmp_path / "a", url, model))
+    left = [row for row in rows if row["reason"] not in (None, *text.FLAWS)] or [
+        row for row in rows if row["text"] == "mug ?"
+    ]
+    assert len(left) == 1 and left[0]["reason"]
+
+
+@pytest.mark.parametrize(("content", "kind"), [(b"<html>", "text/html"), (b'{"a', "application/json")])
+def test_what_is_no_such_server_is_told(data, model, server, tmp_path, content, kind):
+    with (
+        between(server, lambda number: (200, {"Content-Type": kind}, content)) as (url, _),
+        pytest.raises(UserError, match="does not speak OpenAI's protocol"),
+    ):
+        augmented(data, tmp_path / "a", url, model, connections=1)
+
+
+def test_a_key_that_a_server_repeats_is_not_kept(data, model, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-mine")
+    echo = b'{"error": {"message": "bad header Bearer sk-secret-of-mine"}}'
+    with between(server, lambda number: (413, {}, echo) if number == 2 else None) as (url, _):
+        prepared = augmented(data, tmp_path / "a", url, model)
+    [left] = [row for row in rows_of(prepared) if row["reason"] == candidates.REFUSED]
+    assert "bad header" in left["detail"] and "secret" not in left["detail"]
 
 
 @pytest.mark.parametrize("status", [401, 404])

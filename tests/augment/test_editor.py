@@ -3,9 +3,13 @@
 import functools
 import inspect
 import json
+import shutil
+import threading
+import time
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -101,11 +105,12 @@ def test_the_subject_is_edited_first_and_expansions_from_it():
         return make()
 
     made = editor.expand(edit, Image.new("RGB", (32, 32), (200, 200, 200)), "blue {mug}", 4, 70, kept)
-    assert [name for name, _ in made] == ["background", "viewpoint", "detail", "background"]
+    assert [name for name, _, _ in made] == ["background", "viewpoint", "detail", "background"]
     assert names == ["subject", "1", "2", "3", "4"] and [seed for _, _, seed in asked] == [70, 71, 72, 73, 74]
     assert [base[0] for base, _, _ in asked] == [200, 10, 10, 10, 10]
     assert all("blue {mug}" in prompt for _, prompt, _ in asked)
-    assert [decode(image, 10**6).getpixel((0, 0))[0] for _, image in made] == [20, 30, 40, 50]
+    assert [decode(image, 10**6).getpixel((0, 0))[0] for _, _, image in made] == [20, 30, 40, 50]
+    assert [seed for _, seed, _ in made] == [71, 72, 73, 74]
 
 
 def test_data_is_augmented_by_it_and_what_breaks_costs_no_picture(folder, catalogue, tmp_path, monkeypatch):
@@ -127,17 +132,16 @@ def test_data_is_augmented_by_it_and_what_breaks_costs_no_picture(folder, catalo
 
         return counted
 
-    candidates.opened.cache_clear()
-    candidates._edit.cache_clear()
+    candidates._loaded.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(editor.Editor, "load", lambda self: broken(self, 7))
         with pytest.raises(MemoryError):
             pipeline.augment(data, tmp_path / "a", options, 10**7, engine, 1)
-        candidates._edit.cache_clear()
+        candidates._loaded.cache_clear()
         patched.setattr(editor.Editor, "load", lambda self: broken(self, -1))
         prepared = pipeline.augment(data, tmp_path / "a", options, 10**7, engine, 1)
     assert set(asked.values()) == {1}
-    candidates._edit.cache_clear()
+    candidates._loaded.cache_clear()
     undisturbed = pipeline.augment(data, tmp_path / "b", options, 10**7, engine, 1)
     assert list(prepared.products) == list(undisturbed.products)
     made = [p for p in prepared.products if p.expanded_images]
@@ -149,6 +153,57 @@ def test_data_is_augmented_by_it_and_what_breaks_costs_no_picture(folder, catalo
 def test_the_pipelines_that_are_meant_are_called_alike(name):
     taken = inspect.signature(getattr(diffusers, name).__call__).parameters
     assert {"image", "prompt", "generator", "num_inference_steps"} <= set(taken)
+
+
+def test_a_pipeline_with_code_or_pickles_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "code")
+    (tmp_path / "code" / "unet" / "mine.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(UserError, match=r"holds code, unet/mine\.py, which is never run"):
+        editor.Editor(str(tmp_path / "code")).load()
+    shutil.copytree(folder, tmp_path / "pickled")
+    weights = next((tmp_path / "pickled" / "unet").glob("*.safetensors"))
+    torch.save({}, weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match="--images"):
+        editor.Editor(str(tmp_path / "pickled")).load()
+
+
+def test_beside_a_server_one_pipeline_edits_one_picture_at_a_time(folder, catalogue, tmp_path, monkeypatch):
+    """Titles are asked by several threads; the pipeline is loaded once. An image that training could not read is left
+    out, and each row's seed is that of its edit."""
+    from moon_jax.augment import chat
+
+    busy, seeds, loads = threading.Lock(), [], []
+
+    def load(self):
+        loads.append(self)
+
+        def edit(picture, prompt, seed):
+            assert busy.acquire(blocking=False), "two at a time"
+            time.sleep(0.002)
+            seeds.append(seed)
+            busy.release()
+            elongated = len(seeds) > 20 and "everyday" in prompt
+            return Image.new("RGB", (600, 2) if elongated else (24, 24), (seed % 256, 0, 0))
+
+        return edit
+
+    monkeypatch.setattr(editor.Editor, "load", load)
+    monkeypatch.setattr(chat.Chat, "answer", lambda self, client, request: "")
+    candidates._loaded.cache_clear()
+    prepared_from(catalogue, tmp_path / "p")
+    options = Options(text="http://127.0.0.1:9/v1", text_model="m", images=str(folder), expansions=1)
+    engine = engines.Local(functools.partial(workers.pool, 1), 1)
+    prepared = pipeline.augment(tmp_path / "p", tmp_path / "a", options, 10**7, engine, 8)
+    candidates._loaded.cache_clear()
+    rows = pq.read_table(prepared.folder / pipeline.RESULTS).to_pylist()
+    images = [row for row in rows if row["kind"] == "image"]
+    assert len(loads) == 1 and len(seeds) == 2 * len(images)
+    assert {row["seed"] for row in images} == set(seeds) - {row["seed"] - 1 for row in images}
+    assert {row["prompt"] for row in images} == {editor.PROMPT_VERSION}
+    left = [row for row in images if row["reason"]]
+    assert left and all(row["reason"] == "bad image" and "elongated" in row["detail"] for row in left)
+    assert sum(len(product.expanded_images) for product in prepared.products) == len(images) - len(left) > 0
 
 
 def test_a_folder_that_is_no_pipeline_is_told(tmp_path):

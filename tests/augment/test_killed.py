@@ -1,4 +1,4 @@
-"""Augment is killed at any moment, and run again: the same bytes; where a server is asked, no answer is asked twice."""
+"""Augment is killed at any moment, and run again: the same bytes."""
 
 import time
 

@@ -2,38 +2,50 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
+import shutil
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from moon_jax.augment import candidates, engines, images, pipeline, text
 from moon_jax.augment.options import Options
 from moon_jax.config import Unavailable, UserError
+from moon_jax.data import outputs, prepare, workers
 from moon_jax.data import prepared as prepared_lib
-from moon_jax.data import workers
 from moon_jax.data.images import decode
 from moon_jax.types import Product
-from tests.conftest import prepared_from
+from tests.conftest import SCHEMA, jpeg, prepared_from, records
 
 LOCAL = engines.Local(functools.partial(workers.pool, 1), 1)
 PIXELS = 10**7
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, catalogue):
-    """60 products, of which 6 or so are kept for evaluation; small units."""
-    before, candidates.UNIT = candidates.UNIT, 7
-    folder = tmp_path_factory.mktemp("data") / "p"
-    prepared_from(catalogue, folder)
-    yield folder
-    candidates.UNIT = before
+def data(tmp_path_factory):
+    """60 products, of which 6 or so are kept for evaluation, some with two images or a small one; small units, and
+    shards that begin and end within them."""
+    folder, rows = tmp_path_factory.mktemp("data"), records(60)
+    for number, row in enumerate(rows):
+        if number % 5 == 0:
+            row["images"] = [*row["images"], {"bytes": jpeg((90, 200, 90), (30, 30), number), "path": ""}]
+        if number % 9 == 8:
+            row["images"] = [{"bytes": jpeg((90, 90, 200), (40, 15), number), "path": ""}]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "products.parquet")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(candidates, "UNIT", 7)
+        patched.setattr(prepare, "SHARD_BYTES", 9_000)
+        found = prepared_from(folder / "products.parquet", folder / "p")
+        sizes = np.cumsum([shard["records"] for shard in found.manifest["shards"]])
+        assert len(sizes) > 4 and (sizes % 7 != 0).any()
+        yield folder / "p"
 
 
 def augmented(data, output, engine=LOCAL, **options):
-    candidates.opened.cache_clear()
     return pipeline.augment(data, output, Options(**options), PIXELS, engine, 2)
 
 
@@ -53,10 +65,8 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch):
-    pipeline._embedder.cache_clear()
     monkeypatch.setattr(pipeline.harness, "open_embedder", lambda model, max_pixels: Fake())
-    yield Fake()
-    pipeline._embedder.cache_clear()
+    return Fake()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +87,8 @@ def test_training_products_gain_and_nothing_else_changes(data, plain):
         if index in before.train:
             expected = text.enriched(old) if old.text else ""
             assert new.enriched_texts == ((expected,) if expected else ())
-            assert len(new.expanded_images) == (2 if old.images else 0)
+            large = old.images and min(decode(old.images[0], PIXELS).size) >= candidates.LEAST_SIDE
+            assert len(new.expanded_images) == (2 if large else 0)
             gained += bool(new.expanded_images)
         else:
             assert new == old
@@ -147,10 +158,13 @@ def test_the_same_again_is_done_and_anything_else_is_refused(data, plain, tmp_pa
         augmented(data, plain.folder, seed=1)
     with pytest.raises(UserError, match="augmented already"):
         augmented(plain.folder, tmp_path / "twice")
-    with pytest.raises(UserError, match="the same as --data"):
-        augmented(data, data)
+    for output in (data, data / "sub"):
+        with pytest.raises(UserError, match="within --data"):
+            augmented(data, output)
     with pytest.raises(UserError, match="not prepared data"):
         augmented(tmp_path, tmp_path / "x")
+    with pytest.raises(UserError, match="no such folder"):
+        augmented(tmp_path / "nowhere", tmp_path / "x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(UserError, match="holds other things"):
@@ -167,7 +181,10 @@ def test_the_same_again_is_done_and_anything_else_is_refused(data, plain, tmp_pa
         ({"text": "ftp://x"}, "give rules, none, or a server's URL"),
         ({"text": "http://127.0.0.1:9/v1"}, "--text-model"),
         ({"text_model": "m"}, "--text-model"),
+        ({"text": "http://me:secret@x/v1", "text_model": "m"}, "no password in the URL"),
         ({"images": "nowhere"}, "model_index.json"),
+        ({"image_steps": 4}, "--image-steps: wants"),
+        ({"quantile": 0.3}, "--quantile: wants"),
         ({"model": "nowhere"}, "nowhere"),
     ],
 )
@@ -181,7 +198,7 @@ def test_what_is_not_installed_is_told_with_the_extra(data, tmp_path, monkeypatc
     for module, options, extra in (
         ("cv2", {}, "augment"),
         ("openai", {"text": "http://127.0.0.1:9/v1", "text_model": "m"}, "openai"),
-        ("diffusers", {"images": "x"}, "diffusers"),
+        ("diffusers", {"images": "hf://a/b"}, "diffusers"),
     ):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(UserError, match=rf"pip install -e '\.\[{extra}\]'"):
@@ -191,11 +208,48 @@ def test_what_is_not_installed_is_told_with_the_extra(data, tmp_path, monkeypatc
         engines.load_beam([])
 
 
+def test_other_models_and_other_data_are_not_taken_for_the_same(data, tmp_path, fake, monkeypatch):
+    augmented(data, tmp_path / "a", model="m")
+    monkeypatch.setattr(Fake, "name", "another")
+    with pytest.raises(UserError, match="other options"):
+        augmented(data, tmp_path / "a", model="m")
+    other = augmented(data, tmp_path / "b", model="m")
+    assert other.manifest["augmented"]["embedder"] == "another"
+    monkeypatch.setattr(Fake, "encode", lambda self, items: np.full((len(items), 2), np.nan, np.float32))
+    with pytest.raises(UserError, match="not finite"):
+        augmented(data, tmp_path / "c", model="m")
+
+
+def test_data_that_is_prepared_anew_at_the_same_path_is_read_anew(tmp_path):
+    for number, title in enumerate(("old", "new")):
+        rows = [row | {"title": f"{title} {row['product_id']}"} for row in records(20)]
+        shutil.rmtree(tmp_path / "p", ignore_errors=True)
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "products.parquet")
+        prepared_from(tmp_path / "products.parquet", tmp_path / "p")
+        found = augmented(tmp_path / "p", tmp_path / str(number), images="none")
+        assert {product.text.split()[0] for product in found.products} == {title}
+        assert {product.enriched_texts[0].split()[0] for product in found.products if product.enriched_texts} == {title}
+
+
+def test_a_try_that_was_killed_leaves_nothing_in_the_way(tmp_path):
+    """At its first file, and with files half written."""
+    output = tmp_path / "o"
+    (output / outputs.WORK / "units").mkdir(parents=True)
+    (output / outputs.WORK / f"{outputs.SOURCE}.tmp").write_text("{")
+    with outputs.claimed(output, "told", ("units",)) as work:
+        for path in (work / "units" / "7.3.tmp", output / "shard.9.tmp"):
+            path.write_text("half")
+    with outputs.claimed(output, "told", ("units",)):
+        assert not list(output.rglob("*.tmp"))
+
+
 def test_kinds_can_be_left_out_and_seeds_differ(data, plain, tmp_path):
     bare = augmented(data, tmp_path / "t", images="none")
     assert {row["kind"] for row in results(bare)} == {"text"}
     other = augmented(data, tmp_path / "i", text="none", expansions=1, seed=5)
     assert {row["kind"] for row in results(other)} == {"image"}
+    generate = candidates.Generate(data, "", tmp_path, Options(), PIXELS, 7, 1)
+    assert generate._seed(plain.products[0], "text") != generate._seed(plain.products[0], "image")
     first = {p.id: p.expanded_images[0] for p in plain.products if p.expanded_images}
     assert all(first[p.id] != p.expanded_images[0] for p in other.products if p.expanded_images)
 
@@ -230,8 +284,19 @@ def test_what_fails_in_beam_is_told_in_one_line(tmp_path, error):
     pytest.importorskip("apache_beam", reason="apache-beam is not installed: pip install -e '.[beam]'")
     with pytest.raises(type(error), match=f"^{error}$"):
         engines.Beam(())("work", Failing(tmp_path, error), range(6), pipeline.silent)
-    with pytest.raises(UserError, match=r"--beam: .*a bug"):
-        engines.Beam(())("work", Failing(tmp_path, ValueError("a bug")), range(6), pipeline.silent)
+    arguments = ("--direct_running_mode=multi_threading", "--direct_num_workers=2")
+    for given in ((), arguments):
+        with pytest.raises(UserError, match=r"--beam: .*a bug"):
+            engines.Beam(given)("work", Failing(tmp_path, ValueError("a bug")), range(6), pipeline.silent)
+
+
+def test_beam_does_nothing_twice(tmp_path):
+    pytest.importorskip("apache_beam", reason="apache-beam is not installed: pip install -e '.[beam]'")
+    work = Failing(tmp_path, ValueError("done already"))
+    (tmp_path / "3").touch()
+    engines.Beam(())("work", work, range(6), pipeline.silent)
+    engines._one(work, 3)
+    assert all(map(work.done, range(6)))
 
 
 def test_options_that_beam_does_not_have_are_told(data, tmp_path):
@@ -247,7 +312,7 @@ def test_a_stop_ends_the_work_and_what_is_done_stays(data, plain, tmp_path, monk
     from moon_jax import interrupt
 
     runs = [LOCAL]
-    if "apache_beam" in sys.modules:
+    if importlib.util.find_spec("apache_beam"):
         runs.append(engines.Beam(()))
     for number, engine in enumerate(runs):
         output, calls = tmp_path / str(number), []
@@ -268,4 +333,7 @@ def test_a_stop_ends_the_work_and_what_is_done_stays(data, plain, tmp_path, monk
         augmented(data, output, engine)
         for path in plain.folder.iterdir():
             assert path.read_bytes() == (output / path.name).read_bytes(), path.name
-    assert json.loads((plain.folder / "manifest.json").read_text())["augmented"]["of"]
+    assert (
+        json.loads((plain.folder / "manifest.json").read_text())["augmented"]["of"]
+        == prepared_lib.open_prepared(data).fingerprint
+    )

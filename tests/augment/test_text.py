@@ -1,6 +1,7 @@
 """Entities, titles by rules, and what no enriched title may say."""
 
 import json
+import time
 
 import pytest
 
@@ -49,14 +50,19 @@ def test_rules_add_each_short_fact_once():
     assert long.endswith(", word") and len(long) <= text.LONGEST_TITLE
 
 
+BRANDS = frozenset(
+    map(text.brand_key, ["Acme", "tall stories", "Coca Cola", "Levi's", "L'Oréal", "Nike", "World of Fine Blue Crafts"])
+)
+
+
 @pytest.mark.parametrize(
     "title, reason",
     [
         ("", "empty"),
         ("  ", "empty"),
-        ("Acme Blue Ceramic Mug\nglossy", "several lines"),
-        ("Acme Blue Ceramic Mug glossy\x00", "several lines"),
-        ("Acme Blue Ceramic Mug glossy\u2028more", "several lines"),
+        ("Acme Blue Ceramic Mug\nglossy", "signs"),
+        ("Acme Blue Ceramic Mug glossy\x00", "signs"),
+        ("Acme Blue Ceramic Mug glossy\u2028more", "signs"),
         ("Acme mug glossy " * 30, "too long"),
         ("Синяя кружка Acme Blue Ceramic Mug", "language"),
         ("Acme 杯子 Blue Ceramic Mug", "language"),
@@ -73,13 +79,35 @@ def test_rules_add_each_short_fact_once():
         ("Acme Blue Ceramic Mug glossy, like tall stories", "brand"),
         ("Acme blue mug", "nothing new"),
         ("ACME Blue Ceramic Mugs", "nothing new"),
+        ("Acme Blue Ceramic Mug glossy xl", "size"),
+        ("Acme Blue Ceramic Mug, large, glossy", "size"),
+        ("Acme Blue Ceramic Mug 330 pounds glossy", "size"),
+        ("Acme Blue Ceramic Mug 330 grams glossy", "size"),
+        ("Acme Blue Ceramic Mug 410 pieces glossy", "size"),
+        ('Acme Blue Ceramic Mug 410" glossy', "size"),
+        ("Acme Blue Ceramic Mug glossy, set of four", "number"),
+        ("Acme Blue Ceramic Mug glossy double", "number"),
+        ("Acme Blue Ceramic Mug glossy cocacola", "brand"),
+        ("Acme Blue Ceramic Mug glossy coca cola", "brand"),
+        ("Acme Blue Ceramic Mug glossy levis", "brand"),
+        ("Acme Blue Ceramic Mug glossy loreal", "brand"),
+        ("Acme Blue Ceramic Mug glossy, world of fine blue crafts", "brand"),
+        ("Acme Blue Ceramic Mug glossy ni\u200bke", "signs"),
+        ("Acme Blue Ceramic Mug glossy n\u00adike", "signs"),
+        ("Acme Blue Ceramic Mug glossy \u202eekin", "signs"),
+        ("Acme Blue Ceramic Mug glossy ni\u200dke", "brand"),
+        ("Acme Blue Ceramic Mug glossy iPhone", "brand"),
+        ("Acme Blue Ceramic Mug <b>glossy</b>", "signs"),
+        ("Acme Blue Ceramic Mug glossy <|im_end|>", "signs"),
+        ("Acme Acme Acme Acme mug mug mug tasse ronde fabriquée blanche neuve", "language"),
+        ("Acme Blue Ceramic Mug 330 millilitres glossy", ""),
         ("Acme Blue Ceramic Mug glossy", ""),
         ("Acme Blue Ceramic Mug, 330ml, round rim, glossy finish for hot drinks", ""),
         ("Acme Blue Ceramic Mug, GSM 410", ""),
     ],
 )
 def test_a_title_may_say_nothing_that_the_product_does_not(title, reason):
-    assert text.flaw(title, MUG, frozenset({"acme", "tall stories"})) == reason
+    assert text.flaw(title, MUG, BRANDS) == reason
     assert reason in (*text.FLAWS, "")
 
 
@@ -94,7 +122,7 @@ def test_scripts_without_spaces_are_compared_sign_by_sign():
 
 def test_sizes_compare_however_they_are_written():
     towel = Product(text="Towel 75 x 150 cm", description="weighs 450g, size XL")
-    for title in ("Towel 75x150 soft", "Towel 450 g", "XL Towel", "Towel, 75 × 150 cm, soft"):
+    for title in ("Towel 75x150, soft", "Towel 450 grams soft", "Towel 450 g", "XL Towel", "Towel, 75 × 150 cm, soft"):
         assert text.flaw(title, towel) in ("", "nothing new"), title
     for title in ("Towel 75x75 soft", "Towel 450 kg", "XXL Towel", "Towel S"):
         assert text.flaw(title, towel) in ("size", "number"), title
@@ -125,3 +153,12 @@ def test_what_the_rules_write_of_real_products_is_without_a_flaw():
         made += bool(title)
         assert not title or text.flaw(title, product) == "", (title, text.flaw(title, product))
     assert made > 700
+
+
+def test_a_long_description_takes_no_time():
+    """Each expression reads a text once: 65,536 signs, which prepare allows, in any of these shapes."""
+    for piece in ("1/", "1,", "1 ", "1x", "1 x ", "1.1 ", "x", "XL", '1"', "11111", "1m", "杯1"):
+        long = Product(text="mug", description=(piece * 65_536)[:65_536])
+        began = time.monotonic()
+        text.flaw("mug glossy 1", long)
+        assert time.monotonic() - began < 5, piece

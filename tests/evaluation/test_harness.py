@@ -96,6 +96,20 @@ def test_a_contrastive_model_is_what_transformers_makes_of_it(kind, tmp_path, mo
     assert harness.open_embedder(str(tmp_path), 10**6).name != embedder.name
 
 
+def test_pickled_and_damaged_weights_are_refused(tmp_path):
+    from tests.reference import torch
+
+    model, _, _ = folder_of("clip", tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=str(tmp_path)):
+        harness.open_embedder(str(tmp_path), 10**6)
+    weights.unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        harness.open_embedder(str(tmp_path), 10**6)
+
+
 def test_ours_is_the_embedder_itself(tmp_path, tokenizer, monkeypatch):
     from moon_jax.serving import embedder as serving
     from tests.conftest import random_params, tiny
