@@ -89,7 +89,8 @@ def whole_way(source, folder, steps):
     return first, second
 
 
-@pytest.mark.parametrize("source", [pytest.param(mbe, marks=pytest.mark.long), log])
+@pytest.mark.long
+@pytest.mark.parametrize("source", [mbe, log])
 def test_the_whole_way(source, tmp_path):
     whole_way(source, tmp_path, 3)
 

@@ -114,7 +114,12 @@ def test_load_is_bit_equal(case):
     assert (read.step, read.tokenizer.read_bytes()) == (12, model.tokenizer.read_bytes())
 
 
-@pytest.mark.parametrize("case", CONFIGS, indirect=True)
+LONG = "some layers"  # whose layers test_parity holds against transformers, too
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.long] * (name == LONG)) for name in CONFIGS], indirect=True
+)
 def test_transformers_own_processor_and_model_embed_alike(case):
     _, folder = case
     from tests.reference import torch, transformers

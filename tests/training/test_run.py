@@ -138,7 +138,8 @@ def test_metric_lines_hold_what_they_should(finished):
     assert lines[-1]["total"] < lines[0]["total"]
 
 
-@pytest.mark.parametrize("kills", [(1, 20), pytest.param((33,), marks=pytest.mark.long)])
+@pytest.mark.long  # tests/training/test_survival.py kills in every phase
+@pytest.mark.parametrize("kills", [(1, 20), (33,)])
 def test_a_killed_run_ends_with_the_same_digits(catalogue, finished, tmp_path, kills):
     workdir = tmp_path / "w"
     rng = np.random.default_rng(sum(kills))
