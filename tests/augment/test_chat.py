@@ -40,6 +40,8 @@ TEMPLATE = """\
 {% endif -%}"""
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed: pip install -e '.[openai]'")
+for part in ("torch", "transformers", "fastapi", "uvicorn"):
+    pytest.importorskip(part, reason=f"{part}, which transformers serve needs, is not installed")
 
 
 @pytest.fixture(scope="module")
