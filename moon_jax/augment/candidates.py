@@ -51,9 +51,6 @@ PROVENANCE = [
 
 CANDIDATES = pa.schema([*PROVENANCE, ("image", pa.binary())])
 
-LEAST_SIDE = 16
-"""Pixels; of a smaller picture nothing is made."""
-
 REFUSED, UNREADABLE = "not answered", "bad image"
 """The reasons where a backend did not take a request, or made no image; those of titles are text.FLAWS."""
 
@@ -69,6 +66,11 @@ def opened(data: Path, fingerprint: str) -> Prepared:
     if found.fingerprint != fingerprint:
         raise UserError(f"--data {data}: changed while it was augmented; give the command again")
     return found
+
+
+def unit_path(work: Path, unit: int) -> Path:
+    """The file of a unit."""
+    return work / "units" / f"{unit:08}.parquet"
 
 
 def items(prepared: Prepared, unit: int, size: int) -> range:
@@ -108,7 +110,7 @@ class Generate:
     connections: int  # requests to a server at a time; changes nothing of the unit
 
     def path(self, unit: int) -> Path:
-        return self.work / "units" / f"{unit:08}.parquet"
+        return unit_path(self.work, unit)
 
     def done(self, unit: int) -> bool:
         return self.path(unit).is_file()
@@ -172,7 +174,7 @@ class Generate:
         if self.options.images == "none" or not product.images or not self.options.expansions:
             return []
         picture = decode(product.images[0], self.max_pixels)
-        if min(picture.size) < LEAST_SIDE:
+        if min(picture.size) < images.LEAST_SIDE:
             return []
         seed, count = self._seed(product, "image"), self.options.expansions
         told = {"kind": "image", "backend": "classical", "model": "", "prompt": "", "seed": seed}

@@ -26,7 +26,7 @@ BORDER = 0.04
 """Of the shorter side: the frame that is taken for background."""
 
 LEAST_SIDE = 16
-"""In smaller pictures no subject is sought."""
+"""Pixels; of a smaller picture nothing is made, and in one that becomes smaller no subject is sought."""
 
 ALIKE, PLAIN, REACH = 6.0, 0.5, (2.5, 6.0)
 """Colours less apart than ALIKE (CIE76) are one; a frame of one colour for the share PLAIN is plain, and colours within

@@ -177,7 +177,7 @@ class Score:
 
     def __call__(self, unit: int) -> None:
         prepared = candidates.opened(self.data, self.fingerprint)
-        rows = pq.read_table(_unit(self.work, unit)).to_pylist()
+        rows = pq.read_table(candidates.unit_path(self.work, unit)).to_pylist()
         items: list[Product] = []
         places: dict[Any, int] = {}
 
@@ -220,10 +220,6 @@ class Score:
             return EMBEDDERS[self.name].encode(items)
 
 
-def _unit(work: Path, unit: int) -> Path:
-    return work / "units" / f"{unit:08}.parquet"
-
-
 def _scores(work: Path, unit: int, rows: int) -> np.ndarray:
     """f32[rows]; NaN where nothing was scored."""
     path = work / "scores" / f"{unit:08}.npy"
@@ -234,7 +230,11 @@ def _thresholds(work: Path, units: range, quantile: float) -> dict[str, float]:
     """By kind, the score below which a result is dropped: the ⌊quantile · n⌋ + 1st of n. Of equal ones, all stay."""
     scores: dict[str, list[np.ndarray]] = {"text": [], "image": []}
     for unit in units:
-        kinds = pq.read_table(_unit(work, unit), columns=["kind"]).column("kind").to_numpy(zero_copy_only=False)
+        kinds = (
+            pq.read_table(candidates.unit_path(work, unit), columns=["kind"])
+            .column("kind")
+            .to_numpy(zero_copy_only=False)
+        )
         told = _scores(work, unit, len(kinds))
         for kind, parts in scores.items():
             parts.append(told[(kinds == kind) & ~np.isnan(told)])
@@ -249,7 +249,7 @@ def _thresholds(work: Path, units: range, quantile: float) -> dict[str, float]:
 
 def _judged(work: Path, unit: int, thresholds: dict[str, float], columns: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of a unit with their score, and with the filter's verdict as the reason."""
-    rows = pq.read_table(_unit(work, unit), columns=columns).to_pylist()
+    rows = pq.read_table(candidates.unit_path(work, unit), columns=columns).to_pylist()
     for row, score in zip(rows, _scores(work, unit, len(rows)).tolist(), strict=True):
         scored = score == score
         if scored and score < thresholds[row["kind"]]:

@@ -87,7 +87,7 @@ def test_training_products_gain_and_nothing_else_changes(data, plain):
         if index in before.train:
             expected = text.enriched(old) if old.text else ""
             assert new.enriched_texts == ((expected,) if expected else ())
-            large = old.images and min(decode(old.images[0], PIXELS).size) >= candidates.LEAST_SIDE
+            large = old.images and min(decode(old.images[0], PIXELS).size) >= images.LEAST_SIDE
             assert len(new.expanded_images) == (2 if large else 0)
             gained += bool(new.expanded_images)
         else:
