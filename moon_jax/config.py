@@ -120,6 +120,9 @@ class Data:
     keep_word: float = option(0.7, "a training query keeps each word with this probability, at least two")
     crop: tuple[float, float] = option((0.7, 1.0), "area of the crop of a training query's image")
     mirror: float = option(0.5, "probability that a training query's image is mirrored")
+    mixture: tuple[float, ...] = option(
+        (), "shares of t, i and mm among queries, each of one view; empty: of all (paper)"
+    )
     augmented: str = option(
         "drawn", "an item's titles and images: drawn, original, augmented or all (data/pipeline.py)"
     )
@@ -134,10 +137,10 @@ class Objective:
     balance: float = option(0.01, "ρ, weight of L_aux")
     router_z: float = option(0.0, "weight of the router z-loss")
     sparsity: float = option(0.01, "ς, weight of L_sparsity; 0 during warm-up")
-    weighting: str = option("balanced", "gradient of ω: balanced, product or stopped (objectives/weighting.py)")
+    levels: str = option("dual", "alignment that trains: dual (paper); inter, without the intra-product one; or mm→mm")
+    weighting: str = option("balanced", "of ω: balanced, product, stopped or counted (objectives/weighting.py)")
     dual_init: float = option(0.02, "standard deviation of W*'s start")
-    filtering: bool = option(True, "weigh triplets of low φ down")
-    phi_threshold: float = option(0.6, "φ from which a triplet counts fully")
+    phi_threshold: float = option(0.6, "φ from which a triplet counts fully (paper); 0 turns the filter off")
     phi_slope: float = option(10.0, "κ, slope of φ")
     margin: tuple[float, float] = option((0.1, -0.2), "m̄ at the first and the last step, a cosine between")
     matryoshka: tuple[int, ...] = option((), "widths below D at which the losses are also taken, and the model judged")
@@ -186,11 +189,9 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """When the model is judged, and how queries are altered where query and candidate share a modality."""
+    """When the model is judged, and how fast."""
 
     every: int = option(0, "steps between evaluations while training; 0 leaves them to the end")
-    keep_word: float = option(0.5, "each word of the query is kept with this probability, at least one")
-    crop: tuple[float, float] = option((0.6, 0.9), "area of the crop of the query's image")
     batch: int = option(64, "rows encoded at once")
 
 
@@ -250,6 +251,7 @@ KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "
 
 ANY_LENGTH = {
     "vision.deepstack": int,
+    "data.mixture": float,
     "experts.dense_layers": int,
     "objective.matryoshka": int,
     "training.rates": str,
@@ -261,7 +263,8 @@ CHOICES = {
     "language.pooling": ("mean", "last"),
     "experts.dispatch": ("grouped", "expert_parallel", "dense"),
     "experts.router_term": ("none", "learned", "hard"),
-    "objective.weighting": ("balanced", "product", "stopped"),
+    "objective.levels": ("dual", "inter", "mm→mm"),
+    "objective.weighting": ("balanced", "product", "stopped", "counted"),
     "training.dtype": ("float32", "bfloat16"),
     "training.param_dtype": ("float32", "bfloat16"),
     "training.remat": ("full", "selective", "none"),
@@ -379,9 +382,10 @@ def check(config: Config) -> Config:
             0 < config.data.min_visual_tokens <= config.data.visual_tokens,
             "data.min_visual_tokens must lie between 1 and data.visual_tokens",
         ),
-        *(
-            (0 < low <= high <= 1, f"{name} must be two shares of the area, the smaller first")
-            for name, (low, high) in (("data.crop", config.data.crop), ("evaluation.crop", config.evaluation.crop))
+        (0 < config.data.crop[0] <= config.data.crop[1] <= 1, "data.crop must be two shares of the area, rising"),
+        (
+            not config.data.mixture or (len(config.data.mixture) == 3 and sum(config.data.mixture) > 0),
+            "data.mixture must be three shares, of queries by text, by image and by both, or empty",
         ),
         (0 < config.prepare.val_fraction < 1, "prepare.val_fraction must lie between 0 and 1"),
         (

@@ -124,6 +124,12 @@ def draws(product: Product, augmented: str, images: int) -> bool:
     return bool(product.enriched_texts) or len(product.images) + len(product.expanded_images) > images
 
 
+def mixed(text: bool, image: bool, mixture: Sequence[float], rng: np.random.Generator) -> tuple[str, ...]:
+    """The one view of a query that has text, image or both, drawn by the shares of t, i and mm among those it has."""
+    shares = np.array(mixture) * (text, image, text and image)
+    return (VIEWS[rng.choice(3, p=shares / shares.sum())],) if shares.any() else ()
+
+
 STEPS = 2**40
 """Length of a dataset that nobody reads to its end."""
 
@@ -146,7 +152,8 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
         try:
             # Shoppers write no enriched titles: a query is what it was.
             titles, images = drawn(product, data.augmented if role else "original", data.images, rng)
-            return reader.segments(titles, images, VIEWS, None if role else query_alteration, rng)
+            views = VIEWS if role or not data.mixture else mixed(bool(titles), bool(images), data.mixture, rng)
+            return reader.segments(titles, images, views, None if role else query_alteration, rng)
         except BadImage as error:
             raise UserError(f"product {product.id}: image: {error}; it could be read when the run began") from None
 

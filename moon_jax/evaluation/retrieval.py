@@ -28,7 +28,8 @@ QUERY_SETS = {
 }
 """What is asked with, by name, and how it is said."""
 SEED = 0
-"""Of the alteration: every evaluation asks with the same queries."""
+ALTERATION = Alteration(keep_word=0.5, least_words=1, crop=(0.6, 0.9), mirror=0.0)
+"""How a query is altered, and by which seed: every evaluation asks with the same queries."""
 
 DIRECTIONS = tuple((query, candidate) for query in VIEWS for candidate in VIEWS)
 
@@ -90,14 +91,12 @@ class Search:
 
 def encode(embedder: Embedder, prepared: Prepared, advance: Callable[[int], None] = lambda count: None) -> Encoded:
     """Embeds candidates and queries; `advance` is told of `count(prepared)` in all."""
-    options = embedder.config.evaluation
-    alteration = Alteration(options.keep_word, 1, options.crop, mirror=0.0)
     products = [prepared.products[index] for index in prepared.val]
     # A product without title is sought by itself alone: below -1, apart from every group.
     key = np.where(prepared.group >= 0, prepared.group, -2 - np.arange(len(prepared.group)))
     place = np.array(prepared.val, np.int32)
     plain, present = embedder.encode_views(products, advance=advance)
-    altered, _ = embedder.encode_views(products, alteration, SEED, advance)
+    altered, _ = embedder.encode_views(products, ALTERATION, SEED, advance)
     name = "products_trained_on" if prepared.val == prepared.train else "products"
     queries = {name: Queries(place, altered, plain, present, key[place])}
     if prepared.val_queries:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moon_jax import config as config_lib
 from moon_jax import similarity
@@ -21,6 +22,9 @@ from moon_jax.objectives import balance, filtering, weighting
 from moon_jax.types import OBJECTIVES, VIEWS, Array, Batch, EncoderOutput, Objectives
 
 T, I, MM = range(len(VIEWS))
+
+LEVELS = {"dual": (0, 1, 2, 3, 4), "inter": (0, 1, 2), "mm→mm": (2,)}
+"""The objectives that train, by `config.objective.levels`: the whole method, and what is left of it in an ablation."""
 
 
 def contrastive_loss(
@@ -104,9 +108,7 @@ def objectives(
     margin = filtering.margin_at(options.margin, step / config.training.steps)
     phi = filtering.phi(query, embedding[p, :, MM], embedding[n, :, MM], options.phi_slope, margin)
     phi = jnp.where(present[q].any(-1) & present[p, :, MM] & present[n, :, MM], phi, jnp.nan)
-    weight = batch.weight
-    if options.filtering:
-        weight = weight * filtering.sample_weight(phi, options.phi_threshold)
+    weight = batch.weight * filtering.sample_weight(phi, options.phi_threshold)
 
     # G̃ averaged over each span's tokens: f32[L,3,B,G,E].
     routing = output.gate / jnp.maximum(output.tokens, 1)[None, :, :, None]
@@ -149,9 +151,11 @@ def objectives(
         pair = 0.5 * (routing[:, item, :, I] + routing[:, item, :, T])
         served.append((pair * exists[:, None]).sum(1) / jnp.maximum(exists.sum(), 1))
 
-    loss, count = jnp.stack(losses), jnp.stack(counts)
-    dual = alignment.get("dual", jnp.zeros((0, config.experts.count, len(OBJECTIVES))))
-    value, weights = weighting.weighted_sum(dual, jnp.stack(served, axis=1), loss, count, options.weighting)
+    # What does not train is no objective: M shrinks, and with it the columns of W*.
+    kept = np.array(LEVELS[options.levels])
+    loss, count = jnp.stack(losses)[kept], jnp.stack(counts)[kept]
+    dual = alignment.get("dual", jnp.zeros((0, config.experts.count, len(OBJECTIVES))))[..., kept]
+    value, weights = weighting.weighted_sum(dual, jnp.stack(served, axis=1)[:, kept], loss, count, options.weighting)
     balanced = balance.load_balance(output.load, output.prob, output.valid, config.experts.per_token)
     sparsity = weighting.sparsity(dual)
     # Before the end of the warm-up the entropy of p says nothing but W*'s initial noise.
@@ -161,9 +165,9 @@ def objectives(
         total = total + options.router_z * balance.router_z(output.z, output.valid)
     return Objectives(
         total=total,
-        loss=loss,
-        weight=jax.lax.stop_gradient(weights),
-        count=count,
+        loss=jnp.zeros(len(OBJECTIVES)).at[kept].set(loss),
+        weight=jnp.zeros(len(OBJECTIVES)).at[kept].set(jax.lax.stop_gradient(weights)),
+        count=jnp.zeros(len(OBJECTIVES), jnp.int32).at[kept].set(count),
         balance=balanced,
         sparsity=sparsity,
         phi=jax.lax.stop_gradient(phi),

@@ -28,6 +28,8 @@ def phi(query: Array, positive: Array, negative: Array, slope: float, margin: Ar
 def sample_weight(phi: Array, threshold: float) -> Array:
     """1 from the threshold on, φ / threshold below it; 1 where φ is NaN, that is, where nothing speaks against.
 
+    A threshold of 0 lets every triplet count fully.
+
     Carries no gradient: the loss must not fall by making a triplet look doubtful.
     """
     weight = jnp.where(phi < threshold, phi / threshold, 1.0)

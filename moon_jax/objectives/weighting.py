@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moon_jax.types import OBJECTIVES, Array
+from moon_jax.types import Array
 
 
 def affinity(dual: Array) -> Array:
@@ -31,7 +31,7 @@ def omega(dual: Array, routing: Array) -> Array:
         f32[M].
     """
     if dual.shape[0] == 0:
-        return jnp.full(len(OBJECTIVES), 1.0 / len(OBJECTIVES))
+        return jnp.full(dual.shape[-1], 1.0 / dual.shape[-1])
     return jnp.einsum("lem,lme->m", affinity(dual), routing) / dual.shape[0]
 
 
@@ -50,6 +50,8 @@ def weighted_sum(dual: Array, routing: Array, loss: Array, count: Array, mode: s
     stopped: ω is a constant of the gradient; only L_sparsity moves W*.
     balanced: the network sees Σ sg(ω_m) L_m; W* sees Σ ω_m sg(L_m) − (1/M) Σ log(M ω_m), a barrier that keeps every
         objective alive. The router is not moved through ω.
+    counted: ω_m = |B_m| / Σ_k |B_k|, a plain mean over samples, as where queries are mixed at a fixed ratio. Experts
+        and W* have no say.
 
     Args:
         dual, routing: as in `omega`.
@@ -57,6 +59,9 @@ def weighted_sum(dual: Array, routing: Array, loss: Array, count: Array, mode: s
         count: i32[M], |B_m|; an objective without samples takes no part.
     """
     stop = jax.lax.stop_gradient
+    if mode == "counted":
+        weight = count / jnp.maximum(count.sum(), 1)
+        return (weight * loss).sum(), weight
     weight = omega(dual, routing)
     if mode == "product":
         return (weight * loss).sum(), weight
@@ -64,7 +69,7 @@ def weighted_sum(dual: Array, routing: Array, loss: Array, count: Array, mode: s
     if mode == "balanced":
         learned = omega(dual, stop(routing))
         served = (count > 0) & (learned > 0)
-        barrier = jnp.where(served, jnp.log(len(OBJECTIVES) * jnp.where(served, learned, 1.0)), 0.0)
-        surrogate = (learned * stop(loss)).sum() - barrier.sum() / len(OBJECTIVES)
+        barrier = jnp.where(served, jnp.log(loss.size * jnp.where(served, learned, 1.0)), 0.0)
+        surrogate = (learned * stop(loss)).sum() - barrier.sum() / loss.size
         value = value + surrogate - stop(surrogate)
     return value, weight

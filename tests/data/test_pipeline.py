@@ -129,3 +129,25 @@ def test_records_are_read_at_once_in_any_order(catalogue, tmp_path, monkeypatch)
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match=f"{path.name}: damaged"):
         type(found)(found.folder, found.shards).several(range(len(found)))
+
+
+def test_a_mixture_draws_one_view_of_each_query(prepared, tokenizer):
+    """Of those that it has, by their shares; items keep all their views, and what is drawn follows from the step."""
+    config = tiny(data__mixture=(3.0, 12.0, 2.0))
+    dataset = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))
+    whole = pipeline.batches(prepared, pipeline.Reader(tiny(), tokenizer))
+    size, drawn = config.data.batch, []
+    for step in range(40):
+        mixed, joint = dataset[step].rows.view > 0, whole[step].rows.view > 0
+        np.testing.assert_array_equal(mixed[size:], joint[size:])
+        assert (mixed[:size].sum(1) == joint[:size].any(1)).all() and not (mixed & ~joint).any()
+        drawn.append(mixed[:size][joint[:size].all(1)])
+    shares = np.concatenate(drawn).mean(0)
+    np.testing.assert_allclose(shares, np.array([3, 12, 2]) / 17, atol=0.08)
+    assert equal(dataset[3], pipeline.batches(prepared, pipeline.Reader(config, tokenizer))[3])
+
+
+def test_a_mixture_gives_nothing_of_what_has_none_of_its_views():
+    rng = np.random.default_rng(0)
+    assert pipeline.mixed(False, True, (1.0, 0.0, 0.0), rng) == ()
+    assert pipeline.mixed(False, True, (1.0, 1.0, 1.0), rng) == ("i",)

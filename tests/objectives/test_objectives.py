@@ -66,7 +66,7 @@ def oracle(x, config, step):
             phi[b] = 1 / (1 + np.exp(-o.phi_slope * (r @ e[P, b, MM] - r @ e[N, b, MM] - margin)))
     w = x["weight"].copy()
     for b in range(B):
-        if o.filtering and phi[b] < o.phi_threshold:
+        if phi[b] < o.phi_threshold:
             w[b] *= phi[b] / o.phi_threshold
 
     def contrast(anchor, role, b, view, temperature):
@@ -158,12 +158,12 @@ def settings(**more):
 
 @pytest.mark.parametrize("step", [0, 40, 100])
 @pytest.mark.parametrize("chunk", [5, 4096])
-@pytest.mark.parametrize(("filtering_on", "matryoshka"), [(True, ()), (False, ()), (True, (2, 3))])
-def test_values_equal_the_oracle(step, chunk, filtering_on, matryoshka):
+@pytest.mark.parametrize(("threshold", "matryoshka"), [(0.6, ()), (0.0, ()), (0.6, (2, 3))])
+def test_values_equal_the_oracle(step, chunk, threshold, matryoshka):
     x = example()
     config = settings(
         objective__chunk=chunk,
-        objective__filtering=filtering_on,
+        objective__phi_threshold=threshold,
         objective__router_z=0.1,
         objective__matryoshka=matryoshka,
     )
@@ -197,7 +197,7 @@ def test_gradients_equal_finite_differences_of_the_oracle(mode, matryoshka):
     )
 
     # The embeddings see ω as a constant. Without the filter, whose weights are tested apart.
-    off = settings(**fixed, objective__matryoshka=matryoshka, objective__filtering=False)
+    off = settings(**fixed, objective__matryoshka=matryoshka, objective__phi_threshold=0.0)
 
     def total_off(embedding):
         changed = output.replace(embedding=embedding)
@@ -255,7 +255,7 @@ def test_filter_weights_carry_no_gradient():
 
     constant = np.where(phi < 0.6, phi / 0.6, 1.0)
     by_hand = batch.replace(weight=jnp.asarray(x["weight"] * constant, jnp.float32))
-    off = settings(objective__filtering=False)
+    off = settings(objective__phi_threshold=0.0)
     np.testing.assert_allclose(gradient(config, batch), gradient(off, by_hand), rtol=1e-4, atol=1e-6)
 
 
@@ -317,3 +317,61 @@ def test_margin_and_weight_by_hand():
     np.testing.assert_allclose(
         filtering.sample_weight(jnp.array([0.9, 0.6, 0.3, jnp.nan]), 0.6), [1.0, 1.0, 0.5, 1.0], rtol=1e-6
     )
+
+
+@pytest.mark.parametrize(("levels", "kept"), [("inter", [0, 1, 2]), ("mm→mm", [2])])
+def test_what_does_not_train_is_no_objective(levels, kept):
+    """ω is a softmax over those that train; of the others nothing reaches embeddings, router or W*."""
+    x, config = example(seed=3), settings(objective__levels=levels)
+    everything = oracle(x, config, 40)
+    few = oracle(dict(x, dual=x["dual"]), config, 40)
+    p = np.exp(x["dual"][..., kept]) / np.exp(x["dual"][..., kept]).sum(-1, keepdims=True)
+    mean_gate = x["gate"] / np.maximum(x["tokens"], 1)[None, ..., None]
+    omega = np.zeros(M)
+    for place, m in enumerate(kept):
+        served = [b for b in range(B) if x["present"][Q, b, m] and x["present"][P, b, MM]]
+        routing = np.mean([mean_gate[:, Q, b, m] for b in served], axis=0)
+        omega[m] = np.mean([(p[layer, :, place] * routing[layer]).sum() for layer in range(L)])
+    entropy = np.mean([-(p[layer] * np.log(p[layer])).sum() / E for layer in range(L)])
+    total = (omega * everything["loss"]).sum() + config.objective.balance * few["balance"]
+    total += config.objective.sparsity * entropy
+    output, batch = inputs(x)
+
+    def value(embedding, dual):
+        found = alignment.objectives(
+            output.replace(embedding=embedding), parameters(x, config) | {"dual": dual}, batch, config, jnp.int32(40)
+        )
+        return found.total, found
+
+    (_, found), (by_embedding, by_dual) = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(
+        output.embedding, parameters(x, config)["dual"]
+    )
+    np.testing.assert_allclose(found.total, total, rtol=1e-5)
+    np.testing.assert_allclose(found.weight, omega, rtol=1e-5)
+    off = [m for m in range(M) if m not in kept]
+    assert not np.asarray(found.loss)[off].any() and not np.asarray(found.count)[off].any()
+    np.testing.assert_allclose(np.asarray(found.loss)[kept], everything["loss"][kept], rtol=1e-5)
+    assert not np.asarray(by_dual)[..., off].any()
+    queries = np.asarray(by_embedding).reshape(3, B, 3, D)[Q]
+    assert [bool(queries[:, view].any()) for view in (T, I, MM)] == [m in kept for m in range(3)]
+    if len(kept) > 1:
+        assert np.asarray(by_dual)[..., kept].any()
+
+
+def test_counted_weights_are_a_mean_over_samples():
+    x, config = example(seed=3), settings(objective__weighting="counted", objective__sparsity=0.0)
+    expected = oracle(x, config, 40)
+    omega = expected["count"] / expected["count"].sum()
+    assert len(set(omega)) > 1
+    output, batch = inputs(x)
+
+    def value(dual):
+        changed = parameters(x, config) | {"dual": dual}
+        found = alignment.objectives(output, changed, batch, config, jnp.int32(40))
+        return found.total, found
+
+    (total, found), by_dual = jax.value_and_grad(value, has_aux=True)(parameters(x, config)["dual"])
+    np.testing.assert_allclose(found.weight, omega, rtol=1e-6)
+    balanced = config.objective.balance * expected["balance"]
+    np.testing.assert_allclose(total, (omega * expected["loss"]).sum() + balanced, rtol=1e-5)
+    assert not np.asarray(by_dual).any()

@@ -1,0 +1,269 @@
+"""What each part of the method gives: trained without it, judged alike, several seeds, one table like the paper's.
+
+    python benchmarks/ablation.py --data path/to/fashion --output ablation/fashion
+    python benchmarks/ablation.py --results docs/ablation/fashion.json      the table again, of runs made elsewhere
+
+The same command again goes on with the runs that are missing. All rows share data, seeds, steps and every option that
+a row does not name; nothing is tuned for any of them. `results.json` in the output holds all that the table is made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+NOISE = 0.3
+"""Share of the purchases that are made wrong: the positive becomes any other product."""
+
+COMMON = ["--config.data.batch=64", "--config.data.text_tokens=24", "--config.training.save_every=1000"]
+"""Of all rows: half the quickstart's batch, and room for enriched titles."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The method, changed in one way."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    noisy: bool = False
+    against: str = "full"  # the row that it is held against
+    paper: tuple[float, ...] = ()  # the paper's change in COLUMNS
+
+
+COLUMNS = ("t→mm", "i→mm", "mm→mm", "t→i", "i→t", "class", "attribute")
+"""R@10 by direction, then accuracy: those of the paper's table."""
+
+PAPER = (63.09, 91.08, 94.21, 73.12, 64.91, 68.08, 84.29)
+"""MOON2.0 on MBE2.0 (arXiv 2511.12449)."""
+
+LEVELS, WEIGHTING = "--config.objective.levels", "--config.objective.weighting"
+
+
+def rows(active: int, total: int) -> list[Row]:
+    """All of them.
+
+    Args:
+        active: width of the feed-forward that costs a token as much as its K experts.
+        total: width of the one that has as many parameters as all E experts.
+    """
+    dense = "--config.experts.count=0"
+    off = "--config.objective.phi_threshold=0.0"
+    return [
+        Row("full"),
+        Row(
+            "without MoE (equal active FLOPs)",
+            (dense, f"--config.language.mlp_width={active}"),
+            paper=(51.29, 74.59, 78.45, 62.16, 56.21, 62.55, 75.62),
+        ),
+        Row("dense (equal parameters)", (dense, f"--config.language.mlp_width={total}")),
+        Row(
+            "without dual-level alignment (mm→mm alone)",
+            (f"{LEVELS}=mm→mm",),
+            paper=(37.99, 65.72, 67.45, 31.45, 23.35, 57.12, 67.24),
+        ),
+        Row("without intra-product alignment", (f"{LEVELS}=inter",)),
+        Row(
+            "without co-augmentation",
+            ("--config.data.augmented=original",),
+            paper=(59.69, 78.17, 80.62, 64.79, 58.68, 66.21, 77.77),
+        ),
+        Row("without filtering", (off,), paper=(60.63, 83.40, 80.00, 70.40, 63.21, 67.99, 84.04)),
+        Row("fixed mixture 12:3:2 of i, t, mm", ("--config.data.mixture=(3.0,12.0,2.0)", f"{WEIGHTING}=counted")),
+        Row(f"full, {NOISE:.0%} wrong purchases", noisy=True),
+        Row(f"without filtering, {NOISE:.0%} wrong purchases", (off,), True, f"full, {NOISE:.0%} wrong purchases"),
+    ]
+
+
+def noisy_copy(folder: Path, output: Path) -> None:
+    """The prepared `folder` with a share of its purchases made wrong; the records are linked to, not copied."""
+    from moon_jax.data.prepared import MANIFEST, TRIPLETS
+
+    if (output / MANIFEST).is_file():
+        return
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    for path in folder.iterdir():
+        if path.name not in (MANIFEST, TRIPLETS):
+            (output / path.name).symlink_to(path.resolve())
+    triplets, rng = np.load(folder / TRIPLETS), np.random.default_rng(0)
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    items = np.unique(triplets["positive"])
+    wrong = np.flatnonzero(rng.random(len(triplets)) < NOISE)
+    for place in wrong:
+        taken = (triplets["positive"][place], triplets["negative"][place])
+        triplets["positive"][place] = rng.choice(items[~np.isin(items, taken)])
+    np.save(output / TRIPLETS, triplets, allow_pickle=False)
+    # Other data: a run begun with the right purchases shall not go on with these.
+    manifest["fingerprint"] = f"{manifest['fingerprint']}-noise-{NOISE}"
+    (output / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def command(*words: str) -> None:
+    """A command of moon-jax, in a process of its own."""
+    subprocess.run([sys.executable, "-m", "moon_jax.cli", *words], check=True)
+
+
+def judge(workdir: Path, prepared: Any, tasks: Any) -> dict[str, Any]:
+    """The scores of a run in COLUMNS, its size, and what a query costs."""
+    import jax
+
+    from moon_jax.evaluation import labels, retrieval
+    from moon_jax.serving import embedder as serving
+
+    embedder = serving.load(workdir)
+    encoded = retrieval.encode(embedder, prepared)
+    # A catalogue's own queries where it has them: products that were trained on say little.
+    wanted = "queries" if "queries" in encoded.queries else "products"
+    scores = {name: entry["R@10"] for group, name, entry in retrieval.directions(encoded) if group == wanted}
+    if wanted == "products":
+        accuracies = {"category": [], "attribute": []}
+        for task in tasks:
+            # By the image alone: titles name what is asked for.
+            answers = labels.Answers(task, embedder.encode(task.labels), encoded.candidates, encoded.present)
+            accuracies[task.name.split()[0]].append(labels.measure(answers)["i"]["accuracy"])
+        scores |= {
+            name: float(np.mean(found))
+            for name, found in zip(("class", "attribute"), accuracies.values(), strict=True)
+            if found
+        }
+    experts = embedder.config.experts
+    total = active = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(serving.read(workdir).encoder):
+        total += leaf.size
+        routed = {"gate_up", "down"} & {key.key for key in path} if experts.count else ()
+        active += leaf.size * experts.per_token // experts.count if routed else leaf.size
+    queries = [prepared.products[index] for index in list(prepared.val)[:30]]
+    embedder.encode(queries[:1])
+    times = []
+    for query in queries:
+        began = time.perf_counter()
+        embedder.encode([query])
+        times.append(1000 * (time.perf_counter() - began))
+    return {
+        "scores": scores,
+        "parameters": total,
+        "active": active,
+        "bytes": 4 * embedder.dimension,
+        "ms": statistics.median(times),
+        "step": embedder.step,
+        "queries": len(encoded.queries[wanted].product),
+        "candidates": len(encoded.product),
+    }
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean over seeds and its standard error; NaN of a single one."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.fmean(values), error
+
+
+def sign(differences: list[float]) -> str:
+    """Whether a change of paired runs is told from none at 95% by Student's t: ↑, ↓, or · where it is not."""
+    mean, error = mean_and_error(differences)
+    if len(differences) < 2 or abs(mean) <= stats.t.ppf(0.975, len(differences) - 1) * error:
+        return "·"
+    return "↑" if mean > 0 else "↓"
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Means over seeds ± standard errors, with the sign of the change and, in brackets, the paper's."""
+    runs = results["runs"]
+    columns = [name for name in (*COLUMNS, "i→i") if any(name in run["scores"] for run in runs)]
+    made = Table(title=results["title"])
+    for name in ("", *columns, "params (M)", "active (M)", "B/product", "ms/query"):
+        made.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
+    for row in rows(*results["widths"]):
+        own = {run["seed"]: run for run in runs if run["row"] == row.name}
+        other = {run["seed"]: run for run in runs if run["row"] == row.against}
+        if not own:
+            continue
+        cells = []
+        for name in columns:
+            mean, error = mean_and_error([run["scores"][name] for run in own.values()])
+            cell = f"{mean:.1f} ±{error:.1f}"
+            if row.against != row.name:
+                paired = [own[seed]["scores"][name] - other[seed]["scores"][name] for seed in own if seed in other]
+                cell += f" {sign(paired) if paired else '?'}"
+                if row.paper and name in COLUMNS:
+                    place = COLUMNS.index(name)
+                    cell += f" ({'↓' if row.paper[place] < PAPER[place] else '↑'})"
+            cells.append(cell)
+        first = next(iter(own.values()))
+        sizes = (f"{first['parameters'] / 1e6:.2f}", f"{first['active'] / 1e6:.2f}", str(first["bytes"]))
+        ms = statistics.median(run["ms"] for run in own.values())
+        made.add_row(f"{row.name} ({len(own)})", *cells, *sizes, f"{ms:.1f}")
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a catalogue")
+    parser.add_argument("--output", type=Path, help="where the runs live; some GB")
+    parser.add_argument("--results", type=Path, help="a results.json whose table is printed; nothing runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--rows", help="train only rows that have this in their names")
+    parsed = parser.parse_args()
+    console = Console(width=220)
+    if parsed.results:
+        console.print(table(json.loads(parsed.results.read_text(encoding="utf-8"))))
+        return
+    if not parsed.data or not parsed.output:
+        parser.error("give --data and --output, or --results")
+
+    from moon_jax import config as config_lib
+    from moon_jax.data.prepared import open_prepared
+    from moon_jax.evaluation import labels
+
+    output = parsed.output
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((output / "cache").resolve()))
+    command("prepare", "--data", parsed.data, "--output", str(output / "prepared"))
+    command("augment", "--data", str(output / "prepared"), "--output", str(output / "augmented"))
+    noisy_copy(output / "augmented", output / "noisy")
+    config = config_lib.load("quickstart")
+    widths = (config.experts.per_token * config.experts.width, config.experts.count * config.experts.width)
+    prepared = open_prepared(output / "augmented")
+    tasks = labels.tasks(prepared)
+    results = output / "results.json"
+    told = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"runs": []}
+    told |= {
+        "title": f"{Path(parsed.data).name}: R@10 and accuracy in percent, {parsed.steps} steps; mean ± standard error"
+        f" over (seeds); ↑ ↓ a change at 95%, · none; (the paper's)",
+        "widths": widths,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+    }
+    for seed in range(parsed.seeds):  # all rows of a seed first: what there is can be compared at any time
+        for number, row in enumerate(rows(*widths)):
+            if any((run["row"], run["seed"]) == (row.name, seed) for run in told["runs"]):
+                continue
+            if parsed.rows and parsed.rows not in row.name:
+                continue
+            workdir = output / "runs" / f"{number}-{seed}"
+            data = output / ("noisy" if row.noisy else "augmented")
+            common = [*COMMON, f"--config.seed={seed}", *row.overrides]
+            arguments = ["--config", "quickstart", "--steps", str(parsed.steps), *common]
+            command("train", "--data", str(data), "--workdir", str(workdir), *arguments)
+            told["runs"].append({"row": row.name, "seed": seed, **judge(workdir, prepared, tasks)})
+            temporary = results.with_suffix(".tmp")
+            temporary.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.replace(results)
+            console.print(table(told))
+
+
+if __name__ == "__main__":
+    main()
