@@ -6,10 +6,13 @@ The losses, retrieval and search share these functions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moon_jax.types import Array
 
@@ -81,32 +84,108 @@ def masked_logsumexp(
     return jnp.where(some, jnp.where(some, largest, 0.0) + jnp.log(jnp.where(some, summed, 1.0)), -jnp.inf), kept
 
 
-@functools.partial(jax.jit, static_argnames=("k", "chunk"))
-def top_k(queries: Array, candidates: Array, k: int, chunk: int = 65536) -> tuple[Array, Array]:
+QUERIES, CHUNK, GROUP = 1024, 32768, 64
+"""Of top_k: queries at once, candidates whose similarities are held at once, and those of which one maximum is kept."""
+
+CHUNKS = 8
+"""Chunks of each device that are brought to it at once."""
+
+
+def top_k(
+    queries: Array, candidates: Any, k: int, devices: Sequence[jax.Device] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The k most similar candidates of each query; of equal ones the lowest index comes first.
+
+    Exact: every candidate is compared, in float32. Memory does not grow with the candidates. How many there are of
+    them, of queries or of devices changes no bit of a similarity: all shapes are filled up to a few.
 
     Args:
         queries: f32[Q,D].
-        candidates: f32[C,D]; k ≤ C.
+        candidates: anything with a length C whose slices numpy makes f32[c,D] of; k ≤ C.
+        devices: which share the candidates; by default all of this process.
 
     Returns:
         similarities f32[Q,k], falling; and indices i32[Q,k].
     """
-    total = candidates.shape[0]
-    if k > total:
+    total, devices = len(candidates), list(devices or jax.local_devices())
+    if not 1 <= k <= total:
         raise ValueError(f"top_k: k={k} of {total} candidates")
+    chunk = max(min(CHUNK, _power(total)), 128, _power(k))
+    size = min(QUERIES, max(8, _power(len(queries))), max(8, QUERIES * CHUNK // chunk))
+    mesh = Mesh(np.array(devices), ("device",))
+    own = NamedSharding(mesh, PartitionSpec("device"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    # So many chunks of each device as leave none idle.
+    chunks = min(CHUNKS, -(-total // (chunk * len(devices))))
+    search = _search(mesh, k, chunk, min(GROUP, chunk // _power(k)))
+    parts = [
+        jax.device_put(_filled(np.asarray(queries[start : start + size], np.float32), size), whole)
+        for start in range(0, len(queries), size)
+    ]
+    nothing = np.full((size, k), -np.inf, np.float32), np.zeros((size, k), np.int32)
+    best = [jax.device_put(nothing, whole) for _ in parts]
+    step = chunks * chunk * len(devices)
+    for first in range(0, total, step):
+        block = _filled(np.asarray(candidates[first : first + step], np.float32), step)
+        block = jax.device_put(block.reshape(-1, chunk, block.shape[1]), own)
+        for number, part in enumerate(parts):
+            best[number] = search(part, block, best[number], np.int32(first), np.int32(total))
+    found = [np.concatenate([np.asarray(entry[place]) for entry in best] or [nothing[place][:0]]) for place in (0, 1)]
+    return found[0][: len(queries)], found[1][: len(queries)]
 
-    def step(best: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-        block, columns = part
-        scores = jnp.einsum("qd,cd->qc", queries, block, precision=PRECISION)
-        scores = jnp.where(columns < total, scores, -jnp.inf)
+
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _filled(array: np.ndarray, length: int) -> np.ndarray:
+    return array if len(array) == length else np.pad(array, ((0, length - len(array)), (0, 0)))
+
+
+@functools.lru_cache(maxsize=64)
+def _search(mesh: Mesh, k: int, chunk: int, group: int) -> Callable[..., tuple[Array, Array]]:
+    """What merges the best k of a block of candidates, chunks of which lie on each device, with the best so far."""
+
+    def merge(best: tuple[Array, Array], scores: Array, indices: Array) -> tuple[Array, Array]:
         # The best so far have lower indices and stand first; lax.top_k keeps the order of equal ones.
-        scores = jnp.concatenate([best[0], scores], axis=1)
-        indices = jnp.concatenate([best[1], jnp.broadcast_to(columns, (queries.shape[0], columns.shape[0]))], axis=1)
-        top, where = jax.lax.top_k(scores, k)
-        return (top, jnp.take_along_axis(indices, where, axis=1)), None
+        scores, indices = jnp.concatenate([best[0], scores], 1), jnp.concatenate([best[1], indices], 1)
+        scores, where = jax.lax.top_k(scores, k)
+        return scores, jnp.take_along_axis(indices, where, axis=1)
 
-    size = queries.shape[0]
-    start = (jnp.full((size, k), -jnp.inf), jnp.zeros((size, k), jnp.int32))
-    best, _ = jax.lax.scan(step, start, _chunks(candidates, max(k, min(chunk, total))))
-    return best
+    def of_device(queries: Array, chunks: Array, first: Array, total: Array) -> tuple[Array, Array]:
+        size = queries.shape[0]
+        first = first + jax.lax.axis_index("device") * chunks.shape[0] * chunk
+
+        def step(best: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+            block, start = part
+            scores = jnp.einsum("qd,cd->qc", queries, block, precision=PRECISION)
+            scores = jnp.where(start + jnp.arange(chunk) < total, scores, -jnp.inf).reshape(size, -1, group)
+            # The best k lie in the k groups of the highest maxima, the lowest group first among equal ones: reading
+            # maxima is cheaper than sorting similarities. In rising order, so that ties keep theirs.
+            _, chosen = jax.lax.top_k(scores.max(axis=2), k)
+            chosen = jnp.sort(chosen, axis=1)
+            indices = start + chosen[:, :, None] * group + jnp.arange(group)
+            scores = jnp.take_along_axis(scores, chosen[:, :, None], axis=1)
+            return merge(best, scores.reshape(size, -1), indices.reshape(size, -1)), None
+
+        starts = first + chunk * jnp.arange(chunks.shape[0], dtype=jnp.int32)
+        nothing = jnp.full((size, k), -jnp.inf), jnp.zeros((size, k), jnp.int32)
+        return jax.lax.scan(step, nothing, (chunks, starts))[0]
+
+    everywhere = jax.shard_map(
+        of_device,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("device"), PartitionSpec(), PartitionSpec()),
+        out_specs=PartitionSpec(None, "device"),
+        check_vma=False,
+    )
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, donate_argnums=2, out_shardings=(whole, whole))
+    def search(
+        queries: Array, block: Array, best: tuple[Array, Array], first: Array, total: Array
+    ) -> tuple[Array, Array]:
+        return merge(best, *everywhere(queries, block, first, total))
+
+    return search

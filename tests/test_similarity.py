@@ -59,22 +59,94 @@ def test_logsumexp_does_not_overflow():
     np.testing.assert_allclose(value, [2000.0])
 
 
-@pytest.mark.parametrize("chunk", [4, 7, 64])
-def test_top_k_equals_a_stable_full_sort(chunk):
+@pytest.fixture
+def small(monkeypatch):
+    """Several chunks of several groups, and several batches of queries, of few vectors."""
+    for name, value in {"QUERIES": 16, "CHUNK": 128, "GROUP": 8, "CHUNKS": 2}.items():
+        monkeypatch.setattr(similarity, name, value)
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+@pytest.mark.parametrize(("count", "k"), [(23, 4), (23, 23), (129, 16), (1000, 1), (1000, 100), (5000, 200)])
+def test_top_k_equals_a_stable_full_sort(small, count, k, devices):
     # Whole numbers give many exact ties.
     rng = np.random.default_rng(0)
-    queries = rng.integers(-2, 3, (9, 4)).astype(np.float32)
-    candidates = rng.integers(-2, 3, (23, 4)).astype(np.float32)
+    queries = rng.integers(-2, 3, (37, 4)).astype(np.float32)
+    candidates = rng.integers(-2, 3, (count, 4)).astype(np.float32)
     scores = queries @ candidates.T
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :4]
-    values, indices = similarity.top_k(queries, candidates, 4, chunk)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    values, indices = similarity.top_k(queries, candidates, k, jax.devices()[:devices])
     np.testing.assert_array_equal(indices, order)
     np.testing.assert_array_equal(values, np.take_along_axis(scores, order, axis=1))
 
 
-def test_top_k_refuses_more_than_there_are():
-    with pytest.raises(ValueError, match="k=4 of 3 candidates"):
-        similarity.top_k(random((2, 3), 0), random((3, 3), 1), 4)
+def test_top_k_gives_the_same_bits_for_any_number_of_devices_queries_and_candidates(small):
+    queries, candidates = random((40, 64), 0), random((3000, 64), 1)
+    queries, candidates = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, candidates))
+    values, indices = similarity.top_k(queries, candidates, 10, jax.devices()[:1])
+    exact = np.argsort(-(queries.astype(np.float64) @ candidates.astype(np.float64).T), axis=1, kind="stable")
+    np.testing.assert_array_equal(indices, exact[:, :10])
+    for devices in (2, 8):
+        for a, b in zip(
+            similarity.top_k(queries, candidates, 10, jax.devices()[:devices]), (values, indices), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+    for number in range(3):  # a query alone
+        one = similarity.top_k(queries[number : number + 1], candidates, 10, jax.devices()[:1])
+        np.testing.assert_array_equal(one[0][0], values[number])
+    few = similarity.top_k(queries, candidates[:700], 10)
+    there = values[:, 0][indices[:, 0] < 700]
+    np.testing.assert_array_equal(few[0][indices[:, 0] < 700, 0], there)
+
+
+def test_top_k_of_negative_similarities_finds_no_filling(small):
+    """What fills a chunk has similarity 0, which would be the best."""
+    queries, candidates = np.ones((3, 4), np.float32), -np.abs(random((131, 4), 0))
+    _, indices = similarity.top_k(queries, candidates, 131)
+    assert all(sorted(row) == list(range(131)) for row in indices.tolist())
+
+
+def test_top_k_reads_slices_alone(small):
+    """Memory is flat: candidates may lie on disk, as another dtype."""
+
+    class OnDisk:
+        def __init__(self, array):
+            self.array, self.asked = array, []
+
+        def __len__(self):
+            return len(self.array)
+
+        def __getitem__(self, part):
+            self.asked.append(part.stop - part.start)
+            return self.array[part]
+
+    whole = np.random.default_rng(1).integers(-100, 100, (5000, 6)).astype(np.int8)
+    disk, queries = OnDisk(whole), random((3, 6), 0)
+    found = similarity.top_k(queries, disk, 5, jax.devices()[:2])
+    assert max(disk.asked) == 2 * 2 * 128 and len(disk.asked) == 10
+    np.testing.assert_array_equal(found[1], similarity.top_k(queries, whole.astype(np.float32), 5)[1])
+
+
+def test_top_k_compiles_once_for_any_number_of_candidates(small):
+    from moon_jax.training import watch
+
+    queries, candidates = random((16, 5), 0), random((9000, 5), 1)
+    similarity.top_k(queries, candidates[:1024], 7, jax.devices()[:1])
+    before = watch.COMPILED["search"]
+    for count in (1025, 4000, 9000):
+        similarity.top_k(queries[:9], candidates[:count], 7, jax.devices()[:1])
+    assert watch.COMPILED["search"] == before
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_top_k_refuses_more_than_there_are(k):
+    with pytest.raises(ValueError, match=f"k={k} of 3 candidates"):
+        similarity.top_k(random((2, 3), 0), random((3, 3), 1), k)
+
+
+def test_top_k_of_no_queries_is_nothing():
+    values, indices = similarity.top_k(np.zeros((0, 3), np.float32), random((5, 3), 0), 2)
+    assert values.shape == indices.shape == (0, 2)
 
 
 def test_truncated_vectors_are_unit_and_their_gradient_is_that_of_the_formula():
