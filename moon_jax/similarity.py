@@ -6,7 +6,7 @@ The losses, retrieval and search share these functions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -91,6 +91,23 @@ CHUNKS = 8
 """Chunks of each device that are brought to it at once."""
 
 
+class Resident:
+    """Candidates that stay on the devices, f32, for many searches: what `top_k` takes in place of an array.
+
+    Each device holds its part; all of them together must have room.
+    """
+
+    def __init__(self, candidates: Any, devices: Sequence[jax.Device] | None = None):
+        """`candidates` and `devices` as in `top_k`."""
+        self.devices = tuple(devices or jax.local_devices())
+        self.chunk = max(min(CHUNK, _power(len(candidates))), 128)
+        self._total = len(candidates)
+        self.blocks = list(_blocks(candidates, self.chunk, self.devices))
+
+    def __len__(self) -> int:
+        return self._total
+
+
 def top_k(
     queries: Array, candidates: Any, k: int, devices: Sequence[jax.Device] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -101,37 +118,57 @@ def top_k(
 
     Args:
         queries: f32[Q,D].
-        candidates: anything with a length C whose slices numpy makes f32[c,D] of; k ≤ C.
-        devices: which share the candidates; by default all of this process.
+        candidates: anything with a length C whose slices numpy makes f32[c,D] of, or Resident; k ≤ C.
+        devices: which share the candidates; by default all of this process, or those of the Resident.
 
     Returns:
         similarities f32[Q,k], falling; and indices i32[Q,k].
     """
-    total, devices = len(candidates), list(devices or jax.local_devices())
+    total = len(candidates)
     if not 1 <= k <= total:
         raise ValueError(f"top_k: k={k} of {total} candidates")
-    chunk = max(min(CHUNK, _power(total)), 128, _power(k))
+    if isinstance(candidates, Resident):
+        if k > candidates.chunk:
+            raise ValueError(f"top_k: k={k} of candidates in chunks of {candidates.chunk}")
+        devices, chunk, blocks = candidates.devices, candidates.chunk, candidates.blocks
+    else:
+        devices = tuple(devices or jax.local_devices())
+        chunk = max(min(CHUNK, _power(total)), 128, _power(k))
+        blocks = _blocks(candidates, chunk, devices)
     size = min(QUERIES, max(8, _power(len(queries))), max(8, QUERIES * CHUNK // chunk))
-    mesh = Mesh(np.array(devices), ("device",))
-    own = NamedSharding(mesh, PartitionSpec("device"))
-    whole = NamedSharding(mesh, PartitionSpec())
-    # So many chunks of each device as leave none idle.
-    chunks = min(CHUNKS, -(-total // (chunk * len(devices))))
-    search = _search(mesh, k, chunk, min(GROUP, chunk // _power(k)))
+    mesh = _mesh(devices)
+    search, whole = _search(mesh, k, chunk, min(GROUP, chunk // _power(k))), NamedSharding(mesh, PartitionSpec())
     parts = [
         jax.device_put(_filled(np.asarray(queries[start : start + size], np.float32), size), whole)
         for start in range(0, len(queries), size)
     ]
     nothing = np.full((size, k), -np.inf, np.float32), np.zeros((size, k), np.int32)
-    best = [jax.device_put(nothing, whole) for _ in parts]
+    best, first = [jax.device_put(nothing, whole) for _ in parts], 0
+    for block in blocks:
+        for number, part in enumerate(parts):
+            best[number] = search(part, block, best[number], np.int32(first), np.int32(total))
+        first += sum(len(part) for part in block) * chunk
+    found = [np.concatenate([np.asarray(entry[place]) for entry in best] or [nothing[place][:0]]) for place in (0, 1)]
+    return found[0][: len(queries)], found[1][: len(queries)]
+
+
+def _mesh(devices: Sequence[jax.Device]) -> Mesh:
+    return Mesh(np.array(devices), ("device",))
+
+
+def _blocks(candidates: Any, chunk: int, devices: Sequence[jax.Device]) -> Iterator[tuple[Array, ...]]:
+    """The candidates, filled up with zeros, part after part: several f32[devices,chunk,D], divided over the devices.
+
+    What a device gets of one part is consecutive.
+    """
+    total, own = len(candidates), NamedSharding(_mesh(devices), PartitionSpec("device"))
+    # So many chunks of each device as leave none idle.
+    chunks = min(CHUNKS, -(-total // (chunk * len(devices))))
     step = chunks * chunk * len(devices)
     for first in range(0, total, step):
         block = _filled(np.asarray(candidates[first : first + step], np.float32), step)
-        block = jax.device_put(block.reshape(-1, chunk, block.shape[1]), own)
-        for number, part in enumerate(parts):
-            best[number] = search(part, block, best[number], np.int32(first), np.int32(total))
-    found = [np.concatenate([np.asarray(entry[place]) for entry in best] or [nothing[place][:0]]) for place in (0, 1)]
-    return found[0][: len(queries)], found[1][: len(queries)]
+        block = block.reshape(len(devices), chunks, chunk, -1)
+        yield tuple(jax.device_put(block[:, number], own) for number in range(chunks))
 
 
 def _power(number: int) -> int:
@@ -153,25 +190,24 @@ def _search(mesh: Mesh, k: int, chunk: int, group: int) -> Callable[..., tuple[A
         scores, where = jax.lax.top_k(scores, k)
         return scores, jnp.take_along_axis(indices, where, axis=1)
 
-    def of_device(queries: Array, chunks: Array, first: Array, total: Array) -> tuple[Array, Array]:
+    def of_device(queries: Array, block: tuple[Array, ...], first: Array, total: Array) -> tuple[Array, Array]:
         size = queries.shape[0]
-        first = first + jax.lax.axis_index("device") * chunks.shape[0] * chunk
-
-        def step(best: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-            block, start = part
-            scores = jnp.einsum("qd,cd->qc", queries, block, precision=PRECISION)
-            scores = jnp.where(start + jnp.arange(chunk) < total, scores, -jnp.inf).reshape(size, -1, group)
+        first = first + jax.lax.axis_index("device") * len(block) * chunk
+        best = jnp.full((size, k), -jnp.inf), jnp.zeros((size, k), jnp.int32)
+        # Not a scan over one array: the compiler would copy each chunk out of it.
+        for number, [part] in enumerate(block):
+            start = first + number * chunk
+            scores = jnp.einsum("qd,cd->qc", queries, part, precision=PRECISION).reshape(size, -1, group)
+            exists = (start + jnp.arange(chunk) < total).reshape(-1, group)
             # The best k lie in the k groups of the highest maxima, the lowest group first among equal ones: reading
             # maxima is cheaper than sorting similarities. In rising order, so that ties keep theirs.
-            _, chosen = jax.lax.top_k(scores.max(axis=2), k)
+            _, chosen = jax.lax.top_k(jnp.where(exists, scores, -jnp.inf).max(axis=2), k)
             chosen = jnp.sort(chosen, axis=1)
             indices = start + chosen[:, :, None] * group + jnp.arange(group)
             scores = jnp.take_along_axis(scores, chosen[:, :, None], axis=1)
-            return merge(best, scores.reshape(size, -1), indices.reshape(size, -1)), None
-
-        starts = first + chunk * jnp.arange(chunks.shape[0], dtype=jnp.int32)
-        nothing = jnp.full((size, k), -jnp.inf), jnp.zeros((size, k), jnp.int32)
-        return jax.lax.scan(step, nothing, (chunks, starts))[0]
+            scores = jnp.where(indices < total, scores, -jnp.inf)
+            best = merge(best, scores.reshape(size, -1), indices.reshape(size, -1))
+        return best
 
     everywhere = jax.shard_map(
         of_device,

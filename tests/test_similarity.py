@@ -99,6 +99,19 @@ def test_top_k_gives_the_same_bits_for_any_number_of_devices_queries_and_candida
     np.testing.assert_array_equal(few[0][indices[:, 0] < 700, 0], there)
 
 
+def test_candidates_that_stay_on_the_devices_give_the_same(small):
+    queries, candidates = random((9, 5), 0), random((3000, 5), 1)
+    resident = similarity.Resident(candidates, jax.devices()[:3])
+    assert len(resident) == 3000
+    for k in (1, 10, 300):  # 300 is more than a chunk holds
+        if k > 128:
+            with pytest.raises(ValueError, match="k=300 of candidates in chunks of 128"):
+                similarity.top_k(queries, resident, k)
+            continue
+        for a, b in zip(similarity.top_k(queries, resident, k), similarity.top_k(queries, candidates, k), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_top_k_of_negative_similarities_finds_no_filling(small):
     """What fills a chunk has similarity 0, which would be the best."""
     queries, candidates = np.ones((3, 4), np.float32), -np.abs(random((131, 4), 0))
