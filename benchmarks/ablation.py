@@ -129,12 +129,15 @@ def judge(workdir: Path, prepared: Any, tasks: Any) -> dict[str, Any]:
     encoded = retrieval.encode(embedder, prepared)
     # A catalogue's own queries where it has them: products that were trained on say little.
     wanted = "queries" if "queries" in encoded.queries else "products"
-    scores = {name: entry["R@10"] for group, name, entry in retrieval.directions(encoded) if group == wanted}
+    judged = retrieval.directions(encoded)
+    scores = {name: float(found["R@10"].mean()) for group, name, _, found in judged if group == wanted}
     if wanted == "products":
         accuracies = {"category": [], "attribute": []}
         for task in tasks:
             # By the image alone: titles name what is asked for.
-            answers = labels.Answers(task, embedder.encode(task.labels), encoded.candidates, encoded.present)
+            named = labels.label_vectors(embedder, task.labels, labels.PROMPTS)
+            nobody = encoded.candidates[:0], encoded.present[:0]
+            answers = labels.Answers(task, named, encoded.candidates, encoded.present, *nobody)
             accuracies[task.name.split()[0]].append(labels.measure(answers)["i"]["accuracy"])
         scores |= {
             name: float(np.mean(found))

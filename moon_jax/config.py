@@ -123,9 +123,7 @@ class Data:
     mixture: tuple[float, ...] = option(
         (), "shares of t, i and mm among queries, each of one view; empty: of all (paper)"
     )
-    augmented: str = option(
-        "drawn", "an item's titles and images: drawn, original, augmented or all (data/pipeline.py)"
-    )
+    augmented: str = option("drawn", "an item's titles and images: drawn, original, augmented or all (pipeline.py)")
     threads: int = option(2, "reader threads")
 
 
@@ -166,9 +164,7 @@ class Training:
     clip: float = option(1.0, "largest global norm of the gradient")
     param_dtype: str = option("float32", "dtype of the parameters")
     dtype: str = option("float32", "dtype of the computation; norms, softmax, router and pooling stay float32")
-    remat: str = option(
-        "full", "what the backward pass recomputes: full, all of a layer; selective, no product with weights; none"
-    )
+    remat: str = option("full", "recomputed backwards: full, all of a layer; selective, no product with weights; none")
     log_every: int = option(10, "steps between metric lines")
     bad_steps: int = option(20, "so many steps in a row that are not finite end the run")
     save_every: int = option(500, "steps between checkpoints")

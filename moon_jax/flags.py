@@ -20,6 +20,7 @@ examples:
   moon-jax augment --data prepared --output augmented              enriched titles and expanded images beside them
   moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
   moon-jax export --model runs/2b --output served --verify
+  moon-jax evaluate --model runs/2b --data prepared --output judged  and compare it with others
   moon-jax plan --config moon2_qwen3vl_2b --topology v5p:4x4x4     what a step costs there, before renting it
   moon-jax train --help
 """
@@ -123,6 +124,22 @@ examples:
 """
 
 
+EVALUATE = """\
+Judges a model on the products of a catalogue that are kept for it: retrieval in all directions of text, image and both,
+categories and attributes by label texts, by neighbours and by a linear probe. --model is a workdir, a Hugging Face
+folder of ours, Qwen3-VL, Qwen3-VL-Embedding, CLIP, SigLIP, SigLIP 2 or sentence-transformers, or bm25 or colours, what
+any model has to beat; --vectors judges vectors from anywhere. docs/evaluation.md tells what is measured, and how.
+
+examples:
+  moon-jax evaluate --model runs/first --data prepared --output judged/first
+  moon-jax evaluate --model models/siglip2 --data catalogue/ --output judged/siglip2
+  moon-jax evaluate --model runs/first --data prepared --output judged/first --compare bm25
+  moon-jax evaluate --model runs/first --data prepared --output judged/first --compare judged/siglip2
+  moon-jax evaluate --vectors vectors/ --data prepared --output judged/theirs
+  moon-jax evaluate --model models/clip --data prepared --output judged/clip --prompt 'a photo of {}' --prompt '{}'
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """Mistakes are one line, as everywhere."""
 
@@ -218,6 +235,16 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--mesh", action="append", help="axes that differ from size 1, such as data=-1,fsdp=4; again for a comparison"
     )
     plan.add_argument("--json", help="a file for all numbers; docs/experts.md tells its keys")
+    evaluate = commands.add_parser("evaluate", help="judge a model, of any kind", description=EVALUATE, **layout)
+    evaluate.add_argument("--model", default="", help="a workdir, a Hugging Face folder, hf://…, bm25 or colours")
+    evaluate.add_argument("--vectors", default="", help="in its place, Parquet files with id, view and vector")
+    evaluate.add_argument("--data", required=True, help="prepared data, or a file or folder of products")
+    evaluate.add_argument("--output", required=True, help="a folder for scores, pictures and vectors")
+    evaluate.add_argument("--compare", default="", help="another model, or the output of its evaluation")
+    evaluate.add_argument(
+        "--known", type=int, default=2000, help="products whose labels neighbours and probe know (default: %(default)s)"
+    )
+    evaluate.add_argument("--prompt", action="append", help="how a label is put to the model; {} is the label")
     parsed, rest = parser.parse_known_args(arguments)
     flags = [f"--{name}" for name in vars(parsed) if name != "command"]
     for argument in rest:

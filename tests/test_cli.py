@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import moon_jax
-from moon_jax import cli, interrupt
+from moon_jax import cli, commands, interrupt
 from moon_jax.config import Unavailable
 from moon_jax.training import watch
 from tests.conftest import SCHEMA, jpeg, overrides, tiny
@@ -34,7 +34,7 @@ def one_line(capsys, *arguments):
     return told
 
 
-@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+@pytest.mark.parametrize("command", ["", *commands.COMMANDS])
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as done:
         cli.main([command, "--help"] if command else ["--help"])
@@ -450,7 +450,7 @@ def test_a_launcher_may_give_a_stop_a_code_of_its_own(monkeypatch, capsys, given
         interrupt.terminate()
         interrupt.check()
 
-    monkeypatch.setitem(cli.COMMANDS, "train", stopped)
+    monkeypatch.setitem(commands.COMMANDS, "train", stopped)
     monkeypatch.setenv(cli.STOP_CODE, given)
     assert cli.main(["train", "--config", "quickstart", "--workdir", "w"]) == code
     assert capsys.readouterr().err == "moon-jax: stopped by SIGTERM; the same command goes on from here\n"
@@ -461,7 +461,7 @@ def test_what_may_go_well_later_has_an_exit_code_of_its_own(monkeypatch, capsys)
     def unavailable(parsed, overrides):
         raise Unavailable("gs://shop/run: no answer")
 
-    monkeypatch.setitem(cli.COMMANDS, "train", unavailable)
+    monkeypatch.setitem(commands.COMMANDS, "train", unavailable)
     assert cli.main(["train", "--config", "quickstart", "--workdir", "w"]) == cli.AGAIN == 1
     assert capsys.readouterr().err == "moon-jax: gs://shop/run: no answer\n"
 

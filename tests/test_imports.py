@@ -26,6 +26,7 @@ ORDER = [
     "evaluation",
     "augment",
     "flags",
+    "commands",
     "cli",
 ]
 

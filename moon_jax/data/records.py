@@ -223,6 +223,27 @@ class Records(Sequence[Product]):
         self.__init__(*state)
 
 
+class Chosen(Sequence[Product]):
+    """Some products of many, in an order of their own, read when they are asked for."""
+
+    def __init__(self, products: Sequence[Product], indices: Sequence[int], texts: Sequence[str | None] | None = None):
+        """`texts`, where given, stand in for the products' own."""
+        self._products, self._indices, self._texts = products, indices, texts
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Product: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Product]: ...
+    def __getitem__(self, index: int | slice) -> Product | list[Product]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        product = self._products[int(self._indices[index])]
+        return product if self._texts is None else dataclasses.replace(product, text=self._texts[index])
+
+
 def several(products: Sequence[Product], indices: Sequence[int]) -> list[Product]:
     """The products at `indices`; of Records, at once."""
     return products.several(indices) if isinstance(products, Records) else [products[index] for index in indices]

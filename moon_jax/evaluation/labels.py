@@ -1,7 +1,8 @@
-"""Zero-shot classification and attribute prediction: the nearest label text.
+"""Classification and attribute prediction: by the nearest label text (zero-shot), by neighbours, by a linear probe.
 
 A task is the category (the narrowest level that is no name) or one attribute; its labels are all values that the
-catalogue knows, embedded as bare texts. A product is asked by its image, its text, and both.
+catalogue knows, embedded as bare texts, or as the mean over several prompts. A product is asked by its image, its text,
+and both. Neighbours and probe know some of the products to train on, drawn by a fixed seed.
 
 Leaks: titles often name the colour or the kind, and then prediction from text is reading, not understanding. So for t
 and mm every word that occurs in any label of the task is struck from the text first, whatever its plural or hyphens
@@ -11,19 +12,21 @@ and mm every word that occurs in any label of the task is struck from the text f
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from moon_jax import similarity
+from moon_jax.data import records
 from moon_jax.data.prepared import Prepared
 from moon_jax.data.records import title_group
+from moon_jax.evaluation import probe
+from moon_jax.evaluation.harness import Embedder
 from moon_jax.evaluation.retrieval import Encoded
-from moon_jax.serving.embedder import Embedder
 from moon_jax.types import VIEWS, Product
 
 MOST_LABELS = 200
@@ -31,6 +34,12 @@ MOST_LABELS = 200
 
 MOST_ATTRIBUTES = 8
 """Those that most products have: each costs the embedding of all texts that lose a word."""
+
+SEED = 0
+"""Of the choice of known products."""
+
+PROMPTS = ("{}",)
+"""How a label is put to a model, if nothing else is said: bare."""
 
 LEAST_PRODUCTS, LEAST_SHARE = 4, 0.05
 """Products to be found that must have an attribute, and their share."""
@@ -48,59 +57,84 @@ class Task:
     truth: np.ndarray  # i32[C], -1 where the product has none
     struck: dict[int, str]  # place among the C products → its text without the labels' words, where that differs
     leak: float  # percent of texts in which the product's own label stands in full
+    known: np.ndarray  # i32[N], labels of the known products, -1 where one has none
+    known_struck: dict[int, str]  # as `struck`, of the known products
 
 
-def tasks(prepared: Prepared) -> list[Task]:
+def known(prepared: Prepared, most: int) -> list[int]:
+    """Indices of the products that neighbours and probe know: some to train on; none where these are judged."""
+    if prepared.val == prepared.train:
+        return []
+    train = np.array(prepared.train)
+    return np.sort(np.random.default_rng(SEED).permutation(train)[:most]).tolist()
+
+
+def tasks(prepared: Prepared, known: Sequence[int] = ()) -> list[Task]:
     """The category, at the deepest level whose names products share, and the MOST_ATTRIBUTES commonest attributes.
 
     Labels come from all products of `prepared`, truths from those to be found. What has more values than half of its
-    products are names, not labels.
+    products are names, not labels. `known` are products that neighbours and probe know.
     """
     everything = sorted({*prepared.train, *prepared.val})
-    deepest = max((len(prepared.products[index].category) for index in everything), default=0)
+    products = {index: _without_images(prepared.products[index]) for index in everything}
+    deepest = max((len(product.category) for product in products.values()), default=0)
     category: Task | None = None
     for depth in range(deepest):  # the deepest one that will do stays
-        category = _task("category", prepared, everything, functools.partial(_level, depth=depth)) or category
-    names = sorted({name for index in everything for name in prepared.products[index].attributes})
-    found = [_task(f"attribute {name}", prepared, everything, functools.partial(_value, name=name)) for name in names]
+        told = {index: _level(product, depth) for index, product in products.items()}
+        category = _task("category", products, told, prepared.val, known) or category
+    names = sorted({name for product in products.values() for name in product.attributes})
+    found = []
+    for name in names:
+        told = {index: product.attributes.get(name, "") for index, product in products.items()}
+        found.append(_task(f"attribute {name}", products, told, prepared.val, known))
     attributes = sorted((task for task in found if task), key=lambda task: -(task.truth >= 0).sum())
     return ([category] if category else []) + attributes[:MOST_ATTRIBUTES]
+
+
+def _without_images(product: Product) -> Product:
+    """What the labels need: the images of a catalogue would not fit into memory."""
+    return Product(text=product.text, category=product.category, attributes=product.attributes)
 
 
 def _level(product: Product, depth: int) -> str:
     return product.category[depth] if depth < len(product.category) else ""
 
 
-def _value(product: Product, name: str) -> str:
-    return product.attributes.get(name, "")
-
-
-def _task(name: str, prepared: Prepared, everything: Sequence[int], value: Callable[[Product], str]) -> Task | None:
-    """The task of telling `value`, or None if that is no label, or too few products to be found have one."""
-    own = {index: value(prepared.products[index]) for index in everything}
+def _task(
+    name: str, products: dict[int, Product], own: dict[int, str], val: Sequence[int], known: Sequence[int]
+) -> Task | None:
+    """The task of telling `own`, or None if that is no label, or too few products to be found have one."""
     own = {index: text for index, text in own.items() if title_group(text)}
     # Case and spaces do not make another label; the first way of writing it is taken.
-    written = {}
+    written: dict[str, str] = {}
     for text in own.values():
         written.setdefault(title_group(text), text)
     if not 2 <= len(written) <= min(MOST_LABELS, len(own) // 2):
         return None
     number = {group: place for place, group in enumerate(written)}
-    truth = np.array([number[title_group(own[i])] if i in own else -1 for i in prepared.val], np.int32)
+
+    def truths(indices: Sequence[int]) -> np.ndarray:
+        return np.array([number[title_group(own[i])] if i in own else -1 for i in indices], np.int32)
+
+    truth = truths(val)
     if (truth >= 0).sum() < max(LEAST_PRODUCTS, LEAST_SHARE * len(truth)):
         return None
     labels = tuple(written.values())
     forbidden = set().union(*map(words, labels))
-    struck, leaks, told = {}, 0, 0
-    for place in np.flatnonzero(truth >= 0).tolist():
-        text = prepared.products[prepared.val[place]].text
-        if text:
-            told += 1
-            leaks += _holds(text, labels[truth[place]])
-            rest = strike(text, forbidden)
-            if rest != " ".join(unicodedata.normalize("NFKC", text).split()):
-                struck[place] = rest
-    return Task(name, labels, truth, struck, round(100.0 * leaks / max(told, 1), 4))
+
+    def struck(indices: Sequence[int], labelled: np.ndarray) -> dict[int, str]:
+        found = {}
+        for place in np.flatnonzero(labelled >= 0).tolist():
+            text = products[indices[place]].text
+            rest = strike(text, forbidden) if text else ""
+            if text and rest != " ".join(unicodedata.normalize("NFKC", text).split()):
+                found[place] = rest
+        return found
+
+    told = [(products[val[place]].text, labels[truth[place]]) for place in np.flatnonzero(truth >= 0).tolist()]
+    leaks = [_holds(text, label) for text, label in told if text]
+    leak, of_known = round(100.0 * sum(leaks) / max(len(leaks), 1), 4), truths(known)
+    return Task(name, labels, truth, struck(val, truth), leak, of_known, struck(known, of_known))
 
 
 def _stem(word: str) -> str:
@@ -172,17 +206,22 @@ def scores(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """A task's vectors, from which its scores follow."""
+    """A task's vectors, from which its scores follow. The words of the labels are struck from the texts."""
 
     task: Task
-    labels: np.ndarray  # f32[labels,D]
-    vectors: np.ndarray  # f32[C,3,D], the words of the labels struck from the texts
+    labels: np.ndarray | None  # f32[labels,D]; None of an embedder that cannot be asked
+    vectors: np.ndarray  # f32[C,3,D]
     present: np.ndarray  # bool[C,3]
+    known: np.ndarray  # f32[N,3,D]
+    known_present: np.ndarray  # bool[N,3]
 
     def truncated(self, width: int) -> Answers:
         """The same at `width` dimensions."""
-        labels, vectors = (np.asarray(similarity.truncate(part, width)) for part in (self.labels, self.vectors))
-        return dataclasses.replace(self, labels=labels, vectors=vectors)
+        parts = {name: getattr(self, name) for name in ("labels", "vectors", "known")}
+        cut = {
+            name: None if part is None else np.asarray(similarity.truncate(part, width)) for name, part in parts.items()
+        }
+        return dataclasses.replace(self, **cut)
 
 
 def encode(
@@ -190,48 +229,86 @@ def encode(
     prepared: Prepared,
     encoded: Encoded,
     asked: Sequence[Task],
+    known: Sequence[int] = (),
+    prompts: Sequence[str] = PROMPTS,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Answers]:
-    """Embeds labels, and those products anew whose text loses a word; `advance` is told of `count(asked)` in all.
+    """Embeds labels, known products, and all products anew whose text loses a word; `advance` is told of
+    `count(asked, known)` in all.
 
     Args:
         encoded: the products' vectors, in the order of `prepared.val`.
+        known: what `tasks` was given.
+        prompts: texts with {} in them, where a label is put; a label's vector is the mean over them.
     """
+    val = list(prepared.val)
+    mine, mine_present = encoded.candidates[:0], encoded.present[:0]
+    if known:
+        mine, mine_present = embedder.encode_views(records.Chosen(prepared.products, known), advance=advance)
     answers = []
     for task in asked:
-        vectors, present = encoded.candidates.copy(), encoded.present.copy()
-        changed = sorted(task.struck)
-        if changed:
-            products = [
-                dataclasses.replace(prepared.products[prepared.val[place]], text=task.struck[place] or None)
-                for place in changed
-            ]
-            vectors[changed], present[changed] = embedder.encode_views(products, advance=advance)
-        answers.append(Answers(task, embedder.encode(task.labels), vectors, present))
+        vectors, present = _anew(embedder, prepared, val, task.struck, encoded.candidates, encoded.present, advance)
+        ours = _anew(embedder, prepared, known, task.known_struck, mine, mine_present, advance)
+        answers.append(Answers(task, label_vectors(embedder, task.labels, prompts), vectors, present, *ours))
     return answers
 
 
-def count(asked: Iterable[Task]) -> int:
+def _anew(
+    embedder: Embedder,
+    prepared: Prepared,
+    indices: Sequence[int],
+    struck: dict[int, str],
+    vectors: np.ndarray,
+    present: np.ndarray,
+    advance: Callable[[int], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors and presence with those of the struck texts put in their places."""
+    if not struck:
+        return vectors, present
+    changed, vectors, present = sorted(struck), vectors.copy(), present.copy()
+    texts = [struck[place] or None for place in changed]
+    chosen = records.Chosen(prepared.products, [indices[place] for place in changed], texts)
+    vectors[changed], present[changed] = embedder.encode_views(chosen, advance=advance)
+    return vectors, present
+
+
+def label_vectors(embedder: Embedder, labels: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
+    """f32[labels,D]: the mean over prompts of what the embedder makes of a label, of unit length."""
+    texts = [Product(text=prompt.replace("{}", label)) for prompt in prompts for label in labels]
+    vectors = embedder.encode(texts).reshape(len(prompts), len(labels), -1).mean(axis=0)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def count(asked: Iterable[Task], known: Sequence[int] = ()) -> int:
     """Products that `encode` embeds."""
-    return sum(len(task.struck) for task in asked)
+    return len(known) + sum(len(task.struck) + len(task.known_struck) for task in asked)
 
 
-def measure(answers: Answers) -> dict[str, float | dict[str, float]]:
+def measure(answers: Answers) -> dict[str, Any]:
     """The scores of a task by view; a view that no product has is left out.
 
     Returns:
-        {"labels": …, "leak": percent of texts in which the own label stood, "i": {"accuracy": …, "precision": …,
-        "recall": …, "F1": …, "majority": accuracy of always telling the commonest label, "products": …}, …}.
+        {"labels": …, "leak": percent of texts in which the own label stood, "known": products that neighbours and
+        probe know, "i": {"accuracy": …, "precision": …, "recall": …, "F1": …, "neighbours": accuracy of their vote,
+        "probe": accuracy of the linear probe, "majority": accuracy of always telling the commonest label, "products":
+        …}, …}.
     """
     task = answers.task
-    found: dict[str, float | dict[str, float]] = {"labels": len(task.labels), "leak": task.leak}
+    found: dict[str, Any] = {"labels": len(task.labels), "leak": task.leak, "known": int((task.known >= 0).sum())}
     for number, view in enumerate(VIEWS):
         chosen = answers.present[:, number] & (task.truth >= 0)
         if not chosen.any():
             continue
-        truth = task.truth[chosen]
-        _, nearest = similarity.top_k(answers.vectors[chosen, number], answers.labels, 1)
+        truth, vectors = task.truth[chosen], answers.vectors[chosen, number]
+        told = {}
+        if answers.labels is not None:
+            _, nearest = similarity.top_k(vectors, answers.labels, 1)
+            told = scores(truth, nearest[:, 0])
+        taught = answers.known_present[:, number] & (task.known >= 0)
+        if len(set(task.known[taught].tolist())) > 1:
+            lesson = answers.known[taught, number], task.known[taught]
+            for name, guess in (("neighbours", probe.nearest), ("probe", probe.linear)):
+                told[name] = round(100.0 * float((guess(*lesson, vectors) == truth).mean()), 4)
         majority = round(100.0 * float(np.bincount(truth).max()) / len(truth), 4)
-        sizes = {"majority": majority, "products": len(truth)}
-        found[view] = scores(truth, np.asarray(nearest)[:, 0]) | sizes
+        found[view] = told | {"majority": majority, "products": len(truth)}
     return found

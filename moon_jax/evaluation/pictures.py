@@ -7,6 +7,7 @@ they read as well; whatever colour says is said by text, line style or frame, to
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from moon_jax import similarity
 from moon_jax.data.images import decode
 from moon_jax.data.prepared import Prepared
 from moon_jax.evaluation.retrieval import QUERY_SETS, Encoded, search
@@ -221,13 +221,13 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
             cells = half.subplots(shown, 1 + FOUND, squeeze=False, width_ratios=(1.15, *[1] * FOUND))
             for axes in cells.ravel():
                 axes.axis("off")
-            _, best = similarity.top_k(task.queries[chosen], task.candidates, min(FOUND, len(task.candidates)))
-            for row, number, ranked in zip(cells, chosen, np.asarray(best), strict=False):
+            best = dataclasses.replace(task, queries=task.queries[chosen]).found(FOUND)
+            hits = task.relevance.take(chosen).gains(best) > 0
+            for row, number, ranked, right in zip(cells, chosen, best, hits, strict=False):
                 asked = prepared.products[task.query_product[number]]
                 _cell(row[0], asked, query, max_pixels, "query", shows_picture=query != "t")
-                for place, index in enumerate(ranked, start=1):
+                for place, (index, hit) in enumerate(zip(ranked, right.tolist(), strict=True), start=1):
                     product = prepared.products[task.candidate_product[index]]
-                    hit = bool(task.candidate_key[index] == task.query_key[number])
                     _cell(row[place], product, candidate, max_pixels, f"{place} ✓" if hit else str(place), hit)
 
 

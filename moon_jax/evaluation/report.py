@@ -10,64 +10,99 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.table import Table
 from rich.text import Text
 
-from moon_jax.config import printable
+from moon_jax import config as config_lib
+from moon_jax.config import UserError, printable
 from moon_jax.data.prepared import Prepared
-from moon_jax.evaluation import labels, pictures, retrieval
+from moon_jax.data.shards import whole as whole_file
+from moon_jax.evaluation import harness, labels, pictures, retrieval
+from moon_jax.evaluation import metrics as measures_lib
+from moon_jax.evaluation.metrics import RANKS
 from moon_jax.serving.catalogue import write_vectors
-from moon_jax.serving.embedder import Embedder
 from moon_jax.training.watch import Watch
 from moon_jax.types import OBJECTIVES, VIEWS
 
 
 def evaluate(
-    embedder: Embedder, prepared: Prepared, workdir: str | Path, report: Watch | None = None
+    embedder: harness.Embedder,
+    prepared: Prepared,
+    workdir: str | Path,
+    report: Watch | None = None,
+    *,
+    known: int = 0,
+    prompts: Sequence[str] = labels.PROMPTS,
 ) -> dict[str, Any]:
-    """Judges `embedder` on the products to be found, zero-shot.
+    """Judges `embedder` on the products to be found.
 
-    Writes into `workdir`: metrics.json, embeddings/val.parquet, and pictures/ (those of the training need its
-    metrics.jsonl there).
+    Writes into `workdir`: metrics.json, queries.parquet, embeddings/val.parquet, and pictures/ (those of the training
+    need its metrics.jsonl there).
+
+    Args:
+        known: products to train on, at most, whose labels neighbours and a linear probe know; 0 leaves these out.
+        prompts: texts with {} in them, by which a label is put to the model.
 
     Returns:
-        What metrics.json holds: {"step", "model", "synthetic", "retrieval": {set of queries: {direction: scores}},
-        "labels": {task: scores}, "widths": {width: {"retrieval", "labels"}}}; see retrieval.directions and
-        labels.measure.
+        What metrics.json holds; docs/workdir.md tells it.
     """
     workdir = Path(workdir)
     report = report or Watch(workdir)
-    asked = labels.tasks(prepared)
-    with report.progress("embedding", retrieval.count(prepared) + labels.count(asked)) as advance:
+    # What is compared otherwise than by the dot product knows no label.
+    lessons = labels.known(prepared, known)
+    asked = [] if hasattr(embedder, "rank") else labels.tasks(prepared, lessons)
+    lessons = lessons if asked else []
+    with report.progress("embedding", retrieval.count(prepared) + labels.count(asked, lessons)) as advance:
         encoded = retrieval.encode(embedder, prepared, advance)
-        answers = labels.encode(embedder, prepared, encoded, asked, advance)
-    widths = (embedder.dimension, *reversed(embedder.config.objective.matryoshka))
+        answers = labels.encode(embedder, prepared, encoded, asked, lessons, prompts, advance)
+    seconds = getattr(embedder, "seconds", None)
+    if seconds and sum(seconds.values()):
+        share = 100 * seconds["device"] / sum(seconds.values())
+        report.line(f"of the time of embedding: device {share:.1f}%, waiting for data {100 - share:.1f}%")
+    config = getattr(embedder, "config", config_lib.Config())
+    dimension = encoded.candidates.shape[-1]
+    widths = (dimension, *reversed(config.objective.matryoshka))
     size = len(retrieval.DIRECTIONS) * len(encoded.queries) + len(answers)
+    category = _category(asked, prepared)
     with report.progress("evaluating", len(widths) * size) as advance:
-        judged = {}
+        judged: dict[int, dict[str, Any]] = {}
         for width in widths:
             scores: dict[str, Any] = {name: {} for name in encoded.queries}
-            for name, direction, found in retrieval.directions(encoded.truncated(width)):
-                scores[name][direction] = found
+            categories: dict[str, Any] = {name: {} for name in encoded.queries}
+            of_queries = []
+            for name, direction, task, measures in retrieval.directions(
+                encoded.truncated(width) if width < dimension else encoded
+            ):
+                scores[name][direction] = retrieval.summary(task, measures)
+                if width == dimension:
+                    categories[name][direction] = retrieval.by_category(task, measures, category)
+                    of_queries.append((name, direction, task, measures))
                 advance()
             told = {}
             for part in answers:
                 told[part.task.name] = labels.measure(part.truncated(width))
                 advance()
             judged[width] = {"retrieval": {name: found for name, found in scores.items() if found}, "labels": told}
-    whole = judged.pop(embedder.dimension)
+            if width == dimension:
+                judged[width]["categories"] = {name: found for name, found in categories.items() if category and found}
+                write_queries(workdir / QUERIES, prepared, of_queries)
+    whole = judged.pop(dimension)
     metrics = {
-        "step": embedder.step,
-        "model": embedder.fingerprint,
+        "step": getattr(embedder, "step", None),
+        "model": getattr(embedder, "fingerprint", embedder.name),
         "synthetic": prepared.synthetic,
+        "data": prepared.fingerprint,
         **whole,
         "widths": {str(width): found for width, found in judged.items()},
     }
     ids = [prepared.products[index].id for index in prepared.val]
-    path = workdir / "embeddings" / "val.parquet"
-    write_vectors(path, ids, encoded.candidates, encoded.present, embedder.fingerprint, prepared.synthetic)
+    if encoded.candidates.dtype == np.float32:
+        path = workdir / "embeddings" / "val.parquet"
+        write_vectors(path, ids, encoded.candidates, encoded.present, metrics["model"], prepared.synthetic)
     with report.progress("drawing", 5) as advance, warnings.catch_warnings(record=True) as caught:
-        for _ in draw(workdir, embedder, prepared, encoded, metrics):
+        for _ in draw(workdir, config, prepared, encoded, metrics):
             advance()
     lacking = [warning for warning in caught if "missing from font" in str(warning.message)]
     for warning in caught:
@@ -76,11 +111,86 @@ def evaluate(
     if lacking:
         report.line("some titles hold characters that no font here has: install Noto Sans, for Chinese Noto Sans CJK")
     # Last: a first metrics.json says that the rest is whole.
-    path = workdir / "metrics.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    whole_file(workdir / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     return metrics
+
+
+METRICS, QUERIES = "metrics.json", "queries.parquet"
+
+
+def _category(asked: Sequence[labels.Task], prepared: Prepared) -> dict[int, str]:
+    """The category of each product to be found that has one, by its index."""
+    found = next((task for task in asked if task.name == "category"), None)
+    if found is None:
+        return {}
+    return {
+        index: found.labels[label]
+        for index, label in zip(prepared.val, found.truth.tolist(), strict=True)
+        if label >= 0
+    }
+
+
+def write_queries(
+    path: Path,
+    prepared: Prepared,
+    judged: Sequence[tuple[str, str, retrieval.Search, dict[str, np.ndarray]]],
+) -> None:
+    """The measures of every query: set, direction, query (its id, or the number of its record), and a column each."""
+    ids: dict[int, str] = {}
+    for _, _, task, _ in judged:
+        for index in set(task.query_product.tolist()) - set(ids):
+            ids[index] = f"{index} {prepared.products[index].id}"
+    tables = [
+        pa.table(
+            {
+                "set": [name] * len(task.query_product),
+                "direction": [direction] * len(task.query_product),
+                "query": [ids[index] for index in task.query_product.tolist()],
+                **measures,
+            }
+        )
+        for name, direction, task, measures in judged
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if tables:
+        pq.write_table(pa.concat_tables(tables), path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+
+def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """How two judged models differ, by a paired bootstrap over the queries that both were asked.
+
+    Args:
+        ours, theirs: folders that `evaluate` wrote.
+
+    Returns:
+        {set: {direction: {measure: {"difference", "low", "high", "told"}, "queries": …}}}; see metrics.compared.
+
+    Raises:
+        UserError: one of them was not judged, or on other data.
+    """
+    told = []
+    for folder in (ours, theirs):
+        if not (folder / METRICS).is_file() or not (folder / QUERIES).is_file():
+            raise UserError(f"{folder}: nothing that moon-jax evaluate wrote; give a model, or such a folder")
+        told.append(json.loads((folder / METRICS).read_text(encoding="utf-8")))
+    if told[0]["data"] != told[1]["data"]:
+        raise UserError(f"{theirs}: judged on other data than {ours}; evaluate both on the same")
+    tables = [pq.read_table(folder / QUERIES).to_pydict() for folder in (ours, theirs)]
+    names = [name for name in tables[0] if name not in ("set", "direction", "query")]
+    values = []
+    for table in tables:
+        keys = zip(table["set"], table["direction"], table["query"], strict=True)
+        values.append(dict(zip(keys, zip(*(table[name] for name in names), strict=True), strict=True)))
+    shared: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+    for key in values[0]:
+        if key in values[1]:
+            shared.setdefault(key[:2], []).append(key)
+    found: dict[str, Any] = {}
+    for (name, direction), keys in shared.items():
+        sides = [dict(zip(names, np.array([side[key] for key in keys]).T, strict=True)) for side in values]
+        found.setdefault(name, {})[direction] = measures_lib.compared(*sides) | {"queries": len(keys)}
+    return found
 
 
 def _lines(workdir: Path) -> list[dict[str, Any]]:
@@ -90,12 +200,13 @@ def _lines(workdir: Path) -> list[dict[str, Any]]:
 
 
 def draw(
-    workdir: Path, embedder: Embedder, prepared: Prepared, encoded: retrieval.Encoded, metrics: dict[str, Any]
+    workdir: Path, config: config_lib.Config, prepared: Prepared, encoded: retrieval.Encoded, metrics: dict[str, Any]
 ) -> Iterator[None]:
     """Writes pictures/*.png, one at each step of the iteration."""
-    folder, config = workdir / "pictures", embedder.config
+    folder = workdir / "pictures"
     source = "synthetic catalogue, rendered by moon_jax · " if prepared.synthetic else ""
-    footer = f"{source}{metrics['step']} steps · model {embedder.fingerprint}"
+    steps = "" if metrics["step"] is None else f"{metrics['step']} steps · "
+    footer = f"{source}{steps}model {metrics['model']}"
     lines = _lines(workdir)
     if lines:
         pictures.training(folder / "training.png", lines, footer)
@@ -134,9 +245,7 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
             table.add_column(f"→ {view}", justify="right", no_wrap=True)
         for query in VIEWS:
             entries = [scores.get(f"{query}→{candidate}") for candidate in VIEWS]
-            cells = [
-                " / ".join(_percent(entry[f"R@{k}"]) for k in retrieval.RANKS) if entry else "none" for entry in entries
-            ]
+            cells = [" / ".join(_percent(entry[f"R@{k}"]) for k in RANKS) if entry else "none" for entry in entries]
             table.add_row(query, *cells)
         yield table
     if metrics["labels"]:
@@ -151,7 +260,8 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
         for name, scores in metrics["labels"].items():
             entries = [scores.get(view) for view in ("i", "t", "mm")]
             cells = [
-                f"{_percent(entry['accuracy'])} / {_percent(entry['F1'])}" if entry else "none" for entry in entries
+                f"{_percent(entry['accuracy'])} / {_percent(entry['F1'])}" if entry and "F1" in entry else "none"
+                for entry in entries
             ]
             commonest = next((entry["majority"] for entry in entries if entry), 0.0)
             table.add_row(
@@ -170,6 +280,54 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
             yield table
 
 
+def details(metrics: dict[str, Any]) -> Iterator[Table]:
+    """What `tables` leaves out: other measures than R@k, and what is told by neighbours and the probe."""
+    mark = "synthetic catalogue; " if metrics["synthetic"] else ""
+    for name, scores in metrics["retrieval"].items():
+        title = f"{mark}in percent, [interval of 95% by the bootstrap over queries]: {retrieval.QUERY_SETS[name]}"
+        table = Table(min_width=WIDTH, title=Text(title))
+        for column in ("", "R@10", "MRR", "nDCG@10", "mAP", "queries"):
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        for direction, entry in scores.items():
+            low, high = map(_percent, entry["interval"]["R@10"])
+            cells = [_percent(entry[measure]) for measure in ("MRR", "nDCG@10", "mAP")]
+            table.add_row(
+                direction, Text(f"{_percent(entry['R@10'])} [{low}, {high}]"), *cells, f"{entry['queries']:,}"
+            )
+        yield table
+    taught = {name: scores for name, scores in metrics["labels"].items() if scores["known"]}
+    if taught:
+        title = f"{mark}accuracy in percent of neighbours / a linear probe, which know some products to train on"
+        table = Table(min_width=WIDTH, title=f"{title} (*: label words struck)")
+        table.add_column("")
+        for column in ("i", "t*", "mm*", "known"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for name, scores in taught.items():
+            entries = [scores.get(view, {}) for view in ("i", "t", "mm")]
+            cells = [
+                f"{_percent(entry['neighbours'])} / {_percent(entry['probe'])}" if "probe" in entry else "none"
+                for entry in entries
+            ]
+            table.add_row(Text(printable(name.removeprefix("attribute "))), *cells, f"{scores['known']:,}")
+        yield table
+
+
+def differences(compared: dict[str, Any], ours: str, theirs: str) -> Iterator[Table]:
+    """A table of `compare` for each set of queries."""
+    for name, scores in compared.items():
+        title = f"{ours} minus {theirs}, in percent, [interval of 95% by a paired bootstrap] (*: not 0):"
+        table = Table(min_width=WIDTH, title=Text(printable(f"{title} {retrieval.QUERY_SETS[name]}")))
+        for column in ("", "R@10", "MRR", "queries"):
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        for direction, found in scores.items():
+            cells = [
+                f"{entry['difference']:+.1f} [{entry['low']:+.1f}, {entry['high']:+.1f}]{'*' if entry['told'] else ' '}"
+                for entry in (found["R@10"], found["MRR"])
+            ]
+            table.add_row(direction, *map(Text, cells), f"{found['queries']:,}")
+        yield table
+
+
 def learned(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
     """What scores and training lines say about the model, in sentences."""
     said, lines = [], _lines(Path(workdir))
@@ -186,7 +344,8 @@ def learned(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
                 f" (by chance {entry['chance@10']:.1f}%){seen if name == 'products_trained_on' else ''}"
             )
     shown = {name: scores["i"] for name, scores in metrics["labels"].items() if "i" in scores}
-    shown = {name: entry for name, entry in shown.items() if entry["products"] >= 20}  # fewer say nothing
+    # Fewer say nothing.
+    shown = {name: entry for name, entry in shown.items() if entry["products"] >= 20 and "accuracy" in entry}
     if shown:
         name, best = max(shown.items(), key=lambda item: item[1]["accuracy"] - item[1]["majority"])
         what = name.removeprefix("attribute ")

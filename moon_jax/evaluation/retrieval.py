@@ -1,4 +1,4 @@
-"""Zero-shot retrieval: R@k for the nine directions q→c of {t, i, mm}.
+"""Zero-shot retrieval: the nine directions q→c of {t, i, mm}.
 
 Protocol: all products of the split are candidates, and a hit is a candidate with the query's title (titles repeat).
 A query takes part where it has the view asked with and some hit has the view sought; the table counts them.
@@ -9,18 +9,19 @@ would only have to find itself byte for byte; candidates never are. Queries that
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from moon_jax import similarity
+from moon_jax.data import records
 from moon_jax.data.pipeline import Alteration
 from moon_jax.data.prepared import Prepared
-from moon_jax.serving.embedder import Embedder
+from moon_jax.evaluation import metrics
+from moon_jax.evaluation.harness import Embedder
 from moon_jax.types import VIEWS
 
-RANKS = (1, 5, 10)
 QUERY_SETS = {
     "products": "products as queries, altered where they share a modality with what they seek",
     "products_trained_on": "products as queries, altered where they share a modality; seen in training",
@@ -41,12 +42,14 @@ def shares_modality(query: str, candidate: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """What is asked with. `altered` and `plain` are f32[Q,3,D], `present` bool[Q,3]."""
+    """What is asked with. `altered` and `plain` are [Q,3,…], what the embedder makes of the views."""
 
     product: np.ndarray  # i32[Q], indices of products
+    sought: np.ndarray  # i32[Q], that of a product which it shall find
     altered: np.ndarray
     plain: np.ndarray
-    present: np.ndarray
+    altered_present: np.ndarray  # bool[Q,3], the altered views that there are
+    plain_present: np.ndarray  # bool[Q,3]
     key: np.ndarray  # i64[Q]; a candidate of an equal key is a hit
 
 
@@ -59,10 +62,11 @@ class Encoded:
     """
 
     product: np.ndarray  # i32[C], indices of products
-    candidates: np.ndarray  # f32[C,3,D]
+    candidates: np.ndarray  # [C,3,…]
     present: np.ndarray  # bool[C,3]
     key: np.ndarray  # i64[C]
     queries: dict[str, Queries]
+    rank: Callable[[Any, Any, int], tuple[np.ndarray, np.ndarray]] = similarity.top_k
 
     def truncated(self, width: int) -> Encoded:
         """The same at `width` dimensions."""
@@ -81,29 +85,34 @@ class Encoded:
 class Search:
     """One direction of one set of queries, ready to be searched."""
 
-    queries: np.ndarray  # f32[Q,D]
-    candidates: np.ndarray  # f32[C,D]
+    queries: np.ndarray  # [Q,…]
+    candidates: np.ndarray  # [C,…]
     query_product: np.ndarray  # i32[Q]
+    sought: np.ndarray  # i32[Q]
     candidate_product: np.ndarray  # i32[C]
-    query_key: np.ndarray  # i64[Q]
-    candidate_key: np.ndarray  # i64[C]
+    relevance: metrics.Relevance
+    rank: Callable[[Any, Any, int], tuple[np.ndarray, np.ndarray]]
+
+    def found(self, depth: int = metrics.DEPTH) -> np.ndarray:
+        """The candidates i32[Q,k] of each query by falling similarity; of equal ones the lowest index comes first."""
+        return self.rank(self.queries, self.candidates, min(depth, len(self.candidates)))[1]
 
 
 def encode(embedder: Embedder, prepared: Prepared, advance: Callable[[int], None] = lambda count: None) -> Encoded:
     """Embeds candidates and queries; `advance` is told of `count(prepared)` in all."""
-    products = [prepared.products[index] for index in prepared.val]
+    products = records.Chosen(prepared.products, prepared.val)
     # A product without title is sought by itself alone: below -1, apart from every group.
     key = np.where(prepared.group >= 0, prepared.group, -2 - np.arange(len(prepared.group)))
     place = np.array(prepared.val, np.int32)
     plain, present = embedder.encode_views(products, advance=advance)
-    altered, _ = embedder.encode_views(products, ALTERATION, SEED, advance)
+    altered, asks = embedder.encode_views(products, ALTERATION, SEED, advance)
     name = "products_trained_on" if prepared.val == prepared.train else "products"
-    queries = {name: Queries(place, altered, plain, present, key[place])}
+    queries = {name: Queries(place, place, altered, plain, asks, present, key[place])}
     if prepared.val_queries:
         asked, targets = (np.array(column, np.int32) for column in zip(*prepared.val_queries, strict=True))
-        own, own_present = embedder.encode_views([prepared.products[index] for index in asked], advance=advance)
-        queries["queries"] = Queries(asked, own, own, own_present, key[targets])
-    return Encoded(place, plain, present, key[place], queries)
+        own, own_present = embedder.encode_views(records.Chosen(prepared.products, asked), advance=advance)
+        queries["queries"] = Queries(asked, targets, own, own, own_present, own_present, key[targets])
+    return Encoded(place, plain, present, key[place], queries, getattr(embedder, "rank", similarity.top_k))
 
 
 def count(prepared: Prepared) -> int:
@@ -116,58 +125,62 @@ def search(encoded: Encoded, name: str, query: str, candidate: str) -> Search:
     asked = encoded.queries[name]
     q, c = VIEWS.index(query), VIEWS.index(candidate)
     offered = encoded.present[:, c]
+    altered = shares_modality(query, candidate)
+    vectors, present = (asked.altered, asked.altered_present) if altered else (asked.plain, asked.plain_present)
     # A query that no candidate with this view could answer says nothing about the model.
-    chosen = asked.present[:, q] & np.isin(asked.key, encoded.key[offered])
-    vectors = asked.altered if shares_modality(query, candidate) else asked.plain
+    chosen = present[:, q] & np.isin(asked.key, encoded.key[offered])
     return Search(
         queries=vectors[chosen, q],
         candidates=encoded.candidates[offered, c],
         query_product=asked.product[chosen],
+        sought=asked.sought[chosen],
         candidate_product=encoded.product[offered],
-        query_key=asked.key[chosen],
-        candidate_key=encoded.key[offered],
+        relevance=metrics.Keys(asked.key[chosen], encoded.key[offered]),
+        rank=encoded.rank,
     )
 
 
-def recall(
-    queries: np.ndarray, candidates: np.ndarray, query_key: np.ndarray, candidate_key: np.ndarray, ranks: Sequence[int]
-) -> dict[str, float]:
-    """R@k in percent: the share of queries with a candidate of their key among the k most similar.
-
-    Of equally similar candidates the one with the lower index ranks first.
-
-    Args:
-        queries: f32[Q,D], unit.
-        candidates: f32[C,D], unit.
-        query_key, candidate_key: i64[Q], i64[C].
-        ranks: the k; beyond the number of candidates all of them count.
-    """
-    _, found = similarity.top_k(queries, candidates, min(max(ranks), len(candidates)))
-    hits = candidate_key[np.asarray(found)] == query_key[:, None]
-    return {f"R@{k}": round(100.0 * float(hits[:, :k].any(axis=1).mean()), 4) for k in ranks}
-
-
-def chance(query_key: np.ndarray, candidate_key: np.ndarray, k: int) -> float:
-    """R@k in percent of candidates in random order: 1 − C(C−h, k) / C(C, k), the mean over queries with h hits."""
-    total, k = len(candidate_key), min(k, len(candidate_key))
-    hits = (np.sort(candidate_key).searchsorted(query_key, side) for side in ("right", "left"))
-    numbers, queries = np.unique(np.subtract(*hits), return_counts=True)
-    missed = [math.comb(total - number, k) / math.comb(total, k) for number in numbers.tolist()]
-    return round(100.0 * (1 - float(np.dot(missed, queries)) / len(query_key)), 4)
-
-
-def directions(encoded: Encoded) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """R@1, 5, 10, one direction of one set of queries after the other; those that have no query are left out.
+def directions(encoded: Encoded) -> Iterator[tuple[str, str, Search, dict[str, np.ndarray]]]:
+    """One direction of one set of queries after the other; those that have no query are left out.
 
     Yields:
-        The set's name, the direction as "t→i", and {"R@1": …, "chance@10": …, "queries": …, "candidates": …}.
+        The set's name, the direction as "t→i", what was searched, and the measures of each query (metrics.by_query).
     """
     for name in encoded.queries:
         for query, candidate in DIRECTIONS:
             task = search(encoded, name, query, candidate)
-            if not len(task.queries):
-                continue
-            scores = recall(task.queries, task.candidates, task.query_key, task.candidate_key, RANKS)
-            scores["chance@10"] = chance(task.query_key, task.candidate_key, 10)
-            sizes = {"queries": len(task.queries), "candidates": len(task.candidates)}
-            yield name, f"{query}→{candidate}", scores | sizes
+            if len(task.query_product):
+                yield name, f"{query}→{candidate}", task, metrics.by_query(task.found(), task.relevance)
+
+
+def summary(task: Search, measures: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What metrics.json holds of a direction.
+
+    Returns:
+        {"R@1": …, "R@5", "R@10", "MRR", "nDCG@10", "mAP", "chance@10", "interval": {"R@1": [low, high], …}, "queries",
+        "candidates"}.
+    """
+    return {
+        **{name: round(float(values.mean()), 4) for name, values in measures.items()},
+        "chance@10": round(metrics.chance(task.relevance.number, len(task.candidates), 10), 4),
+        "interval": {name: metrics.rounded(ends) for name, ends in metrics.intervals(measures).items()},
+        "queries": len(task.query_product),
+        "candidates": len(task.candidates),
+    }
+
+
+def by_category(task: Search, measures: dict[str, np.ndarray], category: dict[int, str]) -> dict[str, dict[str, float]]:
+    """R@10 of the queries that seek a product of a category, the commonest first.
+
+    Args:
+        category: of products by index.
+    """
+    groups: dict[str, list[int]] = {}
+    for place, product in enumerate(task.sought.tolist()):
+        if product in category:
+            groups.setdefault(category[product], []).append(place)
+    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    return {
+        name: {"R@10": round(float(measures["R@10"][places].mean()), 4), "queries": len(places)}
+        for name, places in ordered
+    }

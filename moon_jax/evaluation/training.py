@@ -23,7 +23,10 @@ def judge(config: config_lib.Config, prepared: Prepared, tokenizer: Tokenizer, m
 
     def scores(params: Any) -> dict[str, Any]:
         encoded = retrieval.encode(embedder.of(params), prepared)
-        found = {f"{name} {direction}": entry["R@10"] for name, direction, entry in retrieval.directions(encoded)}
+        judged = retrieval.directions(encoded)
+        found = {
+            f"{name} {direction}": round(float(measures["R@10"].mean()), 4) for name, direction, _, measures in judged
+        }
         return {BEST: round(float(np.mean([*found.values()])), 4), "directions": found}
 
     return scores

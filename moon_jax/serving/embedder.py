@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from moon_jax import backend, places, sharding, similarity
+from moon_jax import backend, interrupt, places, sharding, similarity
 from moon_jax import config as config_lib
 from moon_jax.config import UserError
 from moon_jax.data import rows as rows_lib
@@ -31,10 +33,13 @@ from moon_jax.hub.export import Trained
 from moon_jax.model.encoder import Encoder
 from moon_jax.training import checkpoints
 from moon_jax.training.step import initial_state
-from moon_jax.types import VIEWS, Product, Rows
+from moon_jax.types import VIEWS, Array, Product, Rows
 
 BATCHES = (1, 8)
 """Batch sizes that get a compilation of their own, beside the largest."""
+
+AHEAD = 3
+"""Batches that are read while the device works on another."""
 
 
 def as_product(item: Any) -> Product:
@@ -80,6 +85,8 @@ class Embedder:
         self.config = config
         self.fingerprint = fingerprint
         self.step = step
+        self.name = f"moon_jax {fingerprint}"
+        self.seconds = {"data": 0.0, "device": 0.0}  # waited for batches, and for the device
         # The vectors are those of who serves the exported model by Qwen's own rule.
         self.reader = Reader(self.config, tokenizer, within_budget=False)
         self._params = params
@@ -91,6 +98,15 @@ class Embedder:
                 out_shardings=NamedSharding(mesh, PartitionSpec()) if mesh else None,
                 compiler_options=backend.compiler_options(),
             )
+
+    def on_all_devices(self) -> Embedder:
+        """The same, whose rows are divided over all devices of this process, each of which holds the parameters."""
+        devices = jax.local_devices()
+        if len(devices) == 1 or self._mesh:
+            return self
+        mesh = sharding.make_mesh(config_lib.Mesh(), devices)
+        params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
+        return Embedder(self.config, params, self.reader.tokenizer, self.fingerprint, self.step, mesh)
 
     def _placed(self) -> contextlib.AbstractContextManager:
         return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
@@ -227,19 +243,51 @@ class Embedder:
         wanted = (*(size for size in BATCHES if size < largest), largest)
         sizes = sorted({-(-size // parts) * parts for size in wanted})
         results = [np.zeros((0, len(VIEWS), self.dimension), np.float32)]
-        with ThreadPoolExecutor(self.config.data.threads) as pool:
-            for start in range(0, len(numbers), largest):
-                chunk = numbers[start : start + largest]
-                segments = list(pool.map(read, chunk))
-                size = next(size for size in sizes if size >= len(chunk))
-                rows = [[parts] for parts in segments] + [[]] * (size - len(chunk))
-                packed: Rows = rows_lib.pack(rows, layout.holding(segments), self.reader.tokenizer.pad)
-                with self._placed():
-                    if self._mesh:
-                        packed = sharding.spread(self._mesh, packed)
-                    results.append(np.asarray(self._encode(self._params, packed))[: len(chunk)])
-                advance(len(chunk))
+
+        def packed(start: int, pool: ThreadPoolExecutor) -> Rows:
+            segments = list(pool.map(read, numbers[start : start + largest]))
+            size = next(size for size in sizes if size >= len(segments))
+            rows = [[parts] for parts in segments] + [[]] * (size - len(segments))
+            return rows_lib.pack(rows, layout.holding(segments), self.reader.tokenizer.pad)
+
+        starts = range(0, len(numbers), largest)
+        with ThreadPoolExecutor(self.config.data.threads) as pool, ThreadPoolExecutor(1) as packer:
+            # Batches are read ahead, and one is given to the device before the last one's vectors are fetched.
+            ahead = collections.deque(packer.submit(packed, start, pool) for start in starts[:AHEAD])
+            given: collections.deque[tuple[int, Array]] = collections.deque()
+            try:
+                for number, start in enumerate(starts):
+                    interrupt.check()
+                    with self._timed("data"):
+                        rows = ahead.popleft().result()
+                    if number + AHEAD < len(starts):
+                        ahead.append(packer.submit(packed, starts[number + AHEAD], pool))
+                    with self._timed("device"), self._placed():
+                        rows = sharding.spread(self._mesh, rows) if self._mesh else rows
+                        given.append((min(largest, len(numbers) - start), self._encode(self._params, rows)))
+                        if number:
+                            self._fetch(given, results, advance)
+                with self._timed("device"):
+                    while given:
+                        self._fetch(given, results, advance)
+            finally:
+                for future in ahead:
+                    future.cancel()
         return np.concatenate(results)
+
+    @staticmethod
+    def _fetch(
+        given: collections.deque[tuple[int, Array]], results: list[np.ndarray], advance: Callable[[int], None]
+    ) -> None:
+        count, vectors = given.popleft()
+        results.append(np.asarray(vectors)[:count])
+        advance(count)
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[what] += time.monotonic() - began
 
 
 def load(model: str | Path, options: dict[str, Any] | None = None) -> Embedder:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -129,7 +131,7 @@ class Fake:
         return found / max(np.linalg.norm(found), 1.0)
 
     def encode(self, items):
-        return np.stack([self.text(item) for item in items])
+        return np.stack([self.text(item.text) for item in items])
 
     def encode_views(self, products, alteration=None, seed=0, advance=lambda count: None):
         image = np.eye(5, dtype=np.float32)[0]
@@ -143,15 +145,59 @@ def test_prediction_reads_no_label():
     prepared = prepared_of(PRODUCTS)
     encoded = retrieval.Encoded(np.arange(6), *Fake().encode_views(PRODUCTS), np.arange(6), {})
     asked, done = labels.tasks(prepared), []
-    answers = labels.encode(Fake(), prepared, encoded, asked, done.append)
+    answers = labels.encode(Fake(), prepared, encoded, asked, advance=done.append)
     assert sum(done) == labels.count(asked) == 6
     colour = labels.measure(next(a for a in answers if a.task.name == "attribute colour"))
-    assert colour["labels"] == 3 and colour["leak"] == 60.0
+    assert colour["labels"] == 3 and colour["leak"] == 60.0 and colour["known"] == 0
     # By image: always red, right for two of the four with an image and a colour.
     assert colour["i"]["accuracy"] == 50.0 and colour["i"]["majority"] == 50.0 and colour["i"]["products"] == 4
     # By text: all colour words are gone (and with them product 2's whole text); ties go to the first label, red.
     assert colour["t"]["products"] == 4 and colour["t"]["accuracy"] == 25.0
-    assert colour["mm"]["products"] == 2
-    unmasked = labels.Answers(answers[1].task, answers[1].labels, encoded.candidates, encoded.present)
+    assert colour["mm"]["products"] == 2 and "probe" not in colour["i"]
+    unmasked = dataclasses.replace(answers[1], vectors=encoded.candidates, present=encoded.present)
     assert labels.measure(unmasked)["t"]["accuracy"] == 60.0  # it would have read them
     assert answers[0].truncated(2).vectors.shape == (6, len(VIEWS), 2)
+
+
+def test_neighbours_and_probe_know_products_to_train_on_without_the_labels_words():
+    """Kinds say the colour's word in every title to train on: who read it would be right always."""
+    kinds = ("red", "blue", "green")
+    products = [
+        Product(text=f"{kinds[n % 3]} shirt", images=(b"x",), attributes={"colour": kinds[n % 3]}) for n in range(30)
+    ]
+    prepared = prepared_of(products, train=range(18))
+    known = labels.known(prepared, 12)
+    assert len(known) == 12 and known == sorted(set(known)) and max(known) < 18
+    assert known == labels.known(prepared, 12)
+    (colour,) = labels.tasks(prepared, known)
+    assert colour.known.tolist() == [n % 3 for n in known]
+    assert colour.known_struck == dict.fromkeys(range(12), "shirt")
+    encoded = retrieval.Encoded(np.arange(12), *Fake().encode_views(products[18:]), np.arange(12), {})
+    done = []
+    (answers,) = labels.encode(Fake(), prepared, encoded, [colour], known, advance=done.append)
+    assert sum(done) == labels.count([colour], known) == 12 + 12 + 12
+    found = labels.measure(answers)
+    assert found["known"] == 12
+    # Nothing is left to tell them apart: all get the label that most of the known have.
+    commonest = max(range(3), key=lambda label: (colour.known.tolist().count(label), -label))
+    share = 100 * float((colour.truth == commonest).mean())
+    assert found["t"]["probe"] == found["t"]["neighbours"] == pytest.approx(share, abs=1e-3)
+    reading = dataclasses.replace(
+        answers, vectors=encoded.candidates, known=Fake().encode_views([products[n] for n in known])[0]
+    )
+    assert labels.measure(reading)["t"]["probe"] == labels.measure(reading)["t"]["neighbours"] == 100.0
+
+
+def test_products_that_were_trained_on_teach_nothing():
+    prepared = prepared_of(PRODUCTS, train=range(6))
+    assert labels.known(dataclasses.replace(prepared, val=prepared.train), 5) == []
+
+
+def test_prompts_are_averaged():
+    class Words:
+        def encode(self, items):
+            return np.stack([np.eye(3, dtype=np.float32)[len(item.text.split()) - 1] for item in items])
+
+    found = labels.label_vectors(Words(), ["red", "navy blue"], ["{}", "a {}"])
+    expected = np.array([[1, 1, 0], [0, 1, 1]]) / np.sqrt(2)
+    np.testing.assert_allclose(found, expected, atol=1e-6)

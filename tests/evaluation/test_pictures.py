@@ -1,5 +1,7 @@
 """Pictures are for eyes; what can be asserted is that nothing that comes along breaks them, and what they frame."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -60,11 +62,12 @@ def encoded(products, own_queries=()):
 
     place = np.arange(count - len(own_queries))
     vectors, present = views(place)
-    queries = {"products": retrieval.Queries(place, vectors, vectors, present, place)}
+    queries = {"products": retrieval.Queries(place, place, vectors, vectors, present, present, place)}
     if own_queries:
         own = np.arange(count - len(own_queries), count)
         vectors_own, present_own = views(own)
-        queries["queries"] = retrieval.Queries(own, vectors_own, vectors_own, present_own, np.array(own_queries))
+        sought, pair = np.array(own_queries), (present_own, present_own)
+        queries["queries"] = retrieval.Queries(own, sought, vectors_own, vectors_own, *pair, sought)
     return retrieval.Encoded(place, vectors, present, place, queries)
 
 
@@ -121,7 +124,7 @@ def test_a_gallery_of_misses_frames_nothing(tmp_path):
     far = np.roll(asked.plain, 1, axis=0)
     # Every query points at its neighbour, and the rest are tied: the right one must not be among the first five.
     far = far - 0.01 * asked.plain
-    found.queries["products"] = retrieval.Queries(asked.product, far, far, asked.present, asked.key)
+    found.queries["products"] = dataclasses.replace(asked, altered=far, plain=far)
     pictures.gallery(tmp_path / "g.png", found, prepared_of(products), 10**6, 0, "")
     assert not framed(tmp_path / "g.png")
 

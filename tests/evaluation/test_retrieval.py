@@ -3,28 +3,8 @@ import pytest
 
 from moon_jax.data.prepared import Prepared
 from moon_jax.evaluation import retrieval
-from moon_jax.types import Product
+from moon_jax.types import VIEWS, Product
 from tests.conftest import tiny
-
-
-def oracle(queries, candidates, query_key, candidate_key, k):
-    hits = 0
-    for q, key in zip(queries, query_key, strict=True):
-        scores = [float(np.dot(q, c)) for c in candidates]
-        order = sorted(range(len(candidates)), key=lambda c: (-scores[c], c))
-        hits += any(candidate_key[c] == key for c in order[:k])
-    return 100 * hits / len(queries)
-
-
-def test_recall_equals_a_loop_with_ties_and_groups():
-    rng = np.random.default_rng(0)
-    queries = rng.integers(-1, 2, (40, 3)).astype(np.float32)
-    candidates = rng.integers(-1, 2, (30, 3)).astype(np.float32)
-    query_key, candidate_key = rng.integers(0, 25, 40), rng.integers(0, 25, 30)
-    found = retrieval.recall(queries, candidates, query_key, candidate_key, (1, 5, 10, 50))
-    for k in (1, 5, 10, 50):
-        assert found[f"R@{k}"] == pytest.approx(oracle(queries, candidates, query_key, candidate_key, k), abs=1e-3)
-    assert 0 < found["R@1"] < found["R@10"] < 100
 
 
 class Fake:
@@ -49,8 +29,11 @@ def test_all_directions_with_absent_views_and_own_queries():
     products.append(Product(images=(b"x",), id="0"))  # a photo of product 0
     encoded = retrieval.encode(Fake(products[:6]), prepared_of(products))
     found = {name: {} for name in encoded.queries}
-    for name, direction, scores in retrieval.directions(encoded):
-        found[name][direction] = scores
+    for name, direction, task, measures in retrieval.directions(encoded):
+        entry = retrieval.summary(task, measures)
+        found[name][direction] = {
+            key: entry[key] for key in ("R@1", "R@5", "R@10", "chance@10", "queries", "candidates")
+        }
     assert set(found) == {"products", "queries"}
     by_itself = found["products"]
     # Unaltered views find their product always; altered ones point at the next product, which R@1 is never right about,
@@ -71,17 +54,6 @@ def prepared_of(products):
     return Prepared(products, group, [], [], list(range(6)), [(6, 0)], {})
 
 
-def test_chance_is_what_random_orders_give():
-    rng = np.random.default_rng(0)
-    query_key, candidate_key = rng.integers(0, 6, 30), rng.permutation(np.r_[np.arange(6), rng.integers(0, 6, 14)])
-    drawn = []
-    for _ in range(4000):
-        top = candidate_key[rng.permutation(20)[:4]]
-        drawn.append(np.isin(query_key, top).mean())
-    assert retrieval.chance(query_key, candidate_key, 4) == pytest.approx(100 * np.mean(drawn), abs=0.7)
-    assert retrieval.chance(query_key, candidate_key, 50) == 100.0
-
-
 def test_truncated_vectors_are_cut_everywhere():
     products = [Product(text=f"x{k}", images=(b"x",), id=str(k)) for k in range(6)]
     products.append(Product(images=(b"x",), id="0"))
@@ -96,3 +68,48 @@ def test_truncated_vectors_are_cut_everywhere():
 def test_only_t_and_i_share_nothing():
     apart = [(q, c) for q, c in retrieval.DIRECTIONS if not retrieval.shares_modality(q, c)]
     assert apart == [("t", "i"), ("i", "t")] and len(retrieval.DIRECTIONS) == 9
+
+
+def test_measures_of_a_direction_follow_from_its_vectors():
+    """Against loops over a whole matrix, ties and title groups included, with a view that some products lack."""
+    from tests.evaluation.test_metrics import oracle
+
+    rng = np.random.default_rng(0)
+    count = 40
+    vectors = rng.integers(-1, 2, (2, count, 3, 4)).astype(np.float32)
+    key, present = rng.integers(0, 25, count), rng.random((count, 3)) < 0.8
+    place = np.arange(count)
+    queries = retrieval.Queries(place, place, vectors[0], vectors[1], present, present, key)
+    encoded = retrieval.Encoded(place, vectors[1], present, key, {"products": queries})
+    for _, direction, task, measures in retrieval.directions(encoded):
+        q, c = (VIEWS.index(view) for view in direction.split("→"))
+        asked = vectors[0] if retrieval.shares_modality(*direction.split("→")) else vectors[1]
+        offered = [n for n in range(count) if present[n, c]]
+        expected = []
+        for n in range(count):
+            grades = [float(key[n] == key[m]) for m in offered]
+            if present[n, q] and any(grades):
+                expected.append(oracle([float(asked[n, q] @ vectors[1][m, c]) for m in offered], grades))
+        assert len(expected) == len(task.query_product) > 20
+        entry = retrieval.summary(task, measures)
+        for name in measures:
+            values = [value[name] for value in expected]
+            np.testing.assert_allclose(measures[name], values, atol=1e-9)
+            low, high = entry["interval"][name]
+            assert low <= entry[name] <= high and entry[name] == pytest.approx(np.mean(values), abs=1e-4)
+
+
+def test_categories_part_the_queries_of_a_direction():
+    products = [Product(text=f"x{k}", images=(b"x",), id=str(k)) for k in range(6)]
+    products.append(Product(images=(b"x",), id="0"))
+    encoded = retrieval.encode(Fake(products[:6]), prepared_of(products))
+    category = {0: "mugs", 1: "mugs", 3: "hats", 4: "hats", 5: "hats"}
+    for name, direction, task, measures in retrieval.directions(encoded):
+        found = retrieval.by_category(task, measures, category)
+        if name == "queries":
+            assert found == {"mugs": {"R@10": 100.0, "queries": 1}}  # that of what is sought
+            continue
+        assert {part: entry["queries"] for part, entry in found.items()} == {"hats": 3, "mugs": 2}, direction
+        whole = sum(entry["R@10"] * entry["queries"] for entry in found.values())
+        kept = np.isin(task.sought, list(category))
+        assert whole == pytest.approx(measures["R@10"][kept].sum(), abs=1e-3)

@@ -1,0 +1,85 @@
+"""What any model has to beat: words that are the same (BM25), and colours that are the same."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from moon_jax.config import UserError
+from moon_jax.data.images import decode
+from moon_jax.evaluation.harness import ByItem
+from moon_jax.evaluation.labels import UNSPACED
+from moon_jax.types import Product
+
+
+class BM25(ByItem):
+    """BM25 over titles, k1 = 1.5 and b = 0.75, as Lucene has it, by the library bm25s. An item becomes its title."""
+
+    name = "BM25"
+    sees = ("t",)
+
+    def __init__(self, max_pixels: int):
+        """
+        Raises:
+            UserError: bm25s is not installed.
+        """
+        try:
+            import bm25s
+        except ImportError:
+            raise UserError("--model bm25: wants bm25s; pip install -e '.[baselines]'") from None
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells every step
+        self._library, self.max_pixels = bm25s, max_pixels
+
+    def encode(self, items: Sequence[Product]) -> np.ndarray:
+        return np.array([item.text for item in items], object)
+
+    def rank(self, queries: Sequence[str], candidates: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As similarity.top_k, of titles."""
+        index = self._library.BM25(k1=1.5, b=0.75, method="lucene")
+        index.index([_words(text) or [""] for text in candidates], show_progress=False)
+        known = index.vocab_dict
+        scores, found = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int32)
+        for place, query in enumerate(queries):
+            asked = [word for word in _words(query) if word in known]
+            score = index.get_scores(asked) if asked else np.zeros(len(candidates), np.float32)
+            found[place] = np.argsort(-score, kind="stable")[:k]
+            scores[place] = score[found[place]]
+        return scores, found
+
+
+def _words(text: str) -> list[str]:
+    """Lower-case words; a script without spaces, sign by sign."""
+    spaced = UNSPACED.sub(lambda sign: f" {sign.group()} ", text.casefold())
+    return re.findall(r"\w+", spaced)
+
+
+class Colours(ByItem):
+    """The colours of an image: a histogram of hue, saturation and value in 12 × 4 × 4 bins. Vectors are its roots:
+    their dot product is the Bhattacharyya coefficient.
+    """
+
+    name = "colour histogram"
+    sees = ("i",)
+    bins = (12, 4, 4)
+
+    def __init__(self, max_pixels: int):
+        self.max_pixels = max_pixels
+
+    def encode(self, items: Sequence[Product]) -> np.ndarray:
+        return np.stack([self._histogram(item) for item in items])
+
+    def _histogram(self, item: Product) -> np.ndarray:
+        if not item.images:
+            raise UserError("--model colours: sees images only")
+        picture = decode(item.images[0], self.max_pixels)
+        picture.thumbnail((128, 128))
+        pixels = np.asarray(picture.convert("HSV")).reshape(-1, 3)
+        counts, _ = np.histogramdd(pixels, self.bins, [(0, 256)] * 3)
+        return np.sqrt(counts.ravel() / len(pixels)).astype(np.float32)
+
+
+NAMES: dict[str, Callable[[int], ByItem]] = {"bm25": BM25, "colours": Colours}
+"""By what --model calls them."""
