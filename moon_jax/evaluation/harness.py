@@ -29,7 +29,9 @@ BATCH = 64
 class Embedder(Protocol):
     """Products in, unit vectors out: serving.Embedder is one.
 
-    One that has `rank`, of similarity.top_k's form, may make anything of an item that `rank` then compares.
+    One that has `rank`, of similarity.top_k's form, may make anything of an item that `rank` then compares. `sees` says
+    whether it embeds texts and images ("t", "i"), if not both; `fixed`, that a product's vectors are given, whatever
+    its text now is.
     """
 
     name: str
@@ -224,8 +226,12 @@ class SentenceTransformer(ByItem):
 class Vectors:
     """Vectors from anywhere: Parquet files of a folder with the columns id, view (t, i or mm) and vector.
 
-    They are brought to unit length. Altered queries cannot be asked for: directions that need them are left out.
+    They are brought to unit length. Altered products cannot be asked for: directions and labels that need them are left
+    out.
     """
+
+    sees: tuple[str, ...] = ()
+    fixed = True
 
     def __init__(self, folder: str | Path):
         """
@@ -246,8 +252,9 @@ class Vectors:
             for key in zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True):
                 if key[1] not in VIEWS:
                     raise UserError(f"{path}: view {key[1]!r} is none of t, i and mm")
-                if self._rows.setdefault(key, len(self._rows)) != len(self._rows) - 1:
+                if key in self._rows:
                     raise UserError(f"{path}: view {key[1]} of {key[0]!r} is there twice")
+                self._rows[key] = len(self._rows)
             if len(part):
                 parts.append(part)
             if {part.shape[1] for part in parts} - {parts[0].shape[1]}:

@@ -249,7 +249,8 @@ def encode(
     for task in asked:
         vectors, present = _anew(embedder, prepared, val, task.struck, encoded.candidates, encoded.present, advance)
         ours = _anew(embedder, prepared, known, task.known_struck, mine, mine_present, advance)
-        answers.append(Answers(task, label_vectors(embedder, task.labels, prompts), vectors, present, *ours))
+        named = label_vectors(embedder, task.labels, prompts) if "t" in getattr(embedder, "sees", VIEWS) else None
+        answers.append(Answers(task, named, vectors, present, *ours))
     return answers
 
 
@@ -267,6 +268,10 @@ def _anew(
         return vectors, present
     changed, vectors, present = sorted(struck), vectors.copy(), present.copy()
     texts = [struck[place] or None for place in changed]
+    if getattr(embedder, "fixed", False):  # of texts that hold the labels' words
+        present[np.ix_(changed, [VIEWS.index("t"), VIEWS.index("mm")])] = False
+        advance(len(changed))
+        return vectors, present
     chosen = records.Chosen(prepared.products, [indices[place] for place in changed], texts)
     vectors[changed], present[changed] = embedder.encode_views(chosen, advance=advance)
     return vectors, present
