@@ -51,6 +51,7 @@ setup(
         "tfds": ["tensorflow-datasets>=4.9.9"],  # its builders as sources
         "gcs": ["gcsfs>=2026.4"],  # workdirs on gs://
         "baselines": ["bm25s>=0.3", "sentence-transformers>=6.2,<7"],  # models to compare with
+        "faiss": ["faiss-cpu>=1.12"],  # indices for servers built on it
         "hf": ["torch>=2.6", "transformers>=5.23,<6"],
         "notebooks": ["jupyterlab"],
         "test": [

@@ -99,7 +99,7 @@ REMEDIES = {
 
 def _refused(error: OSError, parsed: argparse.Namespace) -> str:
     # What fails in the middle of a file does not say which: it is ours, where we write.
-    writes_output = parsed.command in ("export", "prepare", "augment", "evaluate")
+    writes_output = parsed.command in ("export", "prepare", "augment", "evaluate", "embed")
     flag = "output" if writes_output else "json" if parsed.command == "plan" else "workdir"
     place = error.filename or f"--{flag} {getattr(parsed, flag)}"
     return f"{place}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"

@@ -341,6 +341,67 @@ def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     )
 
 
+def run_embed(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Embeds a prepared catalogue."""
+    if overrides:
+        raise UserError(f"{overrides[0]}: embed runs no config; leave this out")
+    _expand(parsed, ())
+    from moon_jax.data import prepared as prepared_lib
+    from moon_jax.serving import catalogue
+    from moon_jax.training import watch
+
+    interrupt.check()
+    _hush()
+    if not prepared_lib.is_prepared(parsed.data):
+        made = shlex.join(
+            ["moon-jax", "prepare", "--data", parsed.data, "--output", f"{parsed.data.rstrip('/')}-prepared"]
+        )
+        raise UserError(f"--data {parsed.data}: not prepared data; this makes it: {made}")
+    options = catalogue.Options(tuple(parsed.views.split(",")), parsed.dtype, parsed.width)
+    report = watch.Watch()
+    with report.busy("opening the model"):
+        embedder = _opened(parsed.model, "", config_lib.Config())
+        if hasattr(embedder, "rank"):
+            raise UserError(f"--model {parsed.model}: makes no vectors; give another")
+    prepared = prepared_lib.open_prepared(parsed.data)
+    manifest = catalogue.embed(embedder, prepared, parsed.output, options, report.progress)
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    report.line(
+        f"{manifest['rows']:,} vectors of {manifest['products']:,} products, {manifest['width']} × {manifest['dtype']},"
+        f" {size / 1e6:,.1f} MB"
+    )
+    search = shlex.join(["moon-jax", "search", "--index", parsed.output, "--model", parsed.model, "--text", "red shoe"])
+    report.line(f"embedded in {parsed.output}; to search: {search}")
+
+
+def run_search(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Searches, and shows what it found."""
+    if overrides:
+        raise UserError(f"{overrides[0]}: search runs no config; leave this out")
+    if not (parsed.text or parsed.image or parsed.faiss):
+        raise UserError("--text: give a text, an --image, or both")
+    if parsed.k < 1:
+        raise UserError(f"-k {parsed.k}: give 1 or more")
+    from moon_jax.serving import search
+    from moon_jax.training import watch
+    from moon_jax.types import Product
+
+    _hush()
+    report = watch.Watch()
+    index = search.Index(parsed.index, parsed.view)
+    if parsed.faiss:
+        index.write_faiss(parsed.faiss)
+        report.line(f"{len(index):,} vectors in {parsed.faiss}, their ids in {parsed.faiss}.ids.json")
+    if parsed.text or parsed.image:
+        if not parsed.model:
+            raise UserError(f"--model: give the model whose vectors these are ({index.model})")
+        embedder = _opened(parsed.model, "", config_lib.Config())
+        item = Product(text=parsed.text or None, images=(parsed.image,) if parsed.image else ())
+        [found] = index.search(embedder, [item], parsed.k)
+        for rank, (identity, score) in enumerate(found, start=1):
+            report.line(f"{rank:3}  {score:.4f}  {identity}")
+
+
 def _opened(model: str, vectors: str, config: config_lib.Config) -> harness.Embedder:
     """An embedder of any kind; one of ours on all devices."""
     from moon_jax.evaluation import harness
@@ -359,4 +420,6 @@ COMMANDS = {
     "export": run_export,
     "plan": run_plan,
     "evaluate": run_evaluate,
+    "embed": run_embed,
+    "search": run_search,
 }

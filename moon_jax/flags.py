@@ -21,6 +21,8 @@ examples:
   moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
   moon-jax export --model runs/2b --output served --verify
   moon-jax evaluate --model runs/2b --data prepared --output judged  and compare it with others
+  moon-jax embed --model runs/2b --data prepared --output vectors
+  moon-jax search --index vectors --model runs/2b --text 'red shoe'
   moon-jax plan --config moon2_qwen3vl_2b --topology v5p:4x4x4     what a step costs there, before renting it
   moon-jax train --help
 """
@@ -140,6 +142,29 @@ examples:
 """
 
 
+EMBED = """\
+Embeds every product of prepared data into Parquet files with the columns id, view and vector; manifest.json says of
+which model, view, width and template they are. The same command again goes on where it stopped,
+and gives the same files.
+
+examples:
+  moon-jax embed --model runs/first --data prepared --output vectors
+  moon-jax embed --model runs/2b --data prepared --output vectors --views t,i,mm --dtype float16
+  moon-jax embed --model runs/nested --data prepared --output vectors --width 64 --dtype int8
+"""
+
+SEARCH = """\
+Finds the products most like a text, an image or both, exactly: every vector is compared. Vectors of another model than
+--model are refused. --faiss writes a FAISS index of the same vectors, for servers built on it.
+
+examples:
+  moon-jax search --index vectors --model runs/first --text 'red canvas sneaker'
+  moon-jax search --index vectors --model runs/first --image shoe.jpg -k 5
+  moon-jax search --index vectors --model runs/first --text 'in blue' --image shoe.jpg
+  moon-jax search --index vectors --faiss vectors.faiss
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """Mistakes are one line, as everywhere."""
 
@@ -245,6 +270,23 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--known", type=int, default=2000, help="products whose labels neighbours and probe know (default: %(default)s)"
     )
     evaluate.add_argument("--prompt", action="append", help="how a label is put to the model; {} is the label")
+    embed = commands.add_parser("embed", help="embed a catalogue", description=EMBED, **layout)
+    embed.add_argument("--model", required=True, help="a workdir, a Hugging Face folder or hf://owner/name")
+    embed.add_argument("--data", required=True, help="prepared data")
+    embed.add_argument("--output", required=True, help="a folder that is new, empty, or half embedded")
+    embed.add_argument(
+        "--views", default="product", help="t, i, mm, or some: t,mm; default: product, each by all that it has"
+    )
+    embed.add_argument("--dtype", default="float32", help="float32 (default), float16 or int8")
+    embed.add_argument("--width", type=int, default=0, help="keep the first so many dimensions (Matryoshka)")
+    search = commands.add_parser("search", help="find products by text, image or both", description=SEARCH, **layout)
+    search.add_argument("--index", required=True, help="what embed wrote")
+    search.add_argument("--model", default="", help="the model that embedded it")
+    search.add_argument("--text", default="", help="what is asked for")
+    search.add_argument("--image", default="", help="a picture of it")
+    search.add_argument("-k", type=int, default=10, help="how many are shown (default: 10)")
+    search.add_argument("--view", default="", help="t, i or mm, where the index holds several of a product")
+    search.add_argument("--faiss", default="", metavar="FILE", help="write a FAISS index there")
     parsed, rest = parser.parse_known_args(arguments)
     flags = [f"--{name}" for name in vars(parsed) if name != "command"]
     for argument in rest:

@@ -50,8 +50,16 @@ def alive(session: int) -> list[str]:
     return found
 
 
-def killed(arguments: list[object], output: Path, expected: dict[str, bytes], seconds: float, seed: int) -> str:
-    """Kills it twice within the `seconds` that it takes, and finishes it; each time with another number of processes.
+def killed(
+    arguments: list[object],
+    output: Path,
+    expected: dict[str, bytes],
+    seconds: float,
+    seed: int,
+    takes_processes: bool = True,
+) -> str:
+    """Kills it twice within the `seconds` that it takes, and finishes it; each time with another number of processes,
+    where it takes them.
 
     Returns:
         What it said in the end.
@@ -59,7 +67,8 @@ def killed(arguments: list[object], output: Path, expected: dict[str, bytes], se
     rng = np.random.default_rng(seed)
 
     def again() -> subprocess.Popen:
-        return start([*arguments, "--output", output, "--processes", rng.integers(1, 4)])
+        processes = ["--processes", rng.integers(1, 4)] if takes_processes else []
+        return start([*arguments, "--output", output, *processes])
 
     for _ in range(2):
         process = again()

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moon_jax.types import VIEWS
+from moon_jax import similarity
+from moon_jax.config import UserError
+from moon_jax.data import outputs, records
+from moon_jax.data import shards as shards_lib
+from moon_jax.data.prepared import Prepared
+from moon_jax.types import VIEWS, Product
 
 
 def write_vectors(
@@ -38,3 +49,150 @@ def write_vectors(
         table.replace_schema_metadata({"model": fingerprint, "synthetic": str(synthetic).lower()}), temporary
     )
     temporary.replace(path)
+
+
+SHARD = 4096
+"""Products whose vectors are in one file."""
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+"""Version of the folder's format."""
+
+RICHEST = "product"
+"""In the place of a view: each product by all it has, mm, or else i or t."""
+
+DTYPES = ("float32", "float16", "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is kept of a catalogue's vectors."""
+
+    views: tuple[str, ...] = (RICHEST,)  # or some of t, i and mm, of those that a product has
+    dtype: str = "float32"  # of DTYPES; int8 has a scale for each vector
+    width: int = 0  # first dimensions, brought to unit length again; 0 keeps all
+
+
+def embed(
+    embedder: Any,
+    prepared: Prepared,
+    output: str | Path,
+    options: Options = Options(),  # noqa: B008
+    progress: Callable[..., contextlib.AbstractContextManager] | None = None,
+) -> dict[str, Any]:
+    """Embeds all products of prepared data into Parquet files with the columns id, view and vector (and scale of int8).
+
+    A file is whole or not there; the same call again goes on with those that are missing, and gives the same bytes.
+    What the catalogue has of queries is not embedded.
+
+    Args:
+        embedder: a serving.Embedder, or any of the harness that gives vectors.
+        progress: as Watch.progress.
+
+    Returns:
+        What manifest.json holds; docs/search.md tells it.
+
+    Raises:
+        UserError: the folder holds other things, or vectors of another model, other data or other options.
+    """
+    _check(options)
+    output = Path(output).resolve()
+    numbers = sorted({*prepared.train, *prepared.val})
+    template, pooling = (getattr(embedder, name, "") for name in ("template", "pooling"))
+    about = {
+        "schema": SCHEMA,
+        "model": embedder.name,
+        "views": list(options.views),
+        "dtype": options.dtype,
+        "template": template,
+        "pooling": pooling,
+        "data": prepared.fingerprint,
+        "synthetic": prepared.synthetic,
+        "products": len(numbers),
+    }
+    told = json.dumps(about | {"width": options.width, "shard": SHARD}, sort_keys=True)
+    if (output / MANIFEST).is_file():
+        if not outputs.is_of(output, told):
+            raise outputs.refused(output)
+        shutil.rmtree(output / outputs.WORK, ignore_errors=True)
+        return json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+    count = -(-len(numbers) // SHARD)
+    with outputs.claimed(output, told, ("shards",)) as work:
+        shards = []
+        with (progress or _silent)("embedding", len(numbers)) as advance:
+            for shard in range(count):
+                chosen = numbers[shard * SHARD : (shard + 1) * SHARD]
+                path = output / f"vectors-{shard:05}-of-{count:05}.parquet"
+                note = shards_lib.note(path.name, work)
+                if note.is_file() and path.is_file():
+                    advance(len(chosen))
+                else:
+                    table = _vectors(embedder, records.Chosen(prepared.products, chosen), options, advance)
+                    table = table.replace_schema_metadata({"model": embedder.name})
+                    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+                    pq.write_table(table, temporary)
+                    temporary.replace(path)
+                    fields = {
+                        "file": path.name,
+                        "rows": len(table),
+                        "bytes": path.stat().st_size,
+                        "checksum": shards_lib.checksum(path),
+                        "width": table.schema.field("vector").type.list_size,
+                    }
+                    shards_lib.whole(note, json.dumps(fields))
+                shards.append(json.loads(note.read_text(encoding="utf-8")))
+        width = shards[0]["width"] if shards else 0
+        manifest = about | {"width": width, "rows": sum(shard["rows"] for shard in shards), "shards": shards}
+        shards_lib.whole(output / outputs.SOURCE, told)
+        # The manifest comes last: where it stands, the rest is whole.
+        shards_lib.whole(output / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        shutil.rmtree(work)
+    return manifest
+
+
+def _check(options: Options) -> None:
+    known = (RICHEST, *VIEWS)
+    wrong = [view for view in options.views if view not in known]
+    if wrong or not options.views or len(set(options.views)) < len(options.views):
+        raise UserError(f"--views {','.join(options.views)}: give product, or some of t, i and mm, each once")
+    if RICHEST in options.views and len(options.views) > 1:
+        raise UserError(f"--views {','.join(options.views)}: product is one of t, i or mm already; give it alone")
+    if options.dtype not in DTYPES:
+        raise UserError(f"--dtype {options.dtype}: must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    if options.width < 0:
+        raise UserError(f"--width {options.width}: give 1 or more, or leave it out")
+
+
+@contextlib.contextmanager
+def _silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    del what, total
+    yield lambda count: None
+
+
+def _vectors(embedder: Any, products: Sequence[Product], options: Options, advance: Callable[[int], None]) -> pa.Table:
+    """The rows of one file, in the products' order."""
+    vectors, present = embedder.encode_views(products, advance=advance)
+    if RICHEST in options.views:
+        # mm where there is one, else what there is.
+        last = present.shape[1] - 1 - present[:, ::-1].argmax(axis=1)
+        present = present & (np.arange(present.shape[1]) == last[:, None])
+    else:
+        present = present & np.isin(VIEWS, options.views)
+    ids = [product.id for product in products]
+    product, view = np.nonzero(present)
+    kept = vectors[product, view]
+    if options.width:
+        if options.width > kept.shape[1]:
+            raise UserError(f"--width {options.width}: the model gives {kept.shape[1]}")
+        kept = np.asarray(similarity.truncate(kept, options.width))
+    columns: dict[str, Any] = {
+        "id": pa.array([ids[index] for index in product.tolist()], pa.string()),
+        "view": pa.array([VIEWS[index] for index in view.tolist()], pa.string()),
+    }
+    if options.dtype == "int8":
+        scale = np.abs(kept).max(axis=1, initial=0) / 127
+        kept = np.rint(kept / np.where(scale > 0, scale, 1)[:, None])
+        columns["scale"] = pa.array(scale.astype(np.float32))
+    flat = pa.array(np.ascontiguousarray(kept.astype(options.dtype)).reshape(-1))
+    columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, kept.shape[1])
+    return pa.table(columns)

@@ -99,6 +99,16 @@ class Embedder:
                 compiler_options=backend.compiler_options(),
             )
 
+    @property
+    def template(self) -> str:
+        """What stands around a view."""
+        return self.config.data.template
+
+    @property
+    def pooling(self) -> str:
+        """How tokens become a view's embedding."""
+        return self.config.language.pooling
+
     def on_all_devices(self) -> Embedder:
         """The same, whose rows are divided over all devices of this process, each of which holds the parameters."""
         devices = jax.local_devices()

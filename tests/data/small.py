@@ -5,8 +5,9 @@ import sys
 from moon_jax import cli
 from moon_jax.augment import candidates
 from moon_jax.data import prepare, readers
+from moon_jax.serving import catalogue
 
 if __name__ == "__main__":
-    candidates.UNIT = 8
+    candidates.UNIT, catalogue.SHARD = 8, 2
     readers.CHUNK_RECORDS, prepare.SHARD_BYTES = 50, 100_000
     sys.exit(cli.main())

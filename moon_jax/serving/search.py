@@ -1,0 +1,118 @@
+"""Exact search over the vectors that catalogue.embed wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from moon_jax import similarity
+from moon_jax.config import UserError
+from moon_jax.data.images import BadImage
+from moon_jax.serving import catalogue
+
+
+class Index:
+    """A folder of vectors, opened: they are held in the dtype that they were written in."""
+
+    def __init__(self, folder: str | Path, view: str = ""):
+        """
+        Args:
+            view: t, i or mm, where the folder holds several for a product.
+
+        Raises:
+            UserError: no such folder, a file that is damaged or of another model, or a view that is not there.
+        """
+        folder = Path(folder)
+        try:
+            self.manifest = json.loads((folder / catalogue.MANIFEST).read_text(encoding="utf-8"))
+            shards, schema = self.manifest["shards"], self.manifest["schema"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"--index {folder}: nothing that moon-jax embed finished; run it first") from None
+        if schema != catalogue.SCHEMA:
+            raise UserError(f"--index {folder}: of format {schema}, this version reads {catalogue.SCHEMA}; embed again")
+        views = self.manifest["views"]
+        if len(views) > 1 and not view:
+            raise UserError(f"--index {folder}: holds {', '.join(views)} of a product; choose one by --view")
+        if view and view not in views:
+            raise UserError(f"--view {view}: the index holds {', '.join(views)}")
+        ids, vectors, scales = [], [], []
+        for shard in shards:
+            path = folder / shard["file"]
+            try:
+                if path.stat().st_size != shard["bytes"]:
+                    raise ValueError("another size than when it was written")
+                table = pq.read_table(path)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path}: damaged ({str(error).splitlines()[0][:200]}); embed again") from None
+            model = (table.schema.metadata or {}).get(b"model", b"").decode()
+            if model != self.manifest["model"]:
+                raise UserError(f"{path}: vectors of {model}, the others are of {self.manifest['model']}; embed again")
+            kept = np.array(table["view"].to_pylist()) == view if view else np.ones(len(table), bool)
+            values = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            vectors.append(values.reshape(len(table), -1)[kept])
+            ids += [identity for identity, stays in zip(table["id"].to_pylist(), kept, strict=True) if stays]
+            if "scale" in table.column_names:
+                scales.append(table["scale"].to_numpy()[kept])
+        if not ids:
+            raise UserError(f"--index {folder}: no vector there")
+        self.folder, self.ids = folder, ids
+        self._vectors, self._scale = np.concatenate(vectors), np.concatenate(scales) if scales else None
+
+    @property
+    def model(self) -> str:
+        """Name of the embedder whose vectors these are."""
+        return self.manifest["model"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """f32[n,D], unit but for the rounding of a smaller dtype."""
+        vectors = self._vectors[part].astype(np.float32)
+        return vectors if self._scale is None else vectors * self._scale[part, None]
+
+    def search(self, embedder: Any, items: Any, k: int = 10) -> list[list[tuple[str, float]]]:
+        """The k products most similar to each item, as (id, cosine); of equal ones the first in the folder first.
+
+        Args:
+            embedder: of the model that made the vectors.
+            items: what embedder.encode takes.
+
+        Raises:
+            UserError: vectors of another model.
+        """
+        if embedder.name != self.model:
+            raise UserError(
+                f"--index {self.folder}: vectors of {self.model}; what {embedder.name} makes of a query does not"
+                " compare with them: ask by that model, or embed again"
+            )
+        try:
+            vectors = embedder.encode(items)
+        except BadImage as error:
+            raise UserError(f"image: {error}") from None
+        queries = np.asarray(similarity.truncate(vectors, self.manifest["width"]))
+        scores, found = similarity.top_k(queries, self, min(k, len(self)))
+        return [
+            [(self.ids[index], float(score)) for index, score in zip(*row, strict=True)]
+            for row in zip(found.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def write_faiss(self, path: str | Path) -> None:
+        """A flat FAISS index of the vectors, and beside it FILE.ids.json, the id of each of its rows.
+
+        Raises:
+            UserError: FAISS is not installed.
+        """
+        try:
+            import faiss
+        except ImportError:
+            raise UserError("--faiss: wants FAISS; pip install -e '.[faiss]'") from None
+        index = faiss.IndexFlatIP(self.manifest["width"])
+        for start in range(0, len(self), catalogue.SHARD):
+            index.add(np.ascontiguousarray(self[start : start + catalogue.SHARD]))
+        faiss.write_index(index, str(path))
+        Path(f"{path}.ids.json").write_text(json.dumps(self.ids) + "\n", encoding="utf-8")

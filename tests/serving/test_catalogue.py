@@ -1,0 +1,243 @@
+"""Vectors of a catalogue: what is written, what goes on, what is refused, and what search finds in it."""
+
+import json
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moon_jax import cli
+from moon_jax.config import UserError
+from moon_jax.data.synthetic import SCHEMA
+from moon_jax.evaluation.baselines import Colours
+from moon_jax.serving import catalogue
+from moon_jax.serving.embedder import Embedder
+from moon_jax.serving.search import Index
+from moon_jax.types import VIEWS, Product
+from tests import killing
+from tests.conftest import prepared_from, random_params, records, tiny
+
+
+@pytest.fixture(scope="module")
+def embedder(tokenizer):
+    config = tiny()
+    return Embedder(config, random_params(config, tokenizer), tokenizer, "f00d", 1)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(catalogue, "SHARD", 16)
+
+
+def rows_of(folder):
+    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def everything(embedder, prepared, tmp_path_factory):
+    """All views in float32, and the same vectors from the embedder itself."""
+    folder = tmp_path_factory.mktemp("vectors") / "v"
+    patch = pytest.MonkeyPatch()
+    patch.setattr(catalogue, "SHARD", 16)
+    manifest = catalogue.embed(embedder, prepared, folder, catalogue.Options(views=VIEWS))
+    patch.undo()
+    products = [prepared.products[index] for index in sorted({*prepared.train, *prepared.val})]
+    vectors, present = embedder.encode_views(products)
+    own = {(products[n].id, VIEWS[v]): vectors[n, v] for n, v in zip(*np.nonzero(present), strict=True)}
+    return folder, manifest, own
+
+
+def test_every_view_of_every_product_is_there_once(everything, prepared):
+    folder, manifest, own = everything
+    rows = rows_of(folder)
+    assert [*own] == [(row["id"], row["view"]) for row in rows]
+    for row in rows:
+        np.testing.assert_allclose(row["vector"], own[row["id"], row["view"]], atol=1e-6)
+    told = {
+        name: manifest[name] for name in ("model", "views", "dtype", "width", "template", "pooling", "products", "rows")
+    }
+    assert told == {
+        "model": "moon_jax f00d", "views": ["t", "i", "mm"], "dtype": "float32", "width": 24, "template": "bare",
+        "pooling": "mean", "products": 60, "rows": len(own),
+    }  # fmt: skip
+    assert manifest == json.loads((folder / "manifest.json").read_text())
+    assert len(manifest["shards"]) == 4 and sorted(path.name for path in folder.iterdir()) == sorted(
+        ["manifest.json", "source.json", *(shard["file"] for shard in manifest["shards"])]
+    )
+
+
+def test_a_product_is_embedded_by_all_it_has(everything, embedder, prepared, tmp_path):
+    _, _, own = everything
+    catalogue.embed(embedder, prepared, tmp_path / "v")
+    rows = rows_of(tmp_path / "v")
+    assert len(rows) == len({row["id"] for row in rows}) == 60
+    assert {row["view"] for row in rows} == {"t", "i", "mm"}
+    for row in rows:
+        best = next(view for view in ("mm", "i", "t") if (row["id"], view) in own)
+        assert row["view"] == best
+        np.testing.assert_allclose(row["vector"], own[row["id"], best], atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 5e-4), ("int8", 4e-3)])
+def test_smaller_dtypes_keep_the_vectors(everything, embedder, prepared, tmp_path, dtype, most):
+    _, _, own = everything
+    catalogue.embed(embedder, prepared, tmp_path / "v", catalogue.Options(("i",), dtype, 8))
+    index = Index(tmp_path / "v")
+    field = pq.read_schema(next((tmp_path / "v").glob("*.parquet"))).field("vector").type
+    assert (field.list_size, str(field.value_type)) == (8, {"float16": "halffloat"}.get(dtype, dtype))
+    expected = np.stack([own[identity, "i"][:8] for identity in index.ids])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    error = np.abs(index[: len(index)] - expected).max()
+    assert 0 < error < most
+
+
+def test_half_embedded_it_goes_on_and_gives_the_same(everything, embedder, prepared, tmp_path):
+    folder, _, _ = everything
+    options, asked = catalogue.Options(views=VIEWS), []
+
+    class Failing(Embedder):
+        def __init__(self):
+            self.__dict__ = embedder.__dict__
+
+        def encode_views(self, products, **more):
+            asked.append(products[0].id)
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+            return super().encode_views(products, **more)
+
+    with pytest.raises(KeyboardInterrupt):
+        catalogue.embed(Failing(), prepared, tmp_path / "v", options)
+    with pytest.raises(UserError, match="holds what was begun from another source"):
+        catalogue.embed(embedder, prepared, tmp_path / "v", catalogue.Options(views=("t",)))
+    catalogue.embed(Failing(), prepared, tmp_path / "v", options)
+    assert len(asked) == 3 + 2  # two of four files stood already
+    assert killing.content(tmp_path / "v") == killing.content(folder)
+    catalogue.embed(Failing(), prepared, tmp_path / "v", options)
+    assert len(asked) == 5
+    with pytest.raises(UserError, match="was made from another source"):
+        catalogue.embed(Colours(10**6), prepared, tmp_path / "v", options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (catalogue.Options(("text",)), "--views text: give product, or some of t, i and mm"),
+        (catalogue.Options(("product", "t")), "give it alone"),
+        (catalogue.Options(("t", "t")), "each once"),
+        (catalogue.Options(dtype="float64"), "must be float32, float16 or int8"),
+        (catalogue.Options(width=25), "--width 25: the model gives 24"),
+        (catalogue.Options(width=-1), "give 1 or more"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(embedder, prepared, tmp_path, options, said):
+    with pytest.raises(UserError, match=said):
+        catalogue.embed(embedder, prepared, tmp_path / "v", options)
+    assert not (tmp_path / "v").exists() or not [*(tmp_path / "v").glob("*.parquet")]
+
+
+def test_search_is_a_full_sort(everything, embedder):
+    folder, _, own = everything
+    index = Index(folder, "mm")
+    products = [Product(text="red shirt"), "blue bag"]
+    found = index.search(embedder, products, 7)
+    names, vectors = zip(*((name, vector) for (name, view), vector in own.items() if view == "mm"), strict=True)
+    scores = embedder.encode(products) @ np.stack(vectors).T
+    for row, ranked in zip(scores, found, strict=True):
+        order = np.argsort(-row, kind="stable")[:7]
+        assert [identity for identity, _ in ranked] == [names[n] for n in order]
+        np.testing.assert_allclose([score for _, score in ranked], row[order], atol=1e-6)
+    assert len(index.search(embedder, ["x"], 1000)[0]) == len(index)
+
+
+def test_mixed_spaces_are_refused(everything, embedder, tmp_path):
+    folder, manifest, _ = everything
+    with pytest.raises(UserError, match="vectors of moon_jax f00d; what colour histogram makes"):
+        Index(folder, "i").search(Colours(10**6), ["x"])
+    with pytest.raises(UserError, match="holds t, i, mm of a product; choose one by --view"):
+        Index(folder)
+    other = tmp_path / "v"
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    path = other / manifest["shards"][1]["file"]
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"model": "another 1"}), path)
+    changed = json.loads((other / "manifest.json").read_text())
+    changed["shards"][1]["bytes"] = path.stat().st_size
+    (other / "manifest.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="vectors of another 1, the others are of moon_jax f00d"):
+        Index(other, "t")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="damaged"):
+        Index(other, "t")
+    with pytest.raises(UserError, match="nothing that moon-jax embed finished"):
+        Index(tmp_path)
+
+
+def test_faiss_finds_the_same(everything, embedder, tmp_path):
+    faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    folder, _, _ = everything
+    index = Index(folder, "i")
+    index.write_faiss(tmp_path / "x.faiss")
+    names = json.loads((tmp_path / "x.faiss.ids.json").read_text())
+    scores, found = faiss.read_index(str(tmp_path / "x.faiss")).search(embedder.encode(["red bag"]), 5)
+    ours = index.search(embedder, ["red bag"], 5)[0]
+    assert [names[n] for n in found[0]] == [identity for identity, _ in ours]
+    np.testing.assert_allclose(scores[0], [score for _, score in ours], atol=1e-6)
+
+
+def test_the_commands_embed_and_search(prepared, tmp_path, capsys):
+    data, output = str(prepared.folder), str(tmp_path / "v")
+    assert cli.main(["embed", "--model", "colours", "--data", data, "--output", output]) == 0
+    picture = tmp_path / "p.jpg"
+    product = next(prepared.products[index] for index in prepared.val if prepared.products[index].images)
+    picture.write_bytes(product.images[0])
+    capsys.readouterr()
+    assert cli.main(["search", "--index", output, "--model", "colours", "--image", str(picture), "-k", "3"]) == 0
+    first = capsys.readouterr().out.splitlines()[0].split()
+    assert first == ["1", "1.0000", product.id]
+    for flags, said in {
+        ("search", "--index", output): "give a text, an --image, or both",
+        ("search", "--index", output, "--text", "x"): "give the model whose vectors these are (colour histogram)",
+        ("search", "--index", output, "--model", "bm25", "--text", "x"): "does not compare",
+        ("search", "--index", output, "--model", "colours", "--image", "no.jpg"): "no.jpg",
+        ("search", "--index", output, "--model", "colours", "--text", "x", "-k", "0"): "-k 0: give 1 or more",
+        ("embed", "--model", "bm25", "--data", data, "--output", output): "makes no vectors",
+        ("embed", "--model", "colours", "--data", str(tmp_path), "--output", output): "not prepared data",
+    }.items():
+        assert cli.main([*flags]) == cli.MISTAKE, flags
+        error = capsys.readouterr().err
+        assert said in error and len(error.splitlines()) == 1, error
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("many")
+    (folder / "c").mkdir()
+    pq.write_table(pa.Table.from_pylist(records(400), SCHEMA), folder / "c" / "products.parquet")
+    prepared_from(folder / "c", folder / "p")
+    return folder / "p"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(many, tmp_path_factory):
+    """What comes out, and how many seconds it takes."""
+    output, began = tmp_path_factory.mktemp("undisturbed") / "v", time.monotonic()
+    killing.finish(killing.start(["embed", "--model", "colours", "--data", many, "--output", output]))
+    return killing.content(output), time.monotonic() - began
+
+
+def killed(many, undisturbed, tmp_path, seed):
+    arguments = ["embed", "--model", "colours", "--data", many]
+    assert "embedded in" in killing.killed(arguments, tmp_path / "v", *undisturbed, seed, takes_processes=False)
+
+
+def test_killed_at_random(many, undisturbed, tmp_path):
+    killed(many, undisturbed, tmp_path, 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(1, 31))
+def test_killed_at_random_moments(many, undisturbed, tmp_path, seed):
+    killed(many, undisturbed, tmp_path, seed)
