@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,13 @@ def rows(active: int, total: int) -> list[Row]:
     return [
         Row("full"),
         Row(
-            "without MoE (equal active FLOPs)",
+            "without MoE, equal active FLOPs",
             (dense, f"--config.language.mlp_width={active}"),
             paper=(51.29, 74.59, 78.45, 62.16, 56.21, 62.55, 75.62),
         ),
-        Row("dense (equal parameters)", (dense, f"--config.language.mlp_width={total}")),
+        Row("dense, equal parameters", (dense, f"--config.language.mlp_width={total}")),
         Row(
-            "without dual-level alignment (mm→mm alone)",
+            "without dual-level alignment",
             (f"{LEVELS}=mm→mm",),
             paper=(37.99, 65.72, 67.45, 31.45, 23.35, 57.12, 67.24),
         ),
@@ -83,9 +84,9 @@ def rows(active: int, total: int) -> list[Row]:
             paper=(59.69, 78.17, 80.62, 64.79, 58.68, 66.21, 77.77),
         ),
         Row("without filtering", (off,), paper=(60.63, 83.40, 80.00, 70.40, 63.21, 67.99, 84.04)),
-        Row("fixed mixture 12:3:2 of i, t, mm", ("--config.data.mixture=(3.0,12.0,2.0)", f"{WEIGHTING}=counted")),
-        Row(f"full, {NOISE:.0%} wrong purchases", noisy=True),
-        Row(f"without filtering, {NOISE:.0%} wrong purchases", (off,), True, f"full, {NOISE:.0%} wrong purchases"),
+        Row("fixed mixture 12:3:2", ("--config.data.mixture=(3.0,12.0,2.0)", f"{WEIGHTING}=counted")),
+        Row(f"full, {NOISE:.0%} noise", noisy=True),
+        Row(f"without filtering, {NOISE:.0%} noise", (off,), True, f"full, {NOISE:.0%} noise"),
     ]
 
 
@@ -183,13 +184,15 @@ def sign(differences: list[float]) -> str:
     return "↑" if mean > 0 else "↓"
 
 
-def table(results: dict[str, Any]) -> Table:
-    """Means over seeds ± standard errors, with the sign of the change and, in brackets, the paper's."""
+def tables(results: dict[str, Any]) -> Iterator[Table]:
+    """Scores, means over seeds ± standard errors, with the sign of the change and in brackets the paper's; then sizes."""
     runs = results["runs"]
     columns = [name for name in (*COLUMNS, "i→i") if any(name in run["scores"] for run in runs)]
-    made = Table(title=results["title"])
-    for name in ("", *columns, "params (M)", "active (M)", "B/product", "ms/query"):
-        made.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
+    scores, sizes = Table(title=results["title"]), Table(title="what they cost; ms of one query on this machine")
+    for made, names in ((scores, columns), (sizes, ("parameters (M)", "active (M)", "bytes/product", "ms/query"))):
+        made.add_column("")
+        for name in names:
+            made.add_column(name, justify="right", no_wrap=True)
     for row in rows(*results["widths"]):
         own = {run["seed"]: run for run in runs if run["row"] == row.name}
         other = {run["seed"]: run for run in runs if run["row"] == row.against}
@@ -201,16 +204,17 @@ def table(results: dict[str, Any]) -> Table:
             cell = f"{mean:.1f} ±{error:.1f}"
             if row.against != row.name:
                 paired = [own[seed]["scores"][name] - other[seed]["scores"][name] for seed in own if seed in other]
-                cell += f" {sign(paired) if paired else '?'}"
+                cell += f" {sign(paired)}"
                 if row.paper and name in COLUMNS:
                     place = COLUMNS.index(name)
-                    cell += f" ({'↓' if row.paper[place] < PAPER[place] else '↑'})"
+                    cell += f"({'↓' if row.paper[place] < PAPER[place] else '↑'})"
             cells.append(cell)
         first = next(iter(own.values()))
-        sizes = (f"{first['parameters'] / 1e6:.2f}", f"{first['active'] / 1e6:.2f}", str(first["bytes"]))
+        scores.add_row(f"{row.name} ({len(own)})", *cells)
         ms = statistics.median(run["ms"] for run in own.values())
-        made.add_row(f"{row.name} ({len(own)})", *cells, *sizes, f"{ms:.1f}")
-    return made
+        millions = (f"{first[name] / 1e6:.2f}" for name in ("parameters", "active"))
+        sizes.add_row(row.name, *millions, str(first["bytes"]), f"{ms:.1f}")
+    yield from (scores, sizes)
 
 
 def main() -> None:
@@ -222,9 +226,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--rows", help="train only rows that have this in their names")
     parsed = parser.parse_args()
-    console = Console(width=220)
+    console = Console(width=200)
     if parsed.results:
-        console.print(table(json.loads(parsed.results.read_text(encoding="utf-8"))))
+        for table in tables(json.loads(parsed.results.read_text(encoding="utf-8"))):
+            console.print(table)
         return
     if not parsed.data or not parsed.output:
         parser.error("give --data and --output, or --results")
@@ -265,7 +270,8 @@ def main() -> None:
             temporary = results.with_suffix(".tmp")
             temporary.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             temporary.replace(results)
-            console.print(table(told))
+            for table in tables(told):
+                console.print(table)
 
 
 if __name__ == "__main__":
