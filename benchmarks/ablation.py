@@ -185,7 +185,7 @@ def sign(differences: list[float]) -> str:
 
 
 def tables(results: dict[str, Any]) -> Iterator[Table]:
-    """Scores, means over seeds ± standard errors, with the sign of the change and in brackets the paper's; then sizes."""
+    """Means over seeds ± standard errors, with the sign of the change and in brackets the paper's; then sizes."""
     runs = results["runs"]
     columns = [name for name in (*COLUMNS, "i→i") if any(name in run["scores"] for run in runs)]
     scores, sizes = Table(title=results["title"]), Table(title="what they cost; ms of one query on this machine")

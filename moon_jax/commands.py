@@ -402,6 +402,59 @@ def run_search(parsed: argparse.Namespace, overrides: list[str]) -> None:
             report.line(f"{rank:3}  {score:.4f}  {identity}")
 
 
+def run_heatmap(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Draws where models look in a query, an item, or both."""
+    if overrides:
+        raise UserError(f"{overrides[0]}: heatmap runs no config; leave this out")
+    asked = {"query": (parsed.text, parsed.image), "item": (parsed.item_text, parsed.item_image)}
+    if not any(part for parts in asked.values() for part in parts):
+        raise UserError("--text: give a text, an --image, or both; --item-text and --item-image for what is compared")
+    output = Path(parsed.output)
+    if output.suffix != ".png":
+        raise UserError(f"--output {output}: give a file that ends in .png")
+    from moon_jax.evaluation import heatmap
+    from moon_jax.serving import embedder as serving
+    from moon_jax.training import watch
+    from moon_jax.types import Product
+
+    _hush()
+    report = watch.Watch()
+    items = {
+        name: Product(text=text or None, images=(image,) if image else ())
+        for name, (text, image) in asked.items()
+        if text or image
+    }
+    columns, arrays, max_pixels = [], {}, config_lib.Config().data.max_pixels
+    for model in (parsed.model, *([parsed.compare] if parsed.compare else [])):
+        with report.busy(f"looking with {model}"):
+            embedder = serving.load(model)
+            looked = {name: heatmap.look(embedder, item) for name, item in items.items()}
+        shown = []
+        for name, one in looked.items():
+            values, told = one.mean(parsed.layer, parsed.head), name
+            if parsed.shares:
+                if len(looked) < 2:
+                    raise UserError("--shares: of the similarity of two; give a query and an item")
+                other = looked["item" if name == "query" else "query"].embedding
+                values, told = one.shares(other), f"{name}: shares in the similarity {one.embedding @ other:.2f}"
+            shown.append((told, items[name], one, values))
+            arrays[f"{len(columns)}/{name}"] = one
+        columns.append((f"{model} ({embedder.fingerprint})", shown))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    which = (
+        "shares of tokens in the similarity"
+        if parsed.shares
+        else "attention, "
+        + ", ".join(
+            f"{name} {'mean' if number is None else number}"
+            for name, number in (("layer", parsed.layer), ("head", parsed.head))
+        )
+    )
+    heatmap.draw(output, columns, max_pixels, which)
+    heatmap.save(output.with_suffix(".npz"), arrays)
+    report.line(f"{output}; all layers and heads as arrays: {output.with_suffix('.npz')}")
+
+
 def _opened(model: str, vectors: str, config: config_lib.Config) -> harness.Embedder:
     """An embedder of any kind; one of ours on all devices."""
     from moon_jax.evaluation import harness
@@ -422,4 +475,5 @@ COMMANDS = {
     "evaluate": run_evaluate,
     "embed": run_embed,
     "search": run_search,
+    "heatmap": run_heatmap,
 }

@@ -165,6 +165,18 @@ examples:
 """
 
 
+HEATMAP = """\
+Draws where a model of ours looks: the attention that its layers give to an item's image patches and title tokens, over
+the picture and behind the words; beside it an .npz with all layers and heads. A second model is drawn at the side of
+the first. --shares shows what each token adds to the similarity of a query and an item in its place.
+
+examples:
+  moon-jax heatmap --model runs/first --text 'high quality red mug' --image mug.jpg --output mug.png
+  moon-jax heatmap --model runs/first --compare runs/base --text 'red mug' --image mug.jpg --output both.png --layer 2
+  moon-jax heatmap --model runs/first --text 'red mug' --item-image mug.jpg --output pair.png --shares
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """Mistakes are one line, as everywhere."""
 
@@ -287,6 +299,17 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     search.add_argument("-k", type=int, default=10, help="how many are shown (default: 10)")
     search.add_argument("--view", default="", help="t, i or mm, where the index holds several of a product")
     search.add_argument("--faiss", default="", metavar="FILE", help="write a FAISS index there")
+    heatmap = commands.add_parser("heatmap", help="see where a model looks", description=HEATMAP, **layout)
+    heatmap.add_argument("--model", required=True, help="a workdir, a Hugging Face folder or hf://owner/name, of ours")
+    heatmap.add_argument("--compare", default="", help="another one, at its side")
+    heatmap.add_argument("--text", default="", help="of the query, or of the product")
+    heatmap.add_argument("--image", default="", help="its picture")
+    heatmap.add_argument("--item-text", default="", help="of an item that it is compared with")
+    heatmap.add_argument("--item-image", default="", help="its picture")
+    heatmap.add_argument("--layer", type=int, help="from 0; default: the mean over all")
+    heatmap.add_argument("--head", type=int, help="from 0; default: the mean over all")
+    heatmap.add_argument("--shares", action="store_true", help="what each token adds to the pair's similarity")
+    heatmap.add_argument("--output", required=True, help="a .png; the arrays go beside it")
     parsed, rest = parser.parse_known_args(arguments)
     flags = [f"--{name}" for name in vars(parsed) if name != "command"]
     for argument in rest:

@@ -112,6 +112,16 @@ def test_candidates_that_stay_on_the_devices_give_the_same(small):
             np.testing.assert_array_equal(a, b)
 
 
+def test_top_k_is_asked_while_another_mesh_is_entered(small):
+    """As a run does that judges itself, on one device and on many."""
+    queries, candidates = random((3, 8), 0), random((300, 8), 1)
+    expected = similarity.top_k(queries, candidates, 5)
+    for shape in ((1, 1), (4, 2)):
+        devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
+        with jax.set_mesh(jax.sharding.Mesh(devices, ("data", "fsdp"))):
+            np.testing.assert_array_equal(similarity.top_k(queries, candidates, 5), expected, strict=True)
+
+
 def test_top_k_of_negative_similarities_finds_no_filling(small):
     """What fills a chunk has similarity 0, which would be the best."""
     queries, candidates = np.ones((3, 4), np.float32), -np.abs(random((131, 4), 0))

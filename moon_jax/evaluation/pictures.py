@@ -38,7 +38,7 @@ FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "
 
 
 @contextlib.contextmanager
-def _picture(path: Path, title: str, footer: str, size: tuple[float, float]) -> Iterator[Figure]:
+def sheet(path: Path, title: str, footer: str, size: tuple[float, float]) -> Iterator[Figure]:
     """A figure in our style, written to `path` as PNG when it is done."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     style = {
@@ -100,7 +100,7 @@ def _objective_lines(axes: Axes, lines: Sequence[dict[str, Any]], key: str) -> N
 
 def training(path: Path, lines: Sequence[dict[str, Any]], footer: str) -> None:
     """The loss of each objective, and its weight ω, over the steps."""
-    with _picture(path, "What was learned, objective by objective", footer, (11, 4.2)) as figure:
+    with sheet(path, "What was learned, objective by objective", footer, (11, 4.2)) as figure:
         left, right = figure.subplots(1, 2)
         _objective_lines(left, lines, "loss")
         left.set_title("loss of each objective (dashed: intra-product)")
@@ -117,7 +117,7 @@ def phi(path: Path, lines: Sequence[dict[str, Any]], threshold: float, footer: s
     counts = np.array([line["phi_histogram"] for line in known], np.float64)
     shares = 100 * counts / counts.sum(axis=1, keepdims=True)
     bins = counts.shape[1]
-    with _picture(path, "Which triplets count: the confidence φ", footer, (11, 4.2)) as figure:
+    with sheet(path, "Which triplets count: the confidence φ", footer, (11, 4.2)) as figure:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
         steps = np.array([line["step"] for line in known], np.float64)
         edges = np.concatenate([[0.0], (steps[1:] + steps[:-1]) / 2, [steps[-1]]])
@@ -155,7 +155,7 @@ def experts(path: Path, line: dict[str, Any], footer: str) -> None:
     even = 100 / count
     reach = max(np.abs(shares - even).max(), 1.0)
     norm = TwoSlopeNorm(even, even - reach, even + reach)
-    with _picture(path, "Who computes what: experts by modality", footer, (11, 2.4 + 0.42 * layers)) as figure:
+    with sheet(path, "Who computes what: experts by modality", footer, (11, 2.4 + 0.42 * layers)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         for panel, modality, values in zip(panels, ("text", "image"), np.moveaxis(shares, -1, 0), strict=True):
             names = [f"layer {n}" for n in range(layers)], [str(n) for n in range(count)]
@@ -171,7 +171,7 @@ def experts(path: Path, line: dict[str, Any], footer: str) -> None:
 
 def directions(path: Path, results: dict[str, dict[str, dict[str, float]]], footer: str) -> None:
     """R@10 of every direction, a matrix for each set of queries."""
-    with _picture(path, "Who finds whom: R@10 by direction", footer, (4.9 * len(results) + 0.6, 4.6)) as figure:
+    with sheet(path, "Who finds whom: R@10 by direction", footer, (4.9 * len(results) + 0.6, 4.6)) as figure:
         panels = figure.subplots(1, len(results), squeeze=False)[0]
         for panel, (name, scores) in zip(panels, results.items(), strict=True):
             values = np.array([[scores.get(f"{q}→{c}", {}).get("R@10", np.nan) for c in VIEWS] for q in VIEWS])
@@ -210,7 +210,7 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
     rng = np.random.default_rng(seed)
     size = (7.6 * len(tasks), 1.75 * shown + 1.0)
     footer += " · a faint caption is not seen by the view that is asked"
-    with _picture(path, "What is found: ten queries, drawn at random", footer, size) as figure:
+    with sheet(path, "What is found: ten queries, drawn at random", footer, size) as figure:
         halves = figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0]
         for half, (name, query, candidate, task) in zip(halves, tasks, strict=True):
             title = f"{query} → {candidate}: {SAYS[query]} finds {SAYS[candidate]}"
@@ -280,7 +280,7 @@ def additions(
     """
     columns = 1 + max((len(images) for _, images, _ in shown), default=0)
     rows, title = -(-len(shown) // 2), "Co-augmentation: products drawn at random, and what was made of them"
-    with _picture(path, title, footer, (max(8.0, 3.0 * columns + 0.6), 2.3 * rows + 0.8)) as figure:
+    with sheet(path, title, footer, (max(8.0, 3.0 * columns + 0.6), 2.3 * rows + 0.8)) as figure:
         for part, (product, images, titles) in zip(
             figure.subfigures(rows, 2, squeeze=False).ravel(), shown, strict=False
         ):

@@ -55,13 +55,21 @@ def _mask(segment: Array, causal: bool) -> Array:
 
 def reference(query: Array, key: Array, value: Array, segment: Array, causal: bool) -> Array:
     """`attention` in plain JAX, which holds all logits."""
+    given = weights(query, key, segment, causal).astype(value.dtype)
+    return jnp.einsum("rghst,rtgd->rsghd", given, value).reshape(query.shape)
+
+
+def weights(query: Array, key: Array, segment: Array, causal: bool) -> Array:
+    """How much each token attends to each other, by groups of heads: f32[R,g,H/g,S,S], rows of sum 1.
+
+    Args: see `attention`.
+    """
     rows, length, heads, width = query.shape
     groups = key.shape[2]
     query = query.reshape(rows, length, groups, heads // groups, width) * width**-0.5
     logits = jnp.einsum("rsghd,rtgd->rghst", query, key, preferred_element_type=jnp.float32)
     logits = jnp.where(_mask(segment, causal)[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("rghst,rtgd->rsghd", weights, value).reshape(rows, length, heads, width)
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def _on_mesh(local: Callable[..., Array], query: Array, key: Array, value: Array, segment: Array) -> Array:

@@ -79,6 +79,7 @@ class Encoder(nn.Module):
         mask = span_mask(rows)
         decoder = Decoder(c, self.training, name="decoder")
         x, sums = decoder(x, rows.segment, rows.position, mask, composition(rows), rows.visual, deepstack)
+        self.sow("intermediates", "hidden", x)
         shape = (0, c.experts.count)
         return EncoderOutput(
             embedding=pool_mean(x, last_token_mask(rows) if c.language.pooling == "last" else mask),

@@ -67,7 +67,10 @@ class Attention(nn.Module):
         q = RMSNorm(c.norm_eps, self.param_dtype, name="q_norm")(project("q_proj", c.heads))
         k = RMSNorm(c.norm_eps, self.param_dtype, name="k_norm")(project("k_proj", c.kv_heads))
         v = project("v_proj", c.kv_heads)
-        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, segment, causal=True)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # What evaluation/heatmap.py asks for; else nothing is kept.
+        self.sow("intermediates", "query_key", (q, k))
+        y = attention(q, k, v, segment, causal=True)
         y = y.reshape(*x.shape[:2], c.heads * c.head_dim)
         return Dense(c.width, ("heads", "embed"), dtype=self.dtype, param_dtype=self.param_dtype, name="o_proj")(y)
 

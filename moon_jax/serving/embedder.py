@@ -192,6 +192,30 @@ class Embedder:
             vectors[chosen] = embeddings.sum(axis=1)
         return np.asarray(similarity.truncate(vectors, truncate_dim or self.dimension))
 
+    def states(self, item: Any) -> tuple[Rows, dict[str, Any]]:
+        """One item's row, as `encode` packs it, and what the network computed on the way.
+
+        Returns:
+            The row, R = 1, as numpy arrays; and the encoder's collection "intermediates": see model/language.py and
+            model/encoder.py for what they keep.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        product = as_product(item)
+        richest = "mm" if product.text and product.images else "i" if product.images else "t"
+        try:
+            segments = self.reader.read(product, (richest,))
+        except BadImage as error:
+            raise UserError(f"image: {error}") from None
+        if not segments:
+            raise UserError("neither text nor image; nothing to embed")
+        layout = rows_lib.Layout.of(self.config, self.reader.template, bool(product.images), all_views=False)
+        rows = rows_lib.pack([[segments]], layout.holding([segments]), self.reader.tokenizer.pad)
+        encoder = Encoder(self.config)
+        apply = jax.jit(lambda params, rows: encoder.apply({"params": params}, rows, mutable=["intermediates"])[1])
+        return rows, jax.device_get(apply(self._params, rows)["intermediates"])
+
     # One tower embeds both sides; the two names are what retrieval code calls.
     encode_query = encode
     encode_document = encode

@@ -1,0 +1,185 @@
+"""Where a model looks: attention over an item's image patches and title tokens, by layer and head.
+
+A view's embedding is pooled over its tokens, so what counts is what these attend to. Under causal attention a token is
+seen by itself and by those behind it; its heat is the mean of the attention that they give it (with pooling "last",
+that of the last token alone):
+
+    heat_j = 1/(S − j) Σ_{i ≥ j} A_ij
+
+The paper shows such maps without saying how they are made: this reading is ours. Of a query and an item the share of
+each token in their similarity is told as well, which is exact where vectors are pooled by the mean:
+
+    r_q · r_p = Σ_j share_j,   share_j = h_j · r_q / |Σ_k h_k|
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.axes import Axes
+
+from moon_jax.config import UserError, printable
+from moon_jax.data.images import decode
+from moon_jax.evaluation import pictures
+from moon_jax.model import attention
+from moon_jax.serving.embedder import Embedder
+from moon_jax.types import Product
+
+
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """What a model sees in one item. S counts the item's tokens, without padding."""
+
+    attention: np.ndarray  # f32[L,H,S,S]: row i says how much token i attends to each
+    heat: np.ndarray  # f32[L,H,S]
+    hidden: np.ndarray  # f32[S,D], last hidden states
+    embedding: np.ndarray  # f32[D], unit
+    pieces: tuple[str, ...]  # text of each token; empty where it is none of the title's
+    grid: np.ndarray  # i32[S,3]: image, row and column of a merged visual token; -1 where it is none
+    last: bool  # whether the last token alone is pooled
+
+    def mean(self, layer: int | None = None, head: int | None = None) -> np.ndarray:
+        """f32[S], the heat of a layer and a head, or the mean over all of them.
+
+        Raises:
+            UserError: there is no such layer or head.
+        """
+        heat = self.heat
+        for name, number, axis in (("layer", layer, 0), ("head", head, 1)):
+            if number is not None:
+                count = heat.shape[axis]
+                if not 0 <= number < count:
+                    raise UserError(f"--{name} {number}: the model has {count}, counted from 0")
+                heat = np.take(heat, [number], axis=axis)
+        return heat.mean(axis=(0, 1))
+
+    def shares(self, other: np.ndarray) -> np.ndarray:
+        """f32[S], what each token adds to the dot product with the unit vector f32[D]; they add up to it."""
+        if self.last:
+            shares = np.zeros(len(self.hidden), np.float32)
+            shares[-1] = self.embedding @ other
+            return shares
+        return self.hidden @ other / np.linalg.norm(self.hidden.sum(axis=0))
+
+
+def look(embedder: Embedder, item: Any) -> Looked:
+    """What a model of ours sees in an item, embedded by all it has.
+
+    Args:
+        item: what embedder.encode takes.
+
+    Raises:
+        UserError: as embedder.encode.
+    """
+    rows, states = embedder.states(item)
+    config = embedder.config
+    length = int((rows.segment[0] > 0).sum())
+    periods = states["decoder"]["periods"]
+    # [periods, R, S, H, d] of each layer of a period, which the layers follow one another in.
+    pairs = [periods[name]["attention"]["query_key"][0] for name in sorted(periods, key=lambda n: int(n.split("_")[1]))]
+    weights = jax.jit(attention.weights, static_argnums=3)
+    found = []
+    for period in range(config.language.layers // len(pairs)):
+        for query, key in pairs:
+            given = weights(jnp.asarray(query[period]), jnp.asarray(key[period]), jnp.asarray(rows.segment), True)
+            found.append(np.asarray(given)[0].reshape(config.language.heads, *given.shape[3:])[:, :length, :length])
+    whole = np.stack(found)
+    last = config.language.pooling == "last"
+    heat = whole[:, :, -1] if last else whole.sum(axis=2) / np.arange(length, 0, -1)
+    hidden = np.asarray(states["hidden"][0][0, :length], np.float32)
+    pooled = hidden[-1] if last else hidden.sum(axis=0)
+    pieces, grid = _tokens(embedder, rows, length)
+    return Looked(whole, heat, hidden, pooled / np.linalg.norm(pooled), pieces, grid, last)
+
+
+def _tokens(embedder: Embedder, rows: Any, length: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """The text of each token, and the places of visual ones."""
+    tokenizer, merge = embedder.reader.tokenizer, embedder.config.vision.merge
+    frames = {tokenizer.vision_start, tokenizer.vision_end, tokenizer.image_pad}
+    before, after = len(embedder.reader.template.prefix), len(embedder.reader.template.suffix)
+    grid, pieces = np.full((length, 3), -1, np.int32), []
+    for place in range(length):
+        visual, token = int(rows.visual[0, place]), int(rows.tokens[0, place])
+        if visual >= 0:
+            patch = visual * merge**2  # the first of the patches that are merged into it
+            grid[place] = rows.patch_image[0, patch], *(rows.patch_yx[0, patch] // merge)
+        title = visual < 0 and token not in frames and before <= place < length - after
+        pieces.append(tokenizer.base.decode([token], skip_special_tokens=False) if title else "")
+    return tuple(pieces), grid
+
+
+def image(looked: Looked, values: np.ndarray, number: int = 0) -> np.ndarray:
+    """f32[rows,columns] of the values f32[S] at the visual tokens of an image; empty where it has none."""
+    own = looked.grid[:, 0] == number
+    if not own.any():
+        return np.zeros((0, 0), np.float32)
+    place = looked.grid[own, 1:]
+    picture = np.zeros(place.max(axis=0) + 1, np.float32)
+    picture[tuple(place.T)] = values[own]
+    return picture
+
+
+def draw(
+    path: Path,
+    columns: Sequence[tuple[str, Sequence[tuple[str, Product, Looked, np.ndarray]]]],
+    max_pixels: int,
+    footer: str,
+) -> None:
+    """Items below one another, models side by side: heat over the picture, and behind the title's tokens.
+
+    Args:
+        columns: of each model its name, and of each item its name, the item, what was seen, and values f32[S] of its
+            tokens. Colours span the values of one item's pictures, and those of its title, from 0 to the largest.
+    """
+    items = max(len(shown) for _, shown in columns)
+    size = (4.4 * len(columns) + 0.4, 4.6 * items + 0.8)
+    with pictures.sheet(path, "Where the model looks", footer, size) as figure:
+        halves = figure.subfigures(1, len(columns), squeeze=False)[0]
+        for half, (model, shown) in zip(halves, columns, strict=True):
+            half.suptitle(model, x=0.02, ha="left", fontsize=10)
+            cells = half.subplots(2 * items, 1, squeeze=False, height_ratios=[3, 1] * items)[:, 0]
+            for axes in cells:
+                axes.axis("off")
+            for number, (name, item, looked, values) in enumerate(shown):
+                over, below = cells[2 * number : 2 * number + 2]
+                over.set_title(name, fontsize=9)
+                heat = np.maximum(image(looked, values), 0)
+                if heat.size:
+                    photo = decode(item.images[0], max_pixels)
+                    extent = (0, photo.width, photo.height, 0)
+                    over.imshow(np.asarray(photo.convert("L")), cmap="gray", extent=extent)
+                    over.imshow(heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest", vmin=0)
+                _title(below, looked, values)
+
+
+def _title(axes: Axes, looked: Looked, values: np.ndarray) -> None:
+    """The title's tokens in their order, the darker the more heat."""
+    places = [place for place, piece in enumerate(looked.pieces) if piece.strip()]
+    most = max((float(values[place]) for place in places), default=0.0)
+    across, line = 0.0, 0
+    axes.set_xlim(0, 40)
+    axes.set_ylim(4, 0)
+    for place in places[:60]:
+        text = printable(looked.pieces[place].strip())
+        if across + len(text) > 40:
+            across, line = 0.0, line + 1
+        share = max(float(values[place]), 0.0) / most if most > 0 else 0.0
+        axes.text(across, line + 0.5, text, fontsize=8, va="center", family="monospace",
+                  color="white" if share > 0.6 else pictures.INK,
+                  bbox={"facecolor": pictures.MISS, "alpha": share, "edgecolor": "none", "pad": 1.0})  # fmt: skip
+        across += len(text) + 1
+
+
+def save(path: Path, looked: dict[str, Looked]) -> None:
+    """All arrays as an .npz: of each item, by its name, attention, heat, grid and pieces."""
+    arrays = {}
+    for name, one in looked.items():
+        arrays |= {f"{name}/attention": one.attention, f"{name}/heat": one.heat, f"{name}/grid": one.grid}
+        arrays[f"{name}/pieces"] = np.array(one.pieces)
+    np.savez_compressed(path, **arrays)

@@ -1,0 +1,124 @@
+"""Where a model looks, against transformers' own attentions, and the formulas of heat and shares."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moon_jax import cli
+from moon_jax.config import UserError
+from moon_jax.data.images import ResizeRule
+from moon_jax.evaluation import heatmap, verify
+from moon_jax.serving import embedder as serving
+from moon_jax.serving.embedder import Embedder
+from moon_jax.types import Product
+from tests.conftest import jpeg, random_params, tiny
+from tests.hub.test_export import CONFIGS, case, chat_tokenizer  # noqa: F401
+
+PHOTO = jpeg((200, 30, 30), (40, 60), 0)
+
+
+@pytest.fixture(scope="module")
+def embedder(tokenizer):
+    config = tiny()
+    return Embedder(config, random_params(config, tokenizer), tokenizer, "f00d", 1)
+
+
+@pytest.mark.parametrize("case", CONFIGS, indirect=True)
+def test_attentions_are_those_of_transformers(case):  # noqa: F811
+    """Of a text, an image and both, in every layer and head; so are the hidden states."""
+    _, folder = case
+    from tests.reference import torch, transformers
+
+    model = transformers.AutoModel.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    images = transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
+    template = (folder / "chat_template.jinja").read_text()
+    ours = serving.load(folder)
+    longest = ours.config.data.text_tokens
+    asked = verify.products(
+        lambda title: len(ours.reader.tokenizer.encode([title], longest + 1)[0]) <= longest,
+        ResizeRule.of(ours.config).max_pixels,
+    )
+    for product in asked:
+        with torch.no_grad():
+            theirs = model(**verify._inputs(product, tokenizer, images, template), output_attentions=True)
+        looked = heatmap.look(ours, product)
+        expected = np.stack([layer[0].numpy() for layer in theirs.attentions])
+        assert looked.attention.shape == expected.shape and expected.shape[-1] > 2
+        np.testing.assert_allclose(looked.attention, expected, atol=2e-6)
+        np.testing.assert_allclose(looked.hidden, theirs.last_hidden_state[0].numpy(), atol=2e-4)
+        np.testing.assert_allclose(looked.embedding, ours.encode([product])[0], atol=1e-6)
+
+
+def test_heat_is_the_mean_of_what_a_token_is_given(embedder):
+    looked = heatmap.look(embedder, Product(text="red shirt", images=(PHOTO,)))
+    layers, heads, length, _ = looked.attention.shape
+    assert (layers, heads) == (embedder.config.language.layers, embedder.config.language.heads)
+    np.testing.assert_allclose(looked.attention.sum(-1), 1, atol=1e-5)
+    for layer, head, token in ((0, 0, 0), (1, 3, 2), (0, 2, length - 1)):
+        given = [looked.attention[layer, head, other, token] for other in range(token, length)]
+        assert looked.heat[layer, head, token] == pytest.approx(np.mean(given), abs=1e-6)
+        assert not looked.attention[layer, head, :token, token].any()  # nobody before it sees it
+    np.testing.assert_allclose(looked.mean(), looked.heat.mean((0, 1)))
+    np.testing.assert_allclose(looked.mean(1, 2), looked.heat[1, 2])
+    np.testing.assert_allclose(looked.mean(head=1), looked.heat[:, 1].mean(0))
+    with pytest.raises(UserError, match=r"--layer 2: the model has 2, counted from 0"):
+        looked.mean(2)
+
+
+def test_shares_add_up_to_the_similarity(embedder):
+    query, item = (heatmap.look(embedder, x) for x in ("red shirt", Product(text="a bag", images=(PHOTO,))))
+    similarity = query.embedding @ item.embedding
+    for one, other in ((query, item), (item, query)):
+        shares = one.shares(other.embedding)
+        assert shares.sum() == pytest.approx(similarity, abs=1e-5) and len(shares) == len(one.pieces)
+        assert shares.std() > 0
+
+
+def test_only_the_last_token_is_asked_where_it_is_pooled(tokenizer):
+    config = tiny(language__pooling="last")
+    model = Embedder(config, random_params(config, tokenizer), tokenizer, "f00d", 1)
+    looked = heatmap.look(model, "red shirt")
+    np.testing.assert_array_equal(looked.heat, looked.attention[:, :, -1])
+    shares = looked.shares(heatmap.look(model, "blue bag").embedding)
+    assert not shares[:-1].any() and shares[-1]
+
+
+def test_tokens_have_their_words_and_places(embedder):
+    looked = heatmap.look(embedder, Product(text="red shirt", images=(PHOTO, PHOTO)))
+    assert "".join(looked.pieces).split() == ["red", "shirt"]
+    values = np.arange(len(looked.pieces), dtype=np.float32)
+    high, wide = (size // 2 for size in embedder.reader.image(PHOTO, None, None).hw)
+    picture = heatmap.image(looked, values)
+    assert picture.shape == (high, wide)
+    # Visual tokens follow one another row by row, behind the image's opening token.
+    np.testing.assert_array_equal(picture.ravel(), 1 + np.arange(high * wide))
+    assert heatmap.image(looked, values, 1).size == 0  # one image of a product is read
+    assert heatmap.image(heatmap.look(embedder, "red shirt"), values[:3]).size == 0
+
+
+def test_the_command_draws_pairs_and_models(embedder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(serving, "load", lambda model: embedder)
+    (tmp_path / "x.jpg").write_bytes(PHOTO)
+    flags = ["--model", "m", "--text", "red shirt $5", "--item-text", "bag", "--item-image", str(tmp_path / "x.jpg")]
+    for number, more in enumerate(([], ["--compare", "n", "--layer", "1", "--head", "0"], ["--shares"])):
+        path = tmp_path / f"{number}.png"
+        assert cli.main(["heatmap", *flags, "--output", str(path), *more]) == 0
+        with Image.open(path) as picture:
+            assert min(picture.size) > 300
+        arrays = np.load(path.with_suffix(".npz"), allow_pickle=False)
+        assert arrays["0/query/attention"].shape[:2] == arrays["0/item/heat"].shape[:2] == (2, 4)
+        assert ("1/item/grid" in arrays) == ("--compare" in more)
+    capsys.readouterr()
+    out = str(tmp_path / "o.png")
+    for given, said in (
+        (["--model", "m", "--output", out], "give a text, an --image, or both"),
+        (["--model", "m", "--text", "x", "--output", "o.jpg"], "give a file that ends in .png"),
+        (["--model", "m", "--text", "x", "--output", out, "--shares"], "give a query and an item"),
+        (["--model", "m", "--text", "x", "--output", out, "--head", "9"], "--head 9: the model has 4"),
+        (["--model", "m", "--image", "no.jpg", "--output", out], "no.jpg"),
+    ):
+        assert cli.main(["heatmap", *given]) == cli.MISTAKE
+        assert said in capsys.readouterr().err
