@@ -304,6 +304,8 @@ def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     _expand(parsed, ())
     if parsed.known < 0:
         raise UserError(f"--known {parsed.known}: give 0 or more")
+    if bool(parsed.queries) != bool(parsed.qrels):
+        raise UserError("--queries: go with --qrels; give both or neither")
     prompts = parsed.prompt or ["{}"]
     for prompt in prompts:
         if prompt.count("{}") != 1:
@@ -321,6 +323,17 @@ def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     prepared = workdir.prepare_data(config, output, report)
     prepared = workdir.keep_data(prepared, output.files / "data", output)
     said = {"known": parsed.known, "prompts": prompts}
+    if parsed.queries:
+        from moon_jax.data import columns
+        from moon_jax.evaluation import judged as judged_lib
+
+        with report.busy("reading queries and judgements"):
+            own = columns.load(parsed.columns)
+            judged = judged_lib.read(parsed.queries, parsed.qrels, prepared, own, config.data.max_pixels)
+        if parsed.vectors and judged.shared:
+            raise UserError(f"--vectors: {judged.shared!r} is a query's id and a product's; call one of them otherwise")
+        prepared, said["judgements"] = judged.prepared, judged.relevance
+        report.line(f"{judged.relevance.queries:,} queries; left out: {judged.left_out or 'nothing'}")
     metrics = report_lib.evaluate(ours, prepared, output.files, report, **said)
     for table in (*report_lib.tables(metrics), *report_lib.details(metrics)):
         report.console.print(table)

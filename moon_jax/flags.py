@@ -138,6 +138,7 @@ examples:
   moon-jax evaluate --model runs/first --data prepared --output judged/first --compare bm25
   moon-jax evaluate --model runs/first --data prepared --output judged/first --compare judged/siglip2
   moon-jax evaluate --vectors vectors/ --data prepared --output judged/theirs
+  moon-jax evaluate --model runs/first --data prepared --output judged/log --queries queries.jsonl --qrels qrels.tsv
   moon-jax evaluate --model models/clip --data prepared --output judged/clip --prompt 'a photo of {}' --prompt '{}'
 """
 
@@ -278,6 +279,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     evaluate.add_argument("--data", required=True, help="prepared data, or a file or folder of products")
     evaluate.add_argument("--output", required=True, help="a folder for scores, pictures and vectors")
     evaluate.add_argument("--compare", default="", help="another model, or the output of its evaluation")
+    evaluate.add_argument("--queries", default="", metavar="FILE", help="your own queries, to be asked alone")
+    evaluate.add_argument("--qrels", default="", metavar="FILE", help="what answers them, and how well")
+    evaluate.add_argument("--columns", default="own", help="a column map of these two: own (default), beir or a file")
     evaluate.add_argument(
         "--known", type=int, default=2000, help="products whose labels neighbours and probe know (default: %(default)s)"
     )

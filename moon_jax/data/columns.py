@@ -1,8 +1,8 @@
 """Column maps: how the columns of a source become the fields of a product, a query or a log. Data files, not code.
 
-A map is a JSON file of `maps/`, or one's own. For each kind of file (`product`, `query`, `log`) it names a field's
-source: a column; a list of columns, of which those that are there are joined; or an object with `column` and what is
-done to its text:
+A map is a JSON file of `maps/`, or one's own. For each kind of file (`product`, `query` and `log`; for an evaluation
+`asked` and `judgement`) it names a field's source: a column; a list of columns, whose values are joined;
+or an object with `column` and what is done to its text:
 
     "split": SEPARATOR                        a list
     "take": [FIRST, LAST + 1]                 of that list
@@ -28,6 +28,8 @@ FIELDS = {
     "product": ("product_id", "title", "description", "images", "category", "brand", "attributes"),
     "query": ("query_id", "product_id", "title", "images"),
     "log": ("query", "query_image", "product_id", "event", "time", "position", "count", "session"),
+    "asked": ("query_id", "title", "images"),
+    "judgement": ("query_id", "product_id", "grade"),
 }
 """What a map may say of each kind of file."""
 
@@ -35,6 +37,8 @@ NEEDED = {
     "product": (("product_id",), ("title", "images")),
     "query": (("query_id",), ("product_id",), ("title", "images")),
     "log": (("product_id",), ("query", "query_image")),
+    "asked": (("query_id",), ("title", "images")),
+    "judgement": (("query_id",), ("product_id",), ("grade",)),
 }
 """Of each tuple one field must have a column."""
 
@@ -142,7 +146,7 @@ class ColumnMap:
 
     def _of(self, kind: str, where: str) -> dict[str, Source]:
         if kind not in self.kinds:
-            raise UserError(f"{where}: a {kind} file, of which the column map {self.name} says nothing; add {kind!r}")
+            raise UserError(f"{where}: the column map {self.name} says nothing of {kind!r} files; add it")
         return self.kinds[kind]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,9 @@ DEPTH = 100
 
 RESAMPLES = 1000
 """Of the bootstrap."""
+
+ALL = slice(None)
+"""Queries, or candidates."""
 
 LEVEL = 0.95
 """Of its intervals."""
@@ -38,8 +41,8 @@ class Relevance(Protocol):
     def ideal(self, depth: int) -> np.ndarray:
         """f64[Q,depth], the highest grades of each query, falling; 0 where there are fewer."""
 
-    def take(self, queries: np.ndarray) -> Relevance:
-        """That of some queries."""
+    def take(self, queries: Any, candidates: Any = ALL) -> Relevance:
+        """That of some queries and candidates, which any index of numpy chooses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +63,8 @@ class Keys:
     def ideal(self, depth: int) -> np.ndarray:
         return (np.arange(depth) < self.number[:, None]).astype(np.float64)
 
-    def take(self, queries: np.ndarray) -> Keys:
-        return Keys(self.query[queries], self.candidate)
+    def take(self, queries: Any, candidates: Any = ALL) -> Keys:
+        return Keys(self.query[queries], self.candidate[candidates])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +103,20 @@ class Judgements:
         best[self.query[top], rank[top]] = self.grade[order][top]
         return best
 
-    def take(self, queries: np.ndarray) -> Judgements:
-        number = np.full(self.queries, -1)
-        chosen = np.arange(self.queries)[queries]
-        number[chosen] = np.arange(len(chosen))
-        kept = number[self.query] >= 0
-        order = np.lexsort((self.candidate[kept], number[self.query[kept]]))
-        parts = (number[self.query[kept]], self.candidate[kept], self.grade[kept])
-        return Judgements(*(part[order] for part in parts), len(chosen), self.candidates)
+    def take(self, queries: Any, candidates: Any = ALL) -> Judgements:
+        asked, queries = _renumbered(self.query, self.queries, queries)
+        offered, candidates = _renumbered(self.candidate, self.candidates, candidates)
+        kept = (asked >= 0) & (offered >= 0)
+        parts = asked[kept], offered[kept], self.grade[kept]
+        order = np.lexsort((parts[1], parts[0]))
+        return Judgements(*(part[order] for part in parts), queries, candidates)
+
+
+def _renumbered(entries: np.ndarray, count: int, chosen: Any) -> tuple[np.ndarray, int]:
+    """Where the `entries` below `count` stand among the chosen ones, -1 where they do not; and how many are chosen."""
+    chosen, place = np.arange(count)[chosen], np.full(count, -1)
+    place[chosen] = np.arange(len(chosen))
+    return place[entries], len(chosen)
 
 
 def by_query(found: np.ndarray, relevance: Relevance) -> dict[str, np.ndarray]:

@@ -201,10 +201,13 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
 
     The directions are those without altered queries: t→i, and photos of the catalogue's own, else i→t.
     """
-    own = next(name for name in encoded.queries if name != "queries")
-    wanted = [(own, "t", "i"), ("queries", "i", "mm"), ("queries", "mm", "mm"), ("queries", "t", "mm"), (own, "i", "t")]
-    wanted += [(own, view, view) for view in reversed(VIEWS)]
-    tasks = [(name, q, c, search(encoded, name, q, c)) for name, q, c in wanted if name in encoded.queries]
+    first = next(iter(encoded.queries))
+    wanted = [(first, "t", "i")]
+    wanted += [
+        (name, view, "mm") for name in encoded.queries if name in ("queries", "judged") for view in ("i", "mm", "t")
+    ]
+    wanted += [(first, "i", "t"), *((first, view, view) for view in reversed(VIEWS))]
+    tasks = [(name, q, c, search(encoded, name, q, c)) for name, q, c in wanted]
     tasks = [task for task in tasks if len(task[-1].queries)][:2]
     shown = SHOWN // len(tasks)
     rng = np.random.default_rng(seed)
@@ -214,7 +217,8 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
         halves = figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0]
         for half, (name, query, candidate, task) in zip(halves, tasks, strict=True):
             title = f"{query} → {candidate}: {SAYS[query]} finds {SAYS[candidate]}"
-            title += f" (framed ✓: the right title, among {len(task.candidates):,}"
+            right = "judged relevant" if name == "judged" else "the right title"
+            title += f" (framed ✓: {right}, among {len(task.candidates):,}"
             title += "; seen in training)" if name == "products_trained_on" else ")"
             half.suptitle(title, x=0.01, ha="left", fontsize=11)
             chosen = np.sort(rng.permutation(len(task.queries))[:shown])

@@ -35,6 +35,7 @@ def evaluate(
     *,
     known: int = 0,
     prompts: Sequence[str] = labels.PROMPTS,
+    judgements: measures_lib.Judgements | None = None,
 ) -> dict[str, Any]:
     """Judges `embedder` on the products to be found.
 
@@ -44,18 +45,21 @@ def evaluate(
     Args:
         known: products to train on, at most, whose labels neighbours and a linear probe know; 0 leaves these out.
         prompts: texts with {} in them, by which a label is put to the model.
+        judgements: of one's own queries (evaluation/judged.py); then these alone are asked, no label is told, and no
+            vector is written.
 
     Returns:
         What metrics.json holds; docs/workdir.md tells it.
     """
     workdir = Path(workdir)
     report = report or Watch(workdir)
+    lessons = labels.known(prepared, known) if judgements is None else []
+    tasks = labels.tasks(prepared, lessons)
     # What is compared otherwise than by the dot product knows no label.
-    lessons = labels.known(prepared, known)
-    asked = [] if hasattr(embedder, "rank") else labels.tasks(prepared, lessons)
+    asked = [] if hasattr(embedder, "rank") or judgements is not None else tasks
     lessons = lessons if asked else []
-    with report.progress("embedding", retrieval.count(prepared) + labels.count(asked, lessons)) as advance:
-        encoded = retrieval.encode(embedder, prepared, advance)
+    with report.progress("embedding", retrieval.count(prepared, judgements) + labels.count(asked, lessons)) as advance:
+        encoded = retrieval.encode(embedder, prepared, advance, judgements)
         answers = labels.encode(embedder, prepared, encoded, asked, lessons, prompts, advance)
     seconds = getattr(embedder, "seconds", None)
     if seconds and sum(seconds.values()):
@@ -65,7 +69,7 @@ def evaluate(
     dimension = encoded.candidates.shape[-1]
     widths = (dimension, *reversed(config.objective.matryoshka))
     size = len(retrieval.DIRECTIONS) * len(encoded.queries) + len(answers)
-    category = _category(asked, prepared)
+    category = _category(tasks, prepared)
     with report.progress("evaluating", len(widths) * size) as advance:
         judged: dict[int, dict[str, Any]] = {}
         for width in widths:
@@ -98,7 +102,7 @@ def evaluate(
         "widths": {str(width): found for width, found in judged.items()},
     }
     ids = [prepared.products[index].id for index in prepared.val]
-    if encoded.candidates.dtype == np.float32:
+    if encoded.candidates.dtype == np.float32 and judgements is None:
         path = workdir / "embeddings" / "val.parquet"
         write_vectors(path, ids, encoded.candidates, encoded.present, metrics["model"], prepared.synthetic)
     with report.progress("drawing", 5) as advance, warnings.catch_warnings(record=True) as caught:
@@ -118,9 +122,9 @@ def evaluate(
 METRICS, QUERIES = "metrics.json", "queries.parquet"
 
 
-def _category(asked: Sequence[labels.Task], prepared: Prepared) -> dict[int, str]:
+def _category(tasks: Sequence[labels.Task], prepared: Prepared) -> dict[int, str]:
     """The category of each product to be found that has one, by its index."""
-    found = next((task for task in asked if task.name == "category"), None)
+    found = next((task for task in tasks if task.name == "category"), None)
     if found is None:
         return {}
     return {

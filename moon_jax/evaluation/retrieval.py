@@ -26,6 +26,7 @@ QUERY_SETS = {
     "products": "products as queries, altered where they share a modality with what they seek",
     "products_trained_on": "products as queries, altered where they share a modality; seen in training",
     "queries": "the catalogue's own queries",
+    "judged": "your queries, by your judgements, in the whole catalogue",
 }
 """What is asked with, by name, and how it is said."""
 SEED = 0
@@ -50,7 +51,7 @@ class Queries:
     plain: np.ndarray
     altered_present: np.ndarray  # bool[Q,3], the altered views that there are
     plain_present: np.ndarray  # bool[Q,3]
-    key: np.ndarray  # i64[Q]; a candidate of an equal key is a hit
+    relevance: metrics.Relevance  # of all candidates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +59,12 @@ class Encoded:
     """The vectors of an evaluation, from which every number follows.
 
     `queries` holds one or two of QUERY_SETS: "products", the candidates as their own queries ("products_trained_on", if
-    the catalogue keeps none of them apart), and "queries", those that the catalogue brings, if any.
+    the catalogue keeps none of them apart), and "queries", those that the catalogue brings, if any; or "judged" alone.
     """
 
     product: np.ndarray  # i32[C], indices of products
     candidates: np.ndarray  # [C,3,…]
     present: np.ndarray  # bool[C,3]
-    key: np.ndarray  # i64[C]
     queries: dict[str, Queries]
     rank: Callable[[Any, Any, int], tuple[np.ndarray, np.ndarray]] = similarity.top_k
 
@@ -98,26 +98,38 @@ class Search:
         return self.rank(self.queries, self.candidates, min(depth, len(self.candidates)))[1]
 
 
-def encode(embedder: Embedder, prepared: Prepared, advance: Callable[[int], None] = lambda count: None) -> Encoded:
-    """Embeds candidates and queries; `advance` is told of `count(prepared)` in all."""
+def encode(
+    embedder: Embedder,
+    prepared: Prepared,
+    advance: Callable[[int], None] = lambda count: None,
+    judgements: metrics.Judgements | None = None,
+) -> Encoded:
+    """Embeds candidates and queries; `advance` is told of `count(prepared, judgements)` in all.
+
+    Args:
+        judgements: of prepared.val_queries and prepared.val, by their places; with them nothing else is asked.
+    """
     products = records.Chosen(prepared.products, prepared.val)
     # A product without title is sought by itself alone: below -1, apart from every group.
     key = np.where(prepared.group >= 0, prepared.group, -2 - np.arange(len(prepared.group)))
     place = np.array(prepared.val, np.int32)
     plain, present = embedder.encode_views(products, advance=advance)
-    altered, asks = embedder.encode_views(products, ALTERATION, SEED, advance)
-    name = "products_trained_on" if prepared.val == prepared.train else "products"
-    queries = {name: Queries(place, place, altered, plain, asks, present, key[place])}
+    queries = {}
+    if judgements is None:
+        altered, asks = embedder.encode_views(products, ALTERATION, SEED, advance)
+        name = "products_trained_on" if prepared.val == prepared.train else "products"
+        queries[name] = Queries(place, place, altered, plain, asks, present, metrics.Keys(key[place], key[place]))
     if prepared.val_queries:
         asked, targets = (np.array(column, np.int32) for column in zip(*prepared.val_queries, strict=True))
         own, own_present = embedder.encode_views(records.Chosen(prepared.products, asked), advance=advance)
-        queries["queries"] = Queries(asked, targets, own, own, own_present, own_present, key[targets])
-    return Encoded(place, plain, present, key[place], queries, getattr(embedder, "rank", similarity.top_k))
+        name, relevance = ("judged", judgements) if judgements else ("queries", metrics.Keys(key[targets], key[place]))
+        queries[name] = Queries(asked, targets, own, own, own_present, own_present, relevance)
+    return Encoded(place, plain, present, queries, getattr(embedder, "rank", similarity.top_k))
 
 
-def count(prepared: Prepared) -> int:
+def count(prepared: Prepared, judgements: metrics.Judgements | None = None) -> int:
     """Products and queries that `encode` embeds."""
-    return 2 * len(prepared.val) + len(prepared.val_queries)
+    return (2 if judgements is None else 1) * len(prepared.val) + len(prepared.val_queries)
 
 
 def search(encoded: Encoded, name: str, query: str, candidate: str) -> Search:
@@ -128,14 +140,14 @@ def search(encoded: Encoded, name: str, query: str, candidate: str) -> Search:
     altered = shares_modality(query, candidate)
     vectors, present = (asked.altered, asked.altered_present) if altered else (asked.plain, asked.plain_present)
     # A query that no candidate with this view could answer says nothing about the model.
-    chosen = present[:, q] & np.isin(asked.key, encoded.key[offered])
+    chosen = present[:, q] & (asked.relevance.take(metrics.ALL, offered).number > 0)
     return Search(
         queries=vectors[chosen, q],
         candidates=encoded.candidates[offered, c],
         query_product=asked.product[chosen],
         sought=asked.sought[chosen],
         candidate_product=encoded.product[offered],
-        relevance=metrics.Keys(asked.key[chosen], encoded.key[offered]),
+        relevance=asked.relevance.take(chosen, offered),
         rank=encoded.rank,
     )
 

@@ -407,7 +407,7 @@ def test_shipped_maps_are_whole(name):
         ({"product": {"title": "a"}, "files": [""]}, "files and header are lists of texts"),
         ({"product": {"title": "a"}, "header": [1]}, "files and header are lists of texts"),
         ({"product": {"title": "a"}, "files": ["/etc/*.txt"]}, "patterns below the source's folder"),
-        ({}, "says nothing of product or query or log files"),
+        ({}, "says nothing of product or query or log or asked or judgement files"),
         ([], "docs/data.md says how a column map is written"),
     ],
 )
@@ -422,7 +422,7 @@ def test_a_map_that_is_wrong_is_one_line(tmp_path, written, message):
 
 def test_a_map_that_is_not_there():
     with pytest.raises(
-        UserError, match=r"--columns mbe3: no such column map; give a .json file, or one of: fashion200k"
+        UserError, match=r"--columns mbe3: no such column map; give a .json file, or one of: beir, fashion200k"
     ):
         columns.load("mbe3")
 
@@ -444,7 +444,7 @@ def test_a_column_that_a_map_names_and_a_file_lacks_has_a_guess(tmp_path):
 def test_a_log_wants_a_map_that_knows_logs(tmp_path):
     (tmp_path / "log.parquet").write_bytes(b"")
     pq.write_table(pa.table({"product_id": ["1"], "query": ["mug"]}), tmp_path / "log.parquet")
-    with pytest.raises(UserError, match="a log file, of which the column map mbe says nothing"):
+    with pytest.raises(UserError, match="the column map mbe says nothing of .log. files"):
         sources.open_source(tmp_path, columns.load("mbe"))
 
 

@@ -143,7 +143,7 @@ class Fake:
 
 def test_prediction_reads_no_label():
     prepared = prepared_of(PRODUCTS)
-    encoded = retrieval.Encoded(np.arange(6), *Fake().encode_views(PRODUCTS), np.arange(6), {})
+    encoded = retrieval.Encoded(np.arange(6), *Fake().encode_views(PRODUCTS), {})
     asked, done = labels.tasks(prepared), []
     answers = labels.encode(Fake(), prepared, encoded, asked, advance=done.append)
     assert sum(done) == labels.count(asked) == 6
@@ -172,7 +172,7 @@ def test_neighbours_and_probe_know_products_to_train_on_without_the_labels_words
     (colour,) = labels.tasks(prepared, known)
     assert colour.known.tolist() == [n % 3 for n in known]
     assert colour.known_struck == dict.fromkeys(range(12), "shirt")
-    encoded = retrieval.Encoded(np.arange(12), *Fake().encode_views(products[18:]), np.arange(12), {})
+    encoded = retrieval.Encoded(np.arange(12), *Fake().encode_views(products[18:]), {})
     done = []
     (answers,) = labels.encode(Fake(), prepared, encoded, [colour], known, advance=done.append)
     assert sum(done) == labels.count([colour], known) == 12 + 12 + 12

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from moon_jax.data.prepared import Prepared
-from moon_jax.evaluation import pictures, retrieval
+from moon_jax.evaluation import metrics, pictures, retrieval
 from moon_jax.types import OBJECTIVES, Product
 from tests.conftest import jpeg
 
@@ -62,13 +62,17 @@ def encoded(products, own_queries=()):
 
     place = np.arange(count - len(own_queries))
     vectors, present = views(place)
-    queries = {"products": retrieval.Queries(place, place, vectors, vectors, present, present, place)}
+    queries = {
+        "products": retrieval.Queries(place, place, vectors, vectors, present, present, metrics.Keys(place, place))
+    }
     if own_queries:
         own = np.arange(count - len(own_queries), count)
         vectors_own, present_own = views(own)
         sought, pair = np.array(own_queries), (present_own, present_own)
-        queries["queries"] = retrieval.Queries(own, sought, vectors_own, vectors_own, *pair, sought)
-    return retrieval.Encoded(place, vectors, present, place, queries)
+        queries["queries"] = retrieval.Queries(
+            own, sought, vectors_own, vectors_own, *pair, metrics.Keys(sought, place)
+        )
+    return retrieval.Encoded(place, vectors, present, queries)
 
 
 def prepared_of(products):

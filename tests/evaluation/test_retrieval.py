@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from moon_jax.data.prepared import Prepared
-from moon_jax.evaluation import retrieval
+from moon_jax.evaluation import metrics, retrieval
 from moon_jax.types import VIEWS, Product
 from tests.conftest import tiny
 
@@ -79,8 +79,8 @@ def test_measures_of_a_direction_follow_from_its_vectors():
     vectors = rng.integers(-1, 2, (2, count, 3, 4)).astype(np.float32)
     key, present = rng.integers(0, 25, count), rng.random((count, 3)) < 0.8
     place = np.arange(count)
-    queries = retrieval.Queries(place, place, vectors[0], vectors[1], present, present, key)
-    encoded = retrieval.Encoded(place, vectors[1], present, key, {"products": queries})
+    queries = retrieval.Queries(place, place, vectors[0], vectors[1], present, present, metrics.Keys(key, key))
+    encoded = retrieval.Encoded(place, vectors[1], present, {"products": queries})
     for _, direction, task, measures in retrieval.directions(encoded):
         q, c = (VIEWS.index(view) for view in direction.split("→"))
         asked = vectors[0] if retrieval.shares_modality(*direction.split("→")) else vectors[1]

@@ -1,0 +1,201 @@
+"""One's own queries, and judgements of what answers them: files → a catalogue with queries, and graded relevance.
+
+Queries are in Parquet, JSONL, CSV or TSV, as a catalogue is, with the columns query_id and title or image. Judgements
+have query_id, product_id and grade, or are lines of TREC's qrels. A column map renames both (data/columns.py).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moon_jax.config import UserError, printable
+from moon_jax.data import parse, readers, sources
+from moon_jax.data.columns import ColumnMap
+from moon_jax.data.images import BadImage, decode
+from moon_jax.data.parse import BadRecord
+from moon_jax.data.prepared import Prepared
+from moon_jax.evaluation.metrics import Judgements
+from moon_jax.types import Product
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A catalogue with one's own queries."""
+
+    prepared: Prepared  # val: the whole catalogue; val_queries: the queries, each with its best product
+    relevance: Judgements  # of prepared.val_queries and prepared.val, by their places
+    left_out: str  # what could not be used, in words; empty if nothing
+    shared: str  # an id that both a query and a product have, empty if there is none
+
+
+@dataclasses.dataclass(frozen=True)
+class _Both(collections.abc.Sequence):
+    """A catalogue's products, then queries."""
+
+    products: Sequence[Product]
+    queries: Sequence[Product]
+
+    def __len__(self) -> int:
+        return len(self.products) + len(self.queries)
+
+    def __getitem__(self, index: int) -> Product:
+        count = len(self.products)
+        return self.products[index] if index < count else self.queries[index - count]
+
+
+def read(queries: str | Path, qrels: str | Path, prepared: Prepared, columns: ColumnMap, max_pixels: int) -> Judged:
+    """Both files, as queries of all products of the catalogue.
+
+    Judgements of products that the catalogue has not, and of queries that are not there, are left out, and so are
+    queries of which none is left.
+
+    Args:
+        columns: says which column is what.
+        max_pixels: of an image.
+
+    Raises:
+        UserError: a file cannot be read; a line of it is wrong, an id or a pair is there twice; or no query is left.
+    """
+    asked = {query.id: query for query in _queries(Path(queries), columns, max_pixels)}
+    grades = _grades(Path(qrels), columns)
+    count = len(prepared.train) + (len(prepared.val) if prepared.val != prepared.train else 0)
+    wanted = {product for _, product in grades}
+    places, shared = {}, ""
+    for place in range(count):
+        identity = prepared.products[place].id
+        if identity in wanted:
+            places[identity] = place
+        if identity in asked:
+            shared = shared or identity
+    known: dict[str, dict[int, float]] = {}
+    absent, unasked = set(), set()
+    for (query, product), grade in grades.items():
+        if query not in asked:
+            unasked.add(query)
+        elif product not in places:
+            absent.add(product)
+        else:
+            known.setdefault(query, {})[places[product]] = grade
+    answered = [query for query in asked if any(grade > 0 for grade in known.get(query, {}).values())]
+    if not answered:
+        raise UserError(
+            f"--qrels {qrels}: no query of {queries} has a product of this catalogue with a grade above 0; are the ids"
+            " the same in all three?"
+        )
+    best = [max(known[query].items(), key=lambda pair: (pair[1], -pair[0]))[0] for query in answered]
+    total = len(prepared.products)
+    digest = hashlib.blake2b(repr([(asked[q], sorted(known[q].items())) for q in answered]).encode(), digest_size=8)
+    told = {
+        "queries without a product to be found": len(asked) - len(answered),
+        "judged queries that are not asked": len(unasked),
+        "judged products that the catalogue has not": len(absent),
+    }
+    return Judged(
+        dataclasses.replace(
+            prepared,
+            products=_Both(prepared.products, [asked[query] for query in answered]),
+            val=range(count),
+            val_queries=[(total + number, product) for number, product in enumerate(best)],
+            manifest={**prepared.manifest, "fingerprint": f"{prepared.fingerprint} {digest.hexdigest()}"},
+        ),
+        Judgements.of(
+            {(n, place): grade for n, query in enumerate(answered) for place, grade in known[query].items()},
+            len(answered),
+            count,
+        ),
+        ", ".join(f"{number:,} {what}" for what, number in told.items() if number),
+        shared,
+    )
+
+
+def _file(path: Path, flag: str, kind: str) -> readers.File:
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    bare = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    format = sources.SUFFIXES.get(bare.suffix.lower(), "")
+    return readers.File(path, path.name, kind, "", format, path.parent)
+
+
+def _rows(file: readers.File, columns: ColumnMap) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each record stands, and the record."""
+    checked = file.format in ("csv", "tsv")  # by their reader
+    if file.format in ("parquet", "arrow"):
+        columns.check(file.kind, readers.schema_of(file).names, str(file.path))
+        checked = True
+    for chunk in readers.chunks(file, columns):
+        for number, row in chunk.rows():
+            where = f"{file.path} {number}"
+            if isinstance(row, BadRecord):
+                raise UserError(printable(f"{where}: {row.reason}: {row.detail}"))
+            if not checked:
+                columns.check(file.kind, row, str(file.path))
+                checked = True
+            yield where, columns.apply(file.kind, row)
+
+
+def _queries(path: Path, columns: ColumnMap, max_pixels: int) -> Iterator[Product]:
+    file = _file(path, "--queries", "asked")
+    if not file.format:
+        raise UserError(f"--queries {path}: none of {', '.join(sources.SUFFIXES)}")
+    seen: set[str] = set()
+    for where, record in _rows(file, columns):
+        try:
+            query = parse.to_product(record, "query_id")
+            if query.id in seen:
+                raise BadRecord("duplicate id", query.id)
+            seen.add(query.id)
+            yield dataclasses.replace(query, images=tuple(_image(image, file, max_pixels) for image in query.images))
+        except BadRecord as bad:
+            raise UserError(printable(f"{where}: {bad.reason}{bad.detail and ': '}{bad.detail}")) from None
+
+
+def _image(image: bytes | str, file: readers.File, max_pixels: int) -> bytes:
+    if isinstance(image, str):
+        if "://" in image:
+            raise BadRecord("image not fetched", f"{image}: give a path below {file.root}")
+        image = parse.read_file(sources.confined(file.root, image), image)
+    try:
+        decode(image, max_pixels)
+    except BadImage as error:
+        raise BadRecord("bad image", str(error)) from None
+    return image
+
+
+def _grades(path: Path, columns: ColumnMap) -> dict[tuple[str, str], float]:
+    """The grade of each pair of a query and a product."""
+    file = _file(path, "--qrels", "judgement")
+    found: dict[tuple[str, str], float] = {}
+    for where, record in _rows(file, columns) if file.format else _trec(path):
+        try:
+            pair = tuple(parse.label(record.get(name), name) for name in ("query_id", "product_id"))
+            if not all(pair):
+                raise BadRecord("no id")
+            grade = float(record.get("grade", "none"))
+            if not math.isfinite(grade):
+                raise ValueError
+        except BadRecord as bad:
+            raise UserError(printable(f"{where}: {bad.reason}{bad.detail and ': '}{bad.detail}")) from None
+        except (TypeError, ValueError):
+            raise UserError(printable(f"{where}: grade {record.get('grade')!r} is no number")) from None
+        if found.setdefault(pair, grade) != grade:
+            raise UserError(printable(f"{where}: query {pair[0]}, product {pair[1]}: judged {found[pair]:g} before"))
+    return found
+
+
+def _trec(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """TREC's qrels: query, a number that nobody reads, product and grade, with spaces between them."""
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            parts = line.split()
+            if parts and len(parts) != 4:
+                raise UserError(
+                    printable(f"{path} {number}: {len(parts)} words; TREC's qrels have 4: query, 0, product, grade")
+                )
+            if parts:
+                yield f"{path} {number}", dict(zip(("query_id", "", "product_id", "grade"), parts, strict=True))

@@ -1,0 +1,188 @@
+"""One's own queries and judgements: ways of writing them, what is wrong in them, and scores against trec_eval."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moon_jax import cli
+from moon_jax.config import UserError
+from moon_jax.data import columns
+from moon_jax.evaluation import judged
+from tests.conftest import jpeg
+
+PIXELS = 10**6
+
+
+@pytest.fixture(scope="module")
+def ids(prepared):
+    """Ids of all products, those to train on first."""
+    return [prepared.products[index].id for index in range(len(prepared.train) + len(prepared.val))]
+
+
+def written(folder, ids, format="jsonl"):
+    """Four queries, of which one has no judgement and one a product that nobody has; and the judgements in a format."""
+    (folder / "photo.jpg").write_bytes(jpeg((200, 30, 30), (30, 40), 0))
+    asked = [
+        {"query_id": "q1", "title": "red mug"},
+        {"query_id": 2, "image": "photo.jpg"},
+        {"query_id": "q3", "title": "nobody asks"},
+        {"query_id": "q4", "title": "green", "image": "photo.jpg"},
+    ]
+    pairs = [("q1", ids[0], 3), ("q1", ids[-1], 1), ("q1", ids[1], 0), ("2", ids[5], 2), ("2", ids[6], 2)]
+    pairs += [("q4", "nothing", 4), ("q9", ids[3], 1)]
+    queries, qrels = folder / "queries.jsonl", folder / f"qrels.{format}"
+    queries.write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+    names = ("query_id", "product_id", "grade")
+    lines = {
+        "txt": [f"{query} 0 {product}\t{grade}" for query, product, grade in pairs] + [""],
+        "csv": [",".join(names), *(",".join(map(str, pair)) for pair in pairs)],
+        "jsonl": [json.dumps(dict(zip(names, pair, strict=True))) for pair in pairs],
+        "tsv": ["query-id\tcorpus-id\tscore", *("\t".join(map(str, pair)) for pair in pairs)],
+    }
+    if format == "parquet":
+        pq.write_table(pa.table(dict(zip(names, map(list, zip(*pairs, strict=True)), strict=True))), qrels)
+    else:
+        qrels.write_text("\n".join(lines[format]), encoding="utf-8")
+    return queries, qrels
+
+
+@pytest.mark.parametrize("format", ["txt", "csv", "jsonl", "parquet"])
+def test_judgements_in_any_format_say_the_same(prepared, ids, tmp_path, format):
+    found = judged.read(*written(tmp_path, ids, format), prepared, columns.load(), PIXELS)
+    assert found.left_out == (
+        "2 queries without a product to be found, 1 judged queries that are not asked,"
+        " 1 judged products that the catalogue has not"
+    )
+    total, count = len(prepared.products), len(ids)
+    assert list(found.prepared.val) == list(range(count))
+    assert found.prepared.val_queries == [(total, 0), (total + 1, 5)]
+    first, second = found.prepared.products[total], found.prepared.products[total + 1]
+    assert (first.id, first.text, first.images) == ("q1", "red mug", ())
+    assert (second.id, second.text, second.images) == ("2", None, ((tmp_path / "photo.jpg").read_bytes(),))
+    assert found.prepared.products[3].id == ids[3] and len(found.prepared.products) == total + 2
+    grades = found.relevance.gains(np.tile(np.arange(count), (2, 1)))
+    expected = np.zeros((2, count))
+    expected[0, [0, -1]], expected[1, [5, 6]] = (3, 1), 2
+    np.testing.assert_array_equal(grades, expected)
+
+
+def test_beir_is_read_by_its_map(prepared, ids, tmp_path):
+    _, qrels = written(tmp_path, ids, "tsv")
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "red mug"}))
+    found = judged.read(tmp_path / "queries.jsonl", qrels, prepared, columns.load("beir"), PIXELS)
+    assert found.prepared.val_queries == [(len(prepared.products), 0)] and list(found.relevance.grade) == [3, 1]
+
+
+def test_what_changes_the_scores_changes_the_data_s_name(prepared, ids, tmp_path):
+    queries, qrels = written(tmp_path, ids, "txt")
+    names = set()
+    for change in ("", f"q1 0 {ids[2]} 1\n", f"q1 0 {ids[2]} 2\n"):
+        own = tmp_path / "own.txt"
+        own.write_text(qrels.read_text() + change)
+        names.add(judged.read(queries, own, prepared, columns.load(), PIXELS).prepared.fingerprint)
+    queries.write_text(queries.read_text().replace("red mug", "a red mug"))
+    names.add(judged.read(queries, qrels, prepared, columns.load(), PIXELS).prepared.fingerprint)
+    assert len(names) == 4 and prepared.fingerprint not in names
+
+
+@pytest.mark.parametrize(
+    ("query", "line", "said"),
+    [
+        (None, "q1 0 x", "own.txt 1: 3 words; TREC's qrels have 4"),
+        (None, "q1 0 {} good", "own.txt 1: grade 'good' is no number"),
+        (None, "q1 0 {} inf", "own.txt 1: grade 'inf' is no number"),
+        (None, "q1 0 {0} 1\nq1 0 {0} 2", "own.txt 2: query q1, product"),
+        (None, "q1 0 {} 0", "a grade above 0; are the ids the same in all three?"),
+        ({"query_id": "q1"}, "q1 0 {} 1", "has no column title or images or image"),
+        ({"query_id": "", "title": "x"}, "q1 0 {} 1", "queries.jsonl 2: no id"),
+        ({"query_id": "q1", "title": "x"}, "q1 0 {} 1", "queries.jsonl 2: duplicate id: q1"),
+        ({"query_id": "q2", "image": "../x.jpg"}, "q1 0 {} 1", "queries.jsonl 2: bad image: ../x.jpg lies outside"),
+        ({"query_id": "q2", "image": "x.jpg"}, "q1 0 {} 1", "queries.jsonl 2: bad image: x.jpg: No such file"),
+        ({"query_id": "q2", "image": "https://x/y.jpg"}, "q1 0 {} 1", "queries.jsonl 2: image not fetched: https://x"),
+        ([], "q1 0 {} 1", "queries.jsonl 2: not readable: not a JSON object"),
+    ],
+)
+def test_mistakes_name_their_line(prepared, ids, tmp_path, query, line, said):
+    queries, qrels = tmp_path / "queries.jsonl", tmp_path / "own.txt"
+    asked = [{"query_id": "q1", "title": "red mug"}, *([] if query is None else [query])]
+    if said.startswith("has no"):
+        asked, said = asked[1:], said.removeprefix("has ")
+    queries.write_text("\n".join(map(json.dumps, asked)))
+    qrels.write_text(line.format(ids[0]))
+    with pytest.raises(UserError) as error:
+        judged.read(queries, qrels, prepared, columns.load(), PIXELS)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_scores_are_those_of_trec_eval(prepared, ids, tmp_path):
+    """Of vectors from anywhere, over the whole catalogue, graded, with views that not all products have."""
+    trec = pytest.importorskip("pytrec_eval", reason="pytrec_eval-terrier is not installed")
+    rng = np.random.default_rng(0)
+    vectors = {product: rng.normal(size=8) for product in ids[: len(ids) - 3]}
+    asked = {f"q{n}": rng.normal(size=8) for n in range(20)}
+    grades = {q: {p: int(g) for p, g in zip(ids, rng.integers(-1, 4, len(ids)), strict=True)} for q in asked}
+    rows = [(i, view, list(v)) for view, part in (("t", asked), ("mm", vectors)) for i, v in part.items()]
+    (tmp_path / "v").mkdir()
+    columns_ = dict(zip(("id", "view", "vector"), map(list, zip(*rows, strict=True)), strict=True))
+    pq.write_table(pa.table(columns_), tmp_path / "v" / "all.parquet")
+    (tmp_path / "queries.csv").write_text("query_id,title\n" + "\n".join(f"{q},some words" for q in asked))
+    (tmp_path / "qrels.trec").write_text("\n".join(f"{q} 0 {p} {g}" for q in grades for p, g in grades[q].items()))
+    given = [
+        "evaluate",
+        "--vectors",
+        str(tmp_path / "v"),
+        "--data",
+        str(prepared.folder),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    given += ["--queries", str(tmp_path / "queries.csv"), "--qrels", str(tmp_path / "qrels.trec")]
+    assert cli.main(given) == 0
+    metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert set(metrics["retrieval"]) == {"judged"} and set(metrics["retrieval"]["judged"]) == {"t→mm"}
+    assert not metrics["labels"] and not (tmp_path / "o" / "embeddings").exists()
+    found = metrics["retrieval"]["judged"]["t→mm"]
+    run = {
+        q: {p: float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for p, b in vectors.items()}
+        for q, a in asked.items()
+    }
+    # What has no such view cannot be found, and is no candidate.
+    sought = {q: {p: g for p, g in of.items() if p in vectors} for q, of in grades.items()}
+    scores = trec.RelevanceEvaluator(sought, {"ndcg_cut.10", "recip_rank", "map_cut.100", "success.1,5,10"}).evaluate(
+        run
+    )
+    for name, theirs in {
+        "nDCG@10": "ndcg_cut_10",
+        "MRR": "recip_rank",
+        "mAP": "map_cut_100",
+        "R@5": "success_5",
+    }.items():
+        expected = 100 * np.mean([entry[theirs] for entry in scores.values()])
+        assert found[name] == pytest.approx(expected, abs=2e-3), name
+    assert found["queries"] == 20 and found["candidates"] == len(vectors)
+    gallery = tmp_path / "o" / "pictures" / "gallery.png"
+    assert gallery.is_file()
+
+
+def test_vectors_cannot_tell_a_query_from_a_product(prepared, ids, tmp_path, capsys):
+    (tmp_path / "v").mkdir()
+    table = {"id": [ids[0]], "view": ["t"], "vector": [[1.0, 0.0]]}
+    pq.write_table(pa.table(table), tmp_path / "v" / "all.parquet")
+    (tmp_path / "q.csv").write_text(f"query_id,title\n{ids[0]},some words")
+    (tmp_path / "r.txt").write_text(f"{ids[0]} 0 {ids[1]} 1")
+    given = [
+        "evaluate",
+        "--vectors",
+        str(tmp_path / "v"),
+        "--data",
+        str(prepared.folder),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert cli.main([*given, "--queries", str(tmp_path / "q.csv"), "--qrels", str(tmp_path / "r.txt")]) == cli.MISTAKE
+    assert "is a query's id and a product's" in capsys.readouterr().err
+    assert cli.main([*given, "--queries", str(tmp_path / "q.csv")]) == cli.MISTAKE
+    assert "--queries: go with --qrels" in capsys.readouterr().err
