@@ -444,7 +444,7 @@ def test_a_column_that_a_map_names_and_a_file_lacks_has_a_guess(tmp_path):
 def test_a_log_wants_a_map_that_knows_logs(tmp_path):
     (tmp_path / "log.parquet").write_bytes(b"")
     pq.write_table(pa.table({"product_id": ["1"], "query": ["mug"]}), tmp_path / "log.parquet")
-    with pytest.raises(UserError, match="the column map mbe says nothing of .log. files"):
+    with pytest.raises(UserError, match=r"the column map mbe says nothing of .log. files"):
         sources.open_source(tmp_path, columns.load("mbe"))
 
 
