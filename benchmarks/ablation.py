@@ -201,7 +201,7 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
         cells = []
         for name in columns:
             mean, error = mean_and_error([run["scores"][name] for run in own.values()])
-            cell = f"{mean:.1f} ±{error:.1f}"
+            cell = f"{mean:.1f} ±{error:.1f}" if len(own) > 1 else f"{mean:.1f}"
             if row.against != row.name:
                 paired = [own[seed]["scores"][name] - other[seed]["scores"][name] for seed in own if seed in other]
                 cell += f" {sign(paired)}"

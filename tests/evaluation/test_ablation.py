@@ -1,0 +1,118 @@
+"""benchmarks/ablation.py: rows that differ in what they say and in nothing else, noise, signs, and the table."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from benchmarks import ablation
+from moon_jax import config as config_lib
+from moon_jax.data.prepared import open_prepared
+from moon_jax.serving.embedder import abstract_params
+
+QUICKSTART = config_lib.load("quickstart")
+EXPERTS = QUICKSTART.experts
+WIDTHS = EXPERTS.per_token * EXPERTS.width, EXPERTS.count * EXPERTS.width
+ROWS = {row.name: row for row in ablation.rows(*WIDTHS)}
+
+
+def leaves(config):
+    return {
+        f"{group.name}.{leaf.name}": getattr(getattr(config, group.name), leaf.name)
+        for group in dataclasses.fields(config)
+        if dataclasses.is_dataclass(getattr(config, group.name))
+        for leaf in dataclasses.fields(getattr(config, group.name))
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("full", set()),
+        ("without MoE, equal active FLOPs", {"experts.count", "language.mlp_width"}),
+        ("dense, equal parameters", {"experts.count", "language.mlp_width"}),
+        ("without dual-level alignment", {"objective.levels"}),
+        ("without intra-product alignment", {"objective.levels"}),
+        ("without co-augmentation", {"data.augmented"}),
+        ("without filtering", {"objective.phi_threshold"}),
+        ("fixed mixture 12:3:2", {"data.mixture", "objective.weighting"}),
+        ("full, 30% noise", set()),
+        ("without filtering, 30% noise", {"objective.phi_threshold"}),
+    ],
+)
+def test_a_row_changes_what_it_says(name, changed):
+    config = config_lib.override(QUICKSTART, list(ROWS[name].overrides))
+    other = leaves(QUICKSTART)
+    assert {leaf for leaf, value in leaves(config).items() if value != other[leaf]} == changed
+    assert ROWS[name].noisy == ("noise" in name) and ROWS[name].against in ROWS
+    assert not ROWS[name].paper or len(ROWS[name].paper) == len(ablation.COLUMNS)
+
+
+def test_dense_rows_are_as_large_as_they_say(tokenizer):
+    def size(config):
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, tokenizer)["encoder"]))
+
+    full, active, total = (
+        size(config_lib.override(QUICKSTART, list(ROWS[name].overrides)))
+        for name in ("full", "without MoE, equal active FLOPs", "dense, equal parameters")
+    )
+    one = 3 * QUICKSTART.language.width * EXPERTS.width * QUICKSTART.language.layers  # an expert of every layer
+    router = full - total
+    assert 0 < router < one / 4
+    assert total - active == (EXPERTS.count - EXPERTS.per_token) * one
+
+
+def test_noise_makes_some_purchases_wrong_and_touches_nothing_else(prepared, tmp_path):
+    before = {path.name: path.read_bytes() for path in prepared.folder.iterdir() if path.is_file()}
+    ablation.noisy_copy(prepared.folder, tmp_path / "noisy")
+    found = open_prepared(tmp_path / "noisy")
+    assert {path.name: path.read_bytes() for path in prepared.folder.iterdir() if path.is_file()} == before
+    assert found.fingerprint != prepared.fingerprint and len(found.products) == len(prepared.products)
+    was, now = (np.array([(t.query, t.positive, t.negative) for t in data.triplets]) for data in (prepared, found))
+    np.testing.assert_array_equal(was[:, [0, 2]], now[:, [0, 2]])
+    wrong = was[:, 1] != now[:, 1]
+    assert wrong.mean() == pytest.approx(ablation.NOISE, abs=4 * np.sqrt(0.21 / len(was)))
+    assert set(now[:, 1]) <= set(was[:, 1]) and not (now[:, 1] == now[:, 2]).any()
+    kept = (tmp_path / "noisy" / "triplets.npy").stat().st_mtime_ns
+    ablation.noisy_copy(prepared.folder, tmp_path / "noisy")
+    assert (tmp_path / "noisy" / "triplets.npy").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("shift", [-1.0, -0.2, 0.0, 0.2, 1.0])
+def test_a_sign_is_a_paired_t_test(shift):
+    rng = np.random.default_rng(int(10 * shift + 20))
+    seen = set()
+    for seeds in (2, 3, 5):
+        for _ in range(30):
+            ours, theirs = rng.normal(shift, 0.5, seeds), rng.normal(0, 0.1, seeds)
+            p = stats.ttest_rel(ours, theirs).pvalue
+            expected = "·" if p >= 0.05 else "↑" if (ours - theirs).mean() > 0 else "↓"
+            found = ablation.sign((ours - theirs).tolist())
+            assert found == expected
+            seen.add(found)
+    assert "·" in seen and ablation.sign([3.0]) == "·"
+    assert abs(shift) < 1 or ("↑" if shift > 0 else "↓") in seen
+
+
+def test_the_table_has_means_errors_signs_and_the_papers():
+    def run(row, seed, score):
+        scores = dict.fromkeys(ablation.COLUMNS, score)
+        return {"row": row, "seed": seed, "scores": scores, "parameters": 2e6, "active": 1e6, "bytes": 512, "ms": 2.0}
+
+    runs = [run("full", seed, 50.0 + seed) for seed in range(3)]
+    runs += [run("without MoE, equal active FLOPs", seed, 40.0 + seed + 0.1 * (seed == 1)) for seed in range(3)]
+    runs += [run("dense, equal parameters", 0, 99.0)]
+    console = Console(width=250, record=True)
+    for table in ablation.tables({"runs": runs, "title": "made up", "widths": WIDTHS}):
+        console.print(table)
+    said = console.export_text().splitlines()
+    (full,) = (line for line in said if "full (3)" in line)
+    assert full.count("51.0 ±0.6") == len(ablation.COLUMNS)
+    (without,) = (line for line in said if "active FLOPs (3)" in line)
+    assert without.count("41.0 ±0.6 ↓(↓)") == len(ablation.COLUMNS)
+    (single,) = (line for line in said if "equal parameters (1)" in line)
+    assert single.count("99.0 ·") == len(ablation.COLUMNS)
+    assert any(line.split()[1:] == ["full", "│", "2.00", "│", "1.00", "│", "512", "│", "2.0", "│"] for line in said)
