@@ -463,7 +463,7 @@ def run_heatmap(parsed: argparse.Namespace, overrides: list[str]) -> None:
             for name, number in (("layer", parsed.layer), ("head", parsed.head))
         )
     )
-    heatmap.draw(output, columns, max_pixels, which)
+    heatmap.draw(output, columns, max_pixels, f"{which}; bright, and of words dark, is most")
     heatmap.save(output.with_suffix(".npz"), arrays)
     report.line(f"{output}; all layers and heads as arrays: {output.with_suffix('.npz')}")
 

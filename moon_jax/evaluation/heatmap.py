@@ -137,13 +137,14 @@ def draw(
         columns: of each model its name, and of each item its name, the item, what was seen, and values f32[S] of its
             tokens. Colours span the values of one item's pictures, and those of its title, from 0 to the largest.
     """
-    items = max(len(shown) for _, shown in columns)
+    items = len(columns[0][1])
     size = (4.4 * len(columns) + 0.4, 4.6 * items + 0.8)
     with pictures.sheet(path, "Where the model looks", footer, size) as figure:
         halves = figure.subfigures(1, len(columns), squeeze=False)[0]
         for half, (model, shown) in zip(halves, columns, strict=True):
             half.suptitle(model, x=0.02, ha="left", fontsize=10)
-            cells = half.subplots(2 * items, 1, squeeze=False, height_ratios=[3, 1] * items)[:, 0]
+            parts = [part for _, item, _, _ in shown for part in (4 if item.images else 0.2, 1 if item.text else 0.2)]
+            cells = half.subplots(2 * items, 1, squeeze=False, height_ratios=parts)[:, 0]
             for axes in cells:
                 axes.axis("off")
             for number, (name, item, looked, values) in enumerate(shown):
