@@ -49,7 +49,15 @@ def test_judged_again_the_digits_are_the_same(first, model, tokenizer, prepared,
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
-@pytest.mark.parametrize(("batch", "everywhere"), [(3, False), (64, False), (8, True), (24, True)])
+@pytest.mark.parametrize(
+    ("batch", "everywhere"),
+    [
+        (3, False),
+        (24, True),
+        pytest.param(64, False, marks=pytest.mark.long),
+        pytest.param(8, True, marks=pytest.mark.long),
+    ],
+)
 def test_neither_batch_nor_devices_change_a_score(first, model, tokenizer, prepared, tmp_path, batch, everywhere):
     expected = numbers(first[1])
     found = numbers(judged(model, tokenizer, prepared, tmp_path, batch, everywhere))

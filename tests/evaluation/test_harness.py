@@ -16,9 +16,9 @@ IMAGES = [jpeg((200, 30, 30), (40, 30), 0), jpeg((20, 30, 200), (24, 60), 1)]
 TOWERS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def folder_of(kind, path):
-    """A tiny random model of that kind with its tokenizer and image processor, as a folder."""
-    from tests.reference import torch, transformers
+def write_tokenizer(path):
+    """One of the words of TEXTS."""
+    from tests.reference import transformers
 
     words = sorted({sign for text in TEXTS for sign in text.split()})
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -32,6 +32,13 @@ def folder_of(kind, path):
         tokenizer_object=base, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
     )
     fast.save_pretrained(path)
+
+
+def folder_of(kind, path):
+    """A tiny random model of that kind with its tokenizer and image processor, as a folder."""
+    from tests.reference import torch, transformers
+
+    write_tokenizer(path)
     text = TOWERS | {
         "vocab_size": 40,
         "max_position_embeddings": 12,
@@ -129,3 +136,34 @@ def test_what_is_no_model_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(UserError, match=str(tmp_path)):
         harness.open_embedder(str(tmp_path), 10**6)
+
+
+def test_a_model_of_sentence_transformers_embeds_texts(tmp_path):
+    """A bare encoder with mean pooling, as most of them are; a product with an image is its text."""
+    from tests.reference import torch, transformers
+
+    library = pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    write_tokenizer(tmp_path / "encoder")
+    torch.manual_seed(0)
+    settings = TOWERS | {"vocab_size": 40, "max_position_embeddings": 12}
+    encoder = transformers.BertModel(transformers.BertConfig(**settings)).eval()
+    encoder.save_pretrained(tmp_path / "encoder")
+    body = Transformer(str(tmp_path / "encoder"))
+    library.SentenceTransformer(modules=[body, Pooling(TOWERS["hidden_size"])], device="cpu").save(str(tmp_path / "m"))
+    model = harness.open_embedder(str(tmp_path / "m"), 10**6)
+    assert isinstance(model, harness.SentenceTransformer) and model.sees == ("t",)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "encoder")
+    expected = []
+    for text in TEXTS[:2]:
+        with torch.no_grad():
+            hidden = encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy()
+        expected.append(hidden / np.linalg.norm(hidden))
+    products = [Product(text=TEXTS[0], images=(IMAGES[0],)), Product(text=TEXTS[1]), Product(images=(IMAGES[1],))]
+    vectors, present = model.encode_views(products)
+    np.testing.assert_array_equal(present, [[True, False, True], [True, False, False], [False, False, False]])
+    np.testing.assert_allclose(vectors[:2, 0], expected, atol=1e-5)
+    np.testing.assert_allclose(vectors[0, 2], expected[0], atol=1e-5)
+    with pytest.raises(UserError, match="item 0: neither text nor image"):
+        model.encode([Product()])

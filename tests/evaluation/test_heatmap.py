@@ -23,7 +23,11 @@ def embedder(tokenizer):
     return Embedder(config, random_params(config, tokenizer), tokenizer, "f00d", 1)
 
 
-@pytest.mark.parametrize("case", CONFIGS, indirect=True)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=[pytest.mark.long] * (name in ("dense", "some layers"))) for name in CONFIGS],
+    indirect=True,
+)
 def test_attentions_are_those_of_transformers(case):  # noqa: F811
     """Of a text, an image and both, in every layer and head; so are the hidden states."""
     _, folder = case
