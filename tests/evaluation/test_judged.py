@@ -10,8 +10,10 @@ import pytest
 from moon_jax import cli
 from moon_jax.config import UserError
 from moon_jax.data import columns
-from moon_jax.evaluation import judged
-from tests.conftest import jpeg
+from moon_jax.evaluation import baselines, judged, report
+from moon_jax.serving.embedder import Embedder
+from moon_jax.types import Product
+from tests.conftest import jpeg, random_params, tiny
 
 PIXELS = 10**6
 
@@ -165,6 +167,31 @@ def test_scores_are_those_of_trec_eval(prepared, ids, tmp_path):
     assert found["queries"] == 20 and found["candidates"] == len(vectors)
     gallery = tmp_path / "o" / "pictures" / "gallery.png"
     assert gallery.is_file()
+
+
+def test_a_model_is_asked_by_what_each_query_has(prepared, ids, tokenizer, tmp_path):
+    """Ours against a full sort by numpy; BM25, which knows no image."""
+    own = judged.read(*written(tmp_path, ids, "txt"), prepared, columns.load(), PIXELS)
+    settings = tiny()
+    model = Embedder(settings, random_params(settings, tokenizer), tokenizer, "f00d", 1)
+    found = report.evaluate(model, own.prepared, tmp_path / "o", judgements=own.relevance)["retrieval"]["judged"]
+    assert set(found) == {f"{query}→{candidate}" for query in "ti" for candidate in ("t", "i", "mm")}
+    vectors, present = model.encode_views([prepared.products[index] for index in range(len(ids))])
+    asked = {
+        "t": model.encode("red mug")[0],
+        "i": model.encode(Product(images=((tmp_path / "photo.jpg").read_bytes(),)))[0],
+    }
+    for query, relevant in (("t", (0, len(ids) - 1)), ("i", (5, 6))):
+        for place, candidate in enumerate(("t", "i", "mm")):
+            offered = np.flatnonzero(present[:, place])
+            ranked = offered[np.argsort(-(vectors[offered, place] @ asked[query]), kind="stable")]
+            first = 1 + min(list(ranked).index(product) for product in relevant if product in ranked)
+            entry = found[f"{query}→{candidate}"]
+            assert entry["MRR"] == pytest.approx(100 / first, abs=1e-3)
+            assert (entry["candidates"], entry["queries"]) == (len(offered), 1)
+    words = report.evaluate(baselines.BM25(PIXELS), own.prepared, tmp_path / "w", judgements=own.relevance)
+    assert set(words["retrieval"]["judged"]) == {"t→t", "t→mm"}
+    assert set(report.compare(tmp_path / "o", tmp_path / "w")["judged"]) == {"t→t", "t→mm"}
 
 
 def test_vectors_cannot_tell_a_query_from_a_product(prepared, ids, tmp_path, capsys):
