@@ -3,17 +3,20 @@
     python benchmarks/ablation.py --data path/to/fashion --output ablation/fashion
     python benchmarks/ablation.py --results docs/ablation/fashion.json      the table again, of runs made elsewhere
 
-The same command again goes on with the runs that are missing. All rows share data, seeds, steps and every option that
-a row does not name; nothing is tuned for any of them. `results.json` in the output holds all that the table is made of.
+The same command again goes on with the runs that are missing, or were made with other arguments. All rows share data,
+seeds, steps and every option that a row does not name; nothing is tuned for any of them. `results.json` in the output
+holds all that the table is made of.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -247,6 +250,11 @@ def main() -> None:
     widths = (config.experts.per_token * config.experts.width, config.experts.count * config.experts.width)
     prepared = open_prepared(output / "augmented")
     tasks = labels.tasks(prepared)
+    lock = (output / "lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        parser.error(f"--output {output}: another process works there; wait for it, or end it")
     results = output / "results.json"
     told = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"runs": []}
     told |= {
@@ -256,17 +264,20 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
     }
     for seed in range(parsed.seeds):  # all rows of a seed first: what there is can be compared at any time
-        for number, row in enumerate(rows(*widths)):
-            if any((run["row"], run["seed"]) == (row.name, seed) for run in told["runs"]):
-                continue
-            if parsed.rows and parsed.rows not in row.name:
-                continue
-            workdir = output / "runs" / f"{number}-{seed}"
+        for row in rows(*widths):
             data = output / ("noisy" if row.noisy else "augmented")
             common = [*COMMON, f"--config.seed={seed}", *row.overrides]
             arguments = ["--config", "quickstart", "--steps", str(parsed.steps), *common]
+            run = {"row": row.name, "seed": seed, "arguments": arguments}
+            if any({name: made[name] for name in run} == run for made in told["runs"]):
+                continue
+            if parsed.rows and parsed.rows not in row.name:
+                continue
+            workdir = output / "runs" / f"{re.sub('[^A-Za-z0-9]+', '-', row.name)}-{seed}"
+            shutil.rmtree(workdir, ignore_errors=True)  # of other arguments, or half done
             command("train", "--data", str(data), "--workdir", str(workdir), *arguments)
-            told["runs"].append({"row": row.name, "seed": seed, **judge(workdir, prepared, tasks)})
+            told["runs"] = [made for made in told["runs"] if (made["row"], made["seed"]) != (row.name, seed)]
+            told["runs"].append(run | judge(workdir, prepared, tasks))
             temporary = results.with_suffix(".tmp")
             temporary.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             temporary.replace(results)

@@ -23,6 +23,9 @@ from moon_jax.types import OBJECTIVES, VIEWS, Array, Batch, EncoderOutput, Objec
 
 T, I, MM = range(len(VIEWS))
 
+INTER = (0, 1, 2)
+"""The inter-product ones of OBJECTIVES."""
+
 LEVELS = {"dual": (0, 1, 2, 3, 4), "inter": (0, 1, 2), "mm→mm": (2,)}
 """The objectives that train, by `config.objective.levels`: the whole method, and what is left of it in an ablation."""
 
@@ -155,7 +158,9 @@ def objectives(
     kept = np.array(LEVELS[options.levels])
     loss, count = jnp.stack(losses)[kept], jnp.stack(counts)[kept]
     dual = alignment.get("dual", jnp.zeros((0, config.experts.count, len(OBJECTIVES))))[..., kept]
-    value, weights = weighting.weighted_sum(dual, jnp.stack(served, axis=1)[:, kept], loss, count, options.weighting)
+    inter = sum(number in INTER for number in LEVELS[options.levels])
+    routed = jnp.stack(served, axis=1)[:, kept]
+    value, weights = weighting.weighted_sum(dual, routed, loss, count, options.weighting, inter)
     balanced = balance.load_balance(output.load, output.prob, output.valid, config.experts.per_token)
     sparsity = weighting.sparsity(dual)
     # Before the end of the warm-up the entropy of p says nothing but W*'s initial noise.

@@ -43,24 +43,26 @@ def sparsity(dual: Array) -> Array:
     return entropy.mean()
 
 
-def weighted_sum(dual: Array, routing: Array, loss: Array, count: Array, mode: str) -> tuple[Array, Array]:
+def weighted_sum(dual: Array, routing: Array, loss: Array, count: Array, mode: str, inter: int) -> tuple[Array, Array]:
     """Σ_m ω_m L_m and ω, with gradients as `mode` says. The value is the paper's in every mode.
 
     product: the plain product. ω drifts to the easiest objective.
     stopped: ω is a constant of the gradient; only L_sparsity moves W*.
     balanced: the network sees Σ sg(ω_m) L_m; W* sees Σ ω_m sg(L_m) − (1/M) Σ log(M ω_m), a barrier that keeps every
         objective alive. The router is not moved through ω.
-    counted: ω_m = |B_m| / Σ_k |B_k|, a plain mean over samples, as where queries are mixed at a fixed ratio. Experts
-        and W* have no say.
+    counted: ω_m = (I/M) |B_m| / Σ_k |B_k| over the I inter-product objectives, a plain mean over queries, as where they
+        are mixed at a fixed ratio; intra-product ones weigh 1/M. Experts and W* have no say.
 
     Args:
         dual, routing: as in `omega`.
         loss: f32[M].
         count: i32[M], |B_m|; an objective without samples takes no part.
+        inter: I, how many of them are inter-product; these come first.
     """
     stop = jax.lax.stop_gradient
     if mode == "counted":
-        weight = count / jnp.maximum(count.sum(), 1)
+        queries = count[:inter] / jnp.maximum(count[:inter].sum(), 1)
+        weight = jnp.concatenate([queries * inter, jnp.ones(loss.size - inter)]) / loss.size
         return (weight * loss).sum(), weight
     weight = omega(dual, routing)
     if mode == "product":
