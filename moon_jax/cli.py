@@ -44,7 +44,7 @@ def _main(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         if interrupt.TERMINATED.is_set():
             return _fail("stopped by SIGTERM; the same command goes on from here", _stop_code(), shared=True)
-        anew = parsed.command in ("export", "plan")
+        anew = parsed.command in ("export", "plan", "evaluate", "search", "heatmap")
         goes_on = "nothing was written; the same command starts anew" if anew else "the same command goes on from here"
         return _fail(f"interrupted; {goes_on}", 130)
     return 0
@@ -99,8 +99,7 @@ REMEDIES = {
 
 def _refused(error: OSError, parsed: argparse.Namespace) -> str:
     # What fails in the middle of a file does not say which: it is ours, where we write.
-    writes_output = parsed.command in ("export", "prepare", "augment", "evaluate", "embed")
-    flag = "output" if writes_output else "json" if parsed.command == "plan" else "workdir"
+    flag = next(flag for flag in ("output", "workdir", "json", "faiss") if hasattr(parsed, flag))
     place = error.filename or f"--{flag} {getattr(parsed, flag)}"
     return f"{place}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"
 

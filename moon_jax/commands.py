@@ -334,12 +334,15 @@ def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
             raise UserError(f"--vectors: {judged.shared!r} is a query's id and a product's; call one of them otherwise")
         prepared, said["judgements"] = judged.prepared, judged.relevance
         report.line(f"{judged.relevance.queries:,} queries; left out: {judged.left_out or 'nothing'}")
+    other = Path(parsed.compare).expanduser()
+    judged_before = bool(parsed.compare) and report_lib.is_judged(other)
+    if judged_before:
+        report_lib.check_comparable(other, prepared.fingerprint)
     metrics = report_lib.evaluate(ours, prepared, output.files, report, **said)
     for table in (*report_lib.tables(metrics), *report_lib.details(metrics)):
         report.console.print(table)
     if parsed.compare:
-        other = Path(parsed.compare)
-        if not (other / report_lib.QUERIES).is_file():
+        if not judged_before:
             theirs = _opened(parsed.compare, "", config)
             other = output.files / "compared"
             report.line(f"{theirs.name}, to compare with:")
@@ -387,12 +390,22 @@ def run_embed(parsed: argparse.Namespace, overrides: list[str]) -> None:
     report.line(f"embedded in {parsed.output}; to search: {search}")
 
 
+def _readable(parsed: argparse.Namespace, *flags: str) -> None:
+    """Refuses bytes that are no text: a shell hands them on as they are."""
+    for flag in flags:
+        try:
+            getattr(parsed, flag.replace("-", "_")).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--{flag}: not UTF-8; give text in that encoding") from None
+
+
 def run_search(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Searches, and shows what it found."""
     if overrides:
         raise UserError(f"{overrides[0]}: search runs no config; leave this out")
-    if not (parsed.text or parsed.image or parsed.faiss):
+    if not (parsed.text.strip() or parsed.image or parsed.faiss):
         raise UserError("--text: give a text, an --image, or both")
+    _readable(parsed, "text")
     if parsed.k < 1:
         raise UserError(f"-k {parsed.k}: give 1 or more")
     from moon_jax.serving import search
@@ -405,11 +418,11 @@ def run_search(parsed: argparse.Namespace, overrides: list[str]) -> None:
     if parsed.faiss:
         index.write_faiss(parsed.faiss)
         report.line(f"{len(index):,} vectors in {parsed.faiss}, their ids in {parsed.faiss}.ids.json")
-    if parsed.text or parsed.image:
+    if parsed.text.strip() or parsed.image:
         if not parsed.model:
             raise UserError(f"--model: give the model whose vectors these are ({index.model})")
         embedder = _opened(parsed.model, "", config_lib.Config())
-        item = Product(text=parsed.text or None, images=(parsed.image,) if parsed.image else ())
+        item = Product(text=parsed.text.strip() or None, images=(parsed.image,) if parsed.image else ())
         [found] = index.search(embedder, [item], parsed.k)
         for rank, (identity, score) in enumerate(found, start=1):
             report.line(f"{rank:3}  {score:.4f}  {identity}")
@@ -419,12 +432,19 @@ def run_heatmap(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Draws where models look in a query, an item, or both."""
     if overrides:
         raise UserError(f"{overrides[0]}: heatmap runs no config; leave this out")
-    asked = {"query": (parsed.text, parsed.image), "item": (parsed.item_text, parsed.item_image)}
+    _readable(parsed, "text", "item-text")
+    asked = {"query": (parsed.text.strip(), parsed.image), "item": (parsed.item_text.strip(), parsed.item_image)}
     if not any(part for parts in asked.values() for part in parts):
         raise UserError("--text: give a text, an --image, or both; --item-text and --item-image for what is compared")
-    output = Path(parsed.output)
+    if parsed.shares and not all(any(parts) for parts in asked.values()):
+        raise UserError("--shares: of the similarity of two; give a query and an item")
+    output = Path(parsed.output).expanduser()
     if output.suffix != ".png":
         raise UserError(f"--output {output}: give a file that ends in .png")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}; give a file in a folder that can be made") from None
     from moon_jax.evaluation import heatmap
     from moon_jax.serving import embedder as serving
     from moon_jax.training import watch
@@ -437,33 +457,17 @@ def run_heatmap(parsed: argparse.Namespace, overrides: list[str]) -> None:
         for name, (text, image) in asked.items()
         if text or image
     }
-    columns, arrays, max_pixels = [], {}, config_lib.Config().data.max_pixels
-    for model in (parsed.model, *([parsed.compare] if parsed.compare else [])):
+    columns, arrays = [], {}
+    for number, model in enumerate([parsed.model, parsed.compare] if parsed.compare else [parsed.model]):
         with report.busy(f"looking with {model}"):
             embedder = serving.load(model)
-            looked = {name: heatmap.look(embedder, item) for name, item in items.items()}
-        shown = []
-        for name, one in looked.items():
-            values, told = one.mean(parsed.layer, parsed.head), name
-            if parsed.shares:
-                if len(looked) < 2:
-                    raise UserError("--shares: of the similarity of two; give a query and an item")
-                other = looked["item" if name == "query" else "query"].embedding
-                values, told = one.shares(other), f"{name}: shares in the similarity {one.embedding @ other:.2f}"
-            shown.append((told, items[name], one, values))
-            arrays[f"{len(columns)}/{name}"] = one
+            shown = heatmap.seen(embedder, items, parsed.layer, parsed.head, parsed.shares)
+        arrays |= {f"{number}/{name}": entry[2] for name, entry in zip(items, shown, strict=True)}
         columns.append((f"{model} ({embedder.fingerprint})", shown))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    which = (
-        "shares of tokens in the similarity"
-        if parsed.shares
-        else "attention, "
-        + ", ".join(
-            f"{name} {'mean' if number is None else number}"
-            for name, number in (("layer", parsed.layer), ("head", parsed.head))
-        )
-    )
-    heatmap.draw(output, columns, max_pixels, f"{which}; bright, and of words dark, is most")
+    layer, head = ("mean" if number is None else number for number in (parsed.layer, parsed.head))
+    which = "shares of tokens in the similarity" if parsed.shares else f"attention, layer {layer}, head {head}"
+    footer = f"{which}; bright, and of words dark, is most"
+    heatmap.draw(output, columns, config_lib.Config().data.max_pixels, footer)
     heatmap.save(output.with_suffix(".npz"), arrays)
     report.line(f"{output}; all layers and heads as arrays: {output.with_suffix('.npz')}")
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from moon_jax.config import UserError
+from moon_jax.data import parse
 from moon_jax.data.images import BadImage, crop_box, decode
 from moon_jax.data.pipeline import Alteration
 from moon_jax.data.text import keep_words
@@ -247,17 +248,27 @@ class Vectors:
             try:
                 table = pq.read_table(path, columns=["id", "view", "vector"])
                 part = np.stack(table["vector"].to_numpy()).astype(np.float32) if len(table) else np.zeros((0, 1))
+                if part.ndim != 2:
+                    raise ValueError("vector: no list of numbers")
             except (OSError, ValueError, TypeError, pa.ArrowException) as error:
                 raise UserError(f"{path}: {str(error).splitlines()[0][:200]}; wants id, view and vector") from None
-            for key in zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True):
-                if key[1] not in VIEWS:
-                    raise UserError(f"{path}: view {key[1]!r} is none of t, i and mm")
+            for identity, view in zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True):
+                try:
+                    key = parse.label(identity, "id"), view
+                except parse.BadRecord as bad:
+                    raise UserError(f"{path}: {bad.detail}") from None
+                if not key[0]:
+                    raise UserError(f"{path}: an id is empty")
+                if view not in VIEWS:
+                    raise UserError(f"{path}: view {view!r} is none of t, i and mm")
                 if key in self._rows:
-                    raise UserError(f"{path}: view {key[1]} of {key[0]!r} is there twice")
+                    raise UserError(f"{path}: view {view} of {key[0]!r} is there twice")
                 self._rows[key] = len(self._rows)
-            if len(part):
-                parts.append(part)
-            if {part.shape[1] for part in parts} - {parts[0].shape[1]}:
+                digest.update(repr(key).encode())
+            if not len(part):
+                continue
+            parts.append(part)
+            if part.shape[1] != parts[0].shape[1]:
                 raise UserError(f"{path}: vectors of width {part.shape[1]}, others have {parts[0].shape[1]}")
             digest.update(part.tobytes())
         self._vectors = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)

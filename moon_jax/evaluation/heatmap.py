@@ -31,6 +31,9 @@ from moon_jax.model import attention
 from moon_jax.serving.embedder import Embedder
 from moon_jax.types import Product
 
+UNFINISHED = "\ufffd"
+"""What a tokenizer writes for bytes that are no letter, or none yet."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Looked:
@@ -91,7 +94,7 @@ def look(embedder: Embedder, item: Any) -> Looked:
             found.append(np.asarray(given)[0].reshape(config.language.heads, *given.shape[3:])[:, :length, :length])
     whole = np.stack(found)
     last = config.language.pooling == "last"
-    heat = whole[:, :, -1] if last else whole.sum(axis=2) / np.arange(length, 0, -1)
+    heat = whole[:, :, -1] if last else whole.sum(axis=2) / np.arange(length, 0, -1, dtype=np.float32)
     hidden = np.asarray(states["hidden"][0][0, :length], np.float32)
     pooled = hidden[-1] if last else hidden.sum(axis=0)
     pieces, grid = _tokens(embedder, rows, length)
@@ -104,14 +107,44 @@ def _tokens(embedder: Embedder, rows: Any, length: int) -> tuple[tuple[str, ...]
     frames = {tokenizer.vision_start, tokenizer.vision_end, tokenizer.image_pad}
     before, after = len(embedder.reader.template.prefix), len(embedder.reader.template.suffix)
     grid, pieces = np.full((length, 3), -1, np.int32), []
+    title: list[int] = []
+    written = ""
     for place in range(length):
         visual, token = int(rows.visual[0, place]), int(rows.tokens[0, place])
         if visual >= 0:
             patch = visual * merge**2  # the first of the patches that are merged into it
             grid[place] = rows.patch_image[0, patch], *(rows.patch_yx[0, patch] // merge)
-        title = visual < 0 and token not in frames and before <= place < length - after
-        pieces.append(tokenizer.base.decode([token], skip_special_tokens=False) if title else "")
+        piece = ""
+        if visual < 0 and token not in frames and before <= place < length - after:
+            title.append(token)
+            now = tokenizer.base.decode(title, skip_special_tokens=False)
+            # A letter of several tokens is written at the last of them.
+            if not now.endswith(UNFINISHED) or place == length - after - 1:
+                piece, written = now[len(written) :], now
+        pieces.append(piece)
     return tuple(pieces), grid
+
+
+def seen(
+    embedder: Embedder, items: dict[str, Any], layer: int | None, head: int | None, shares: bool
+) -> list[tuple[str, Any, Looked, np.ndarray]]:
+    """What `draw` wants of a model: of each item a title, the item, what was seen, and f32[S], its tokens' values.
+
+    Args:
+        items: by name; with `shares` a query and an item.
+        layer, head: as in Looked.mean.
+        shares: what each token adds to the similarity of the two, in the place of attention.
+
+    Raises:
+        UserError: as `look` and Looked.mean.
+    """
+    looked = {name: look(embedder, item) for name, item in items.items()}
+    if not shares:
+        return [(name, items[name], one, one.mean(layer, head)) for name, one in looked.items()]
+    names, (first, second) = list(items), looked.values()
+    told = [f"{name}: shares in the similarity {first.embedding @ second.embedding:.2f}" for name in names]
+    values = first.shares(second.embedding), second.shares(first.embedding)
+    return list(zip(told, items.values(), looked.values(), values, strict=True))
 
 
 def image(looked: Looked, values: np.ndarray, number: int = 0) -> np.ndarray:

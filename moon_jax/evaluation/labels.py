@@ -5,8 +5,9 @@ catalogue knows, embedded as bare texts, or as the mean over several prompts. A 
 and both. Neighbours and probe know some of the products to train on, drawn by a fixed seed.
 
 Leaks: titles often name the colour or the kind, and then prediction from text is reading, not understanding. So for t
-and mm every word that occurs in any label of the task is struck from the text first, whatever its plural or hyphens
-(synonyms stay), and `leak` says in how many texts the product's own label stood in full. The image is never altered.
+and mm every word that occurs in any label of the task is struck from the text first, whatever its English plural,
+accents or hyphens (synonyms, and other languages' endings, stay), and `leak` says in how many texts the product's own
+label stood in full. The image is never altered.
 """
 
 from __future__ import annotations
@@ -137,24 +138,41 @@ def _task(
     return Task(name, labels, truth, struck(val, truth), leak, of_known, struck(known, of_known))
 
 
+IRREGULAR = {
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "feet": "foot",
+    "teeth": "tooth",
+    "mice": "mouse",
+    "geese": "goose",
+}
+"""English plurals without an ending."""
+
+
 def _stem(word: str) -> str:
-    """A word without its plural ending."""
-    if word.endswith(("ies", "ie")):
-        return word.rstrip("s").removesuffix("ie") + "y"
-    if word.endswith(("sses", "shes", "ches", "xes")):
-        return word[:-2]
-    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
+    """A word without its plural ending, cut so far that singular and plural meet: lens and lenses are len."""
+    word = IRREGULAR.get(word, word)
+    while len(word) > 3 and word[-1] in "se":
+        word = word[:-1]
+    word = IRREGULAR.get(word, word)
+    if len(word) > 3 and word.endswith(("y", "v")):  # berry, berries; scarf, scarves
+        return word[:-1] + ("i" if word[-1] == "y" else "f")
+    return word[:-1] if word.endswith("zz") else word
+
+
+def _fold(text: str) -> str:
+    """Small letters without accents, and no possessive s: "Women's Café" is women cafe."""
+    plain = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
+    return re.sub(r"['’]s\b", "", unicodedata.normalize("NFKC", plain).casefold())
 
 
 def _parts(token: str) -> list[str]:
-    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", token).casefold())
+    return re.findall(r"[^\W_]+", _fold(token))
 
 
 def words(text: str) -> set[str]:
-    """The words of a text in lower case, without plural endings, and neighbours joined.
-
-    "T-shirts" and "T shirts" are t, shirt and tshirt.
-    """
+    """The stems of a text's words, and of neighbours joined: "T-shirts" and "T shirts" are t, shirt and tshirt."""
     parts = _parts(text)
     joined = [first + second for first, second in itertools.pairwise(parts)]
     return set(map(_stem, (*parts, *joined)))
@@ -162,7 +180,7 @@ def words(text: str) -> set[str]:
 
 def _holds(text: str, label: str) -> bool:
     """Whether all words of the label stand in the text, apart or joined."""
-    there, folded, parts = words(text), unicodedata.normalize("NFKC", text).casefold(), _parts(label)
+    there, folded, parts = words(text), _fold(text), _parts(label)
     apart = all(_stem(part) in there or (UNSPACED.search(part) and part in folded) for part in parts)
     return bool(parts) and (apart or _stem("".join(parts)) in there)
 

@@ -53,6 +53,8 @@ def evaluate(
     """
     workdir = Path(workdir)
     report = report or Watch(workdir)
+    for old in (METRICS, QUERIES, EMBEDDINGS, *(f"pictures/{name}.png" for name in ("directions", "gallery"))):
+        (workdir / old).unlink(missing_ok=True)
     lessons = labels.known(prepared, known) if judgements is None else []
     tasks = labels.tasks(prepared, lessons)
     # What is compared otherwise than by the dot product knows no label.
@@ -61,6 +63,13 @@ def evaluate(
     with report.progress("embedding", retrieval.count(prepared, judgements) + labels.count(asked, lessons)) as advance:
         encoded = retrieval.encode(embedder, prepared, advance, judgements)
         answers = labels.encode(embedder, prepared, encoded, asked, lessons, prompts, advance)
+    covered = int(encoded.present.any(axis=1).sum())
+    if not covered:
+        first = prepared.products[prepared.val[0]].id if len(prepared.val) else ""
+        raise UserError(f"{embedder.name}: no vector of any product, such as {first!r}; are the ids the same?")
+    if covered < len(prepared.val):
+        left = len(prepared.val) - covered
+        report.line(f"{left:,} of {len(prepared.val):,} products have no vector, and are neither sought nor found")
     seconds = getattr(embedder, "seconds", None)
     if seconds and sum(seconds.values()):
         share = 100 * seconds["device"] / sum(seconds.values())
@@ -91,11 +100,11 @@ def evaluate(
             judged[width] = {"retrieval": {name: found for name, found in scores.items() if found}, "labels": told}
             if width == dimension:
                 judged[width]["categories"] = {name: found for name, found in categories.items() if category and found}
-                write_queries(workdir / QUERIES, prepared, of_queries)
+                write_queries(workdir / QUERIES, prepared, of_queries, _name(embedder))
     whole = judged.pop(dimension)
     metrics = {
         "step": getattr(embedder, "step", None),
-        "model": getattr(embedder, "fingerprint", embedder.name),
+        "model": _name(embedder),
         "synthetic": prepared.synthetic,
         "data": prepared.fingerprint,
         **whole,
@@ -103,8 +112,9 @@ def evaluate(
     }
     ids = [prepared.products[index].id for index in prepared.val]
     if encoded.candidates.dtype == np.float32 and judgements is None:
-        path = workdir / "embeddings" / "val.parquet"
-        write_vectors(path, ids, encoded.candidates, encoded.present, metrics["model"], prepared.synthetic)
+        write_vectors(
+            workdir / EMBEDDINGS, ids, encoded.candidates, encoded.present, metrics["model"], prepared.synthetic
+        )
     with report.progress("drawing", 5) as advance, warnings.catch_warnings(record=True) as caught:
         for _ in draw(workdir, config, prepared, encoded, metrics):
             advance()
@@ -119,7 +129,11 @@ def evaluate(
     return metrics
 
 
-METRICS, QUERIES = "metrics.json", "queries.parquet"
+METRICS, QUERIES, EMBEDDINGS = "metrics.json", "queries.parquet", "embeddings/val.parquet"
+
+
+def _name(embedder: harness.Embedder) -> str:
+    return getattr(embedder, "fingerprint", embedder.name)
 
 
 def _category(tasks: Sequence[labels.Task], prepared: Prepared) -> dict[int, str]:
@@ -138,8 +152,12 @@ def write_queries(
     path: Path,
     prepared: Prepared,
     judged: Sequence[tuple[str, str, retrieval.Search, dict[str, np.ndarray]]],
+    model: str,
 ) -> None:
-    """The measures of every query: set, direction, query (its id, or the number of its record), and a column each."""
+    """The measures of every query: set, direction, query (the number of its record, and its id), and a column each.
+
+    The file's metadata say of which `model`.
+    """
     ids: dict[int, str] = {}
     for _, _, task, _ in judged:
         for index in set(task.query_product.tolist()) - set(ids):
@@ -155,14 +173,50 @@ def write_queries(
         )
         for name, direction, task, measures in judged
     ]
+    names = pa.table({name: pa.array([], pa.string()) for name in ("set", "direction", "query")})
+    table = pa.concat_tables(tables) if tables else names
     path.parent.mkdir(parents=True, exist_ok=True)
-    if tables:
-        pq.write_table(pa.concat_tables(tables), path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+    table = table.replace_schema_metadata({"model": model})
+    pq.write_table(table, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def is_judged(folder: Path) -> bool:
+    """Whether it is the output of an evaluation, and no model's workdir, which holds one too."""
+    return all((folder / name).is_file() for name in (METRICS, QUERIES)) and not (folder / "checkpoints").exists()
+
+
+def _judged(folder: Path) -> tuple[dict[str, Any], pa.Table]:
+    """metrics.json and the table of queries.
+
+    Raises:
+        UserError: one of them is missing, damaged, or not of the other's evaluation.
+    """
+    try:
+        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        table = pq.read_table(folder / QUERIES)
+        if (table.schema.metadata or {}).get(b"model", b"").decode() != metrics["model"]:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder}: nothing that moon-jax evaluate wrote whole; give a model, or such a folder"
+        ) from None
+    return metrics, table
+
+
+def check_comparable(folder: Path, data: str) -> None:
+    """
+    Raises:
+        UserError: nothing was judged there, or on other data.
+    """
+    if _judged(folder)[0]["data"] != data:
+        raise UserError(f"{folder}: judged on other data than is given now; evaluate both on the same")
 
 
 def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """How two judged models differ, by a paired bootstrap over the queries that both were asked.
+
+    Directions in which they had not the same number of candidates to choose from are left out.
 
     Args:
         ours, theirs: folders that `evaluate` wrote.
@@ -173,15 +227,12 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str,
     Raises:
         UserError: one of them was not judged, or on other data.
     """
-    told = []
-    for folder in (ours, theirs):
-        if not (folder / METRICS).is_file() or not (folder / QUERIES).is_file():
-            raise UserError(f"{folder}: nothing that moon-jax evaluate wrote; give a model, or such a folder")
-        told.append(json.loads((folder / METRICS).read_text(encoding="utf-8")))
-    if told[0]["data"] != told[1]["data"]:
-        raise UserError(f"{theirs}: judged on other data than {ours}; evaluate both on the same")
-    tables = [pq.read_table(folder / QUERIES).to_pydict() for folder in (ours, theirs)]
-    names = [name for name in tables[0] if name not in ("set", "direction", "query")]
+    told, whole = zip(*map(_judged, (ours, theirs)), strict=True)
+    check_comparable(theirs, told[0]["data"])
+    tables = [table.to_pydict() for table in whole]
+    names = [name for name in tables[0] if name in tables[1] and name not in ("set", "direction", "query")]
+    if not names:  # one of them was asked nothing
+        return {}
     values = []
     for table in tables:
         keys = zip(table["set"], table["direction"], table["query"], strict=True)
@@ -192,6 +243,9 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str,
             shared.setdefault(key[:2], []).append(key)
     found: dict[str, Any] = {}
     for (name, direction), keys in shared.items():
+        pools = {metrics["retrieval"][name][direction]["candidates"] for metrics in told}
+        if len(pools) > 1:
+            continue
         sides = [dict(zip(names, np.array([side[key] for key in keys]).T, strict=True)) for side in values]
         found.setdefault(name, {})[direction] = measures_lib.compared(*sides) | {"queries": len(keys)}
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -82,8 +83,8 @@ def embed(
 ) -> dict[str, Any]:
     """Embeds all products of prepared data into Parquet files with the columns id, view and vector (and scale of int8).
 
-    A file is whole or not there; the same call again goes on with those that are missing, and gives the same bytes.
-    What the catalogue has of queries is not embedded.
+    A file is whole or not there; the same call again goes on with those that are missing or damaged, and gives the same
+    bytes. What the catalogue has of queries is not embedded.
 
     Args:
         embedder: a serving.Embedder, or any of the harness that gives vectors.
@@ -93,7 +94,8 @@ def embed(
         What manifest.json holds; docs/search.md tells it.
 
     Raises:
-        UserError: the folder holds other things, or vectors of another model, other data or other options.
+        UserError: the folder holds other things, or vectors of another model, other data or other options; or a vector
+            is not finite.
     """
     _check(options)
     output = Path(output).resolve()
@@ -114,8 +116,13 @@ def embed(
     if (output / MANIFEST).is_file():
         if not outputs.is_of(output, told):
             raise outputs.refused(output)
-        shutil.rmtree(output / outputs.WORK, ignore_errors=True)
-        return json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = {"shards": []}
+        with contextlib.suppress(UserError):  # a damaged one: all files are made again
+            manifest = read_manifest(output)
+        if manifest["shards"] and all(map(functools.partial(_stands, output), manifest["shards"])):
+            shutil.rmtree(output / outputs.WORK, ignore_errors=True)
+            return manifest
+        _reopen(output, told, manifest["shards"])
     count = -(-len(numbers) // SHARD)
     with outputs.claimed(output, told, ("shards",)) as work:
         shards = []
@@ -124,7 +131,7 @@ def embed(
                 chosen = numbers[shard * SHARD : (shard + 1) * SHARD]
                 path = output / f"vectors-{shard:05}-of-{count:05}.parquet"
                 note = shards_lib.note(path.name, work)
-                if note.is_file() and path.is_file():
+                if note.is_file() and _stands(output, json.loads(note.read_text(encoding="utf-8"))):
                     advance(len(chosen))
                 else:
                     table = _vectors(embedder, records.Chosen(prepared.products, chosen), options, advance)
@@ -141,13 +148,55 @@ def embed(
                     }
                     shards_lib.whole(note, json.dumps(fields))
                 shards.append(json.loads(note.read_text(encoding="utf-8")))
-        width = shards[0]["width"] if shards else 0
+        # Of a file without rows the width says nothing.
+        width = max((shard["width"] for shard in shards if shard["rows"]), default=0)
         manifest = about | {"width": width, "rows": sum(shard["rows"] for shard in shards), "shards": shards}
         shards_lib.whole(output / outputs.SOURCE, told)
         # The manifest comes last: where it stands, the rest is whole.
         shards_lib.whole(output / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         shutil.rmtree(work)
     return manifest
+
+
+FIELDS = {"schema": int, "model": str, "views": list, "dtype": str, "width": int, "rows": int, "shards": list}
+SHARD_FIELDS = {"file": str, "rows": int, "bytes": int, "checksum": str, "width": int}
+"""What a manifest, and each of its shards, must say."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: there is none, or one that embed did not write.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        told = [(manifest, FIELDS), *((shard, SHARD_FIELDS) for shard in manifest["shards"])]
+        whole = all(isinstance(said[name], kind) for said, kinds in told for name, kind in kinds.items())
+        whole = whole and all(Path(shard["file"]).name == shard["file"] for shard in manifest["shards"])
+        if not whole or manifest["rows"] != sum(shard["rows"] for shard in manifest["shards"]):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}: nothing that moon-jax embed finished; run it first, with that --output") from None
+    if manifest["schema"] != SCHEMA:
+        raise UserError(f"{folder}: of format {manifest['schema']}, this version reads {SCHEMA}; embed again")
+    return manifest
+
+
+def _stands(folder: Path, shard: dict[str, Any]) -> bool:
+    """Whether a file is there as it was written."""
+    path = folder / shard["file"]
+    same = path.is_file() and path.stat().st_size == shard["bytes"]
+    return same and shards_lib.checksum(path) == shard["checksum"]
+
+
+def _reopen(output: Path, told: str, shards: Sequence[dict[str, Any]]) -> None:
+    """Makes a finished folder one that is half done, of which all files stand that are whole."""
+    (output / outputs.WORK / "shards").mkdir(parents=True, exist_ok=True)
+    for shard in shards:
+        if _stands(output, shard):
+            shards_lib.whole(shards_lib.note(shard["file"], output / outputs.WORK), json.dumps(shard))
+    shards_lib.whole(output / outputs.WORK / outputs.SOURCE, told)
+    (output / MANIFEST).unlink()
 
 
 def _check(options: Options) -> None:
@@ -181,7 +230,10 @@ def _vectors(embedder: Any, products: Sequence[Product], options: Options, advan
     ids = [product.id for product in products]
     product, view = np.nonzero(present)
     kept = vectors[product, view]
-    if options.width:
+    wrong = np.flatnonzero(~np.isfinite(kept).all(axis=1))
+    if len(wrong):
+        raise UserError(f"product {ids[product[wrong[0]]]}: its vector is not finite; is the model damaged?")
+    if options.width and len(kept):
         if options.width > kept.shape[1]:
             raise UserError(f"--width {options.width}: the model gives {kept.shape[1]}")
         kept = np.asarray(similarity.truncate(kept, options.width))

@@ -7,12 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moon_jax import similarity
 from moon_jax.config import UserError
 from moon_jax.data.images import BadImage
+from moon_jax.data.shards import checksum, whole
 from moon_jax.serving import catalogue
+from moon_jax.types import VIEWS
+
+
+def _read(path: Path, shard: dict[str, Any]) -> pa.Table:
+    """The rows of a file.
+
+    Raises:
+        OSError, ValueError: it is not as it was written.
+    """
+    if path.stat().st_size != shard["bytes"]:
+        raise ValueError("another size than when it was written")
+    if checksum(path) != shard["checksum"]:
+        raise ValueError("other bytes than when it was written")
+    return pq.read_table(path)
 
 
 class Index:
@@ -26,34 +42,37 @@ class Index:
         Raises:
             UserError: no such folder, a file that is damaged or of another model, or a view that is not there.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         try:
-            self.manifest = json.loads((folder / catalogue.MANIFEST).read_text(encoding="utf-8"))
-            shards, schema = self.manifest["shards"], self.manifest["schema"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"--index {folder}: nothing that moon-jax embed finished; run it first") from None
-        if schema != catalogue.SCHEMA:
-            raise UserError(f"--index {folder}: of format {schema}, this version reads {catalogue.SCHEMA}; embed again")
+            self.manifest = catalogue.read_manifest(folder)
+        except UserError as error:
+            raise UserError(f"--index {error}") from None
         views = self.manifest["views"]
         if len(views) > 1 and not view:
             raise UserError(f"--index {folder}: holds {', '.join(views)} of a product; choose one by --view")
-        if view and view not in views:
+        # Of products by all they have, one view may be chosen as well.
+        if view and view not in views and not (views == [catalogue.RICHEST] and view in VIEWS):
             raise UserError(f"--view {view}: the index holds {', '.join(views)}")
-        ids, vectors, scales = [], [], []
-        for shard in shards:
+        width = self.manifest["width"]
+        ids, vectors, scales = [], [np.zeros((0, width), self.manifest["dtype"])], []
+        for shard in self.manifest["shards"]:
             path = folder / shard["file"]
             try:
-                if path.stat().st_size != shard["bytes"]:
-                    raise ValueError("another size than when it was written")
-                table = pq.read_table(path)
+                table = _read(path, shard)
             except (OSError, ValueError) as error:
-                raise UserError(f"{path}: damaged ({str(error).splitlines()[0][:200]}); embed again") from None
+                told = str(error).splitlines()[0][:200]
+                raise UserError(f"{path}: damaged ({told}); give embed the same command again") from None
             model = (table.schema.metadata or {}).get(b"model", b"").decode()
             if model != self.manifest["model"]:
                 raise UserError(f"{path}: vectors of {model}, the others are of {self.manifest['model']}; embed again")
-            kept = np.array(table["view"].to_pylist()) == view if view else np.ones(len(table), bool)
+            if not len(table):
+                continue
+            if table.schema.field("vector").type.list_size != width:
+                raise UserError(f"{path}: vectors of another width than {width}; embed again")
+            every = view in ("", catalogue.RICHEST)
+            kept = np.ones(len(table), bool) if every else np.array(table["view"].to_pylist()) == view
             values = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            vectors.append(values.reshape(len(table), -1)[kept])
+            vectors.append(values.reshape(len(table), width)[kept])
             ids += [identity for identity, stays in zip(table["id"].to_pylist(), kept, strict=True) if stays]
             if "scale" in table.column_names:
                 scales.append(table["scale"].to_numpy()[kept])
@@ -105,8 +124,9 @@ class Index:
         """A flat FAISS index of the vectors, and beside it FILE.ids.json, the id of each of its rows.
 
         Raises:
-            UserError: FAISS is not installed.
+            UserError: FAISS is not installed, or the file cannot be written.
         """
+        path = Path(path).expanduser()
         try:
             import faiss
         except ImportError:
@@ -114,5 +134,11 @@ class Index:
         index = faiss.IndexFlatIP(self.manifest["width"])
         for start in range(0, len(self), catalogue.SHARD):
             index.add(np.ascontiguousarray(self[start : start + catalogue.SHARD]))
-        faiss.write_index(index, str(path))
-        Path(f"{path}.ids.json").write_text(json.dumps(self.ids) + "\n", encoding="utf-8")
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            faiss.write_index(index, str(temporary))
+            whole(path.with_name(f"{path.name}.ids.json"), json.dumps(self.ids) + "\n")
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # FAISS's own for a file that cannot be opened
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"--faiss {path}: {getattr(error, 'strerror', None) or 'cannot be written'}") from None

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -103,6 +104,81 @@ def test_what_was_judged_on_other_data_does_not_compare(first, tmp_path):
         report.compare(folder, tmp_path)
     with pytest.raises(UserError, match="nothing that moon-jax evaluate wrote"):
         report.compare(folder, tmp_path / "nowhere")
+
+
+def test_scores_of_another_evaluation_are_not_taken_for_these(first, prepared, tmp_path):
+    """queries.parquet must be of the metrics.json beside it; a new evaluation leaves nothing of the old one."""
+    folder, metrics = first
+    for name in ("metrics.json", "queries.parquet"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"model": "beef"}))
+    with pytest.raises(UserError, match="nothing that moon-jax evaluate wrote whole"):
+        report.compare(folder, tmp_path)
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(UserError, match="nothing that moon-jax evaluate wrote whole"):
+        report.compare(folder, tmp_path)
+    (tmp_path / "embeddings").mkdir()
+    (tmp_path / "embeddings" / "val.parquet").write_bytes(b"old")
+    report.evaluate(baselines.BM25(10**6), prepared, tmp_path)
+    assert not (tmp_path / "embeddings" / "val.parquet").exists()
+    assert pq.read_schema(tmp_path / "queries.parquet").metadata[b"model"] == b"BM25"
+    vectors = tmp_path / "v"
+    vectors.mkdir()
+    product = prepared.products[prepared.val[0]]
+    rows = {"id": [product.id], "view": ["t"], "vector": [[1.0, 0.0]]}
+    pq.write_table(pa.table(rows), vectors / "x.parquet")
+    report.evaluate(harness.Vectors(vectors), prepared, tmp_path)
+    assert pq.read_table(tmp_path / "queries.parquet").num_rows == 0
+    assert report.compare(tmp_path, folder) == {}
+
+
+def test_other_candidates_do_not_compare(first, prepared, tmp_path, capsys):
+    """Vectors of some products alone are an easier task."""
+    folder, metrics = first
+    table = pq.read_table(folder / "embeddings" / "val.parquet")
+    (tmp_path / "v").mkdir()
+    some = set(sorted(set(table["id"].to_pylist()))[:3])
+    pq.write_table(table.filter([i in some for i in table["id"].to_pylist()]), tmp_path / "v" / "x.parquet")
+    found = report.evaluate(harness.Vectors(tmp_path / "v"), prepared, tmp_path / "o")
+    assert "products have no vector, and are neither sought nor found" in capsys.readouterr().out
+    (name,) = found["retrieval"]
+    few, all_ = (entry["retrieval"][name]["t→i"]["candidates"] for entry in (found, metrics))
+    assert few < all_ and report.compare(tmp_path / "o", folder) == {}
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (["nobody"], "no vector of any product, such as"),
+        ([None], "an id is empty"),
+        ([[1]], "id is of type list"),
+    ],
+)
+def test_vectors_of_nobody_are_one_line(prepared, tmp_path, ids, said):
+    pq.write_table(pa.table({"id": ids, "view": ["t"], "vector": [[1.0, 0.0]]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=said):
+        report.evaluate(harness.Vectors(tmp_path), prepared, tmp_path / "o")
+
+
+def test_a_workdir_to_compare_with_is_a_model(first, model, tokenizer, prepared, tmp_path, monkeypatch):
+    """It holds an evaluation as well, perhaps of other data, or of an earlier step."""
+    folder, _ = first
+    settings, params = model
+    other = tmp_path / "run"
+    (other / "checkpoints").mkdir(parents=True)
+    for name in ("metrics.json", "queries.parquet"):
+        (other / name).write_bytes((folder / name).read_bytes())
+    opened = []
+
+    def open_embedder(name, pixels):
+        opened.append(name)
+        return baselines.BM25(pixels) if name == "bm25" else Embedder(settings, params, tokenizer, "f00d", 1)
+
+    monkeypatch.setattr(harness, "open_embedder", open_embedder)
+    given = ["evaluate", "--model", "bm25", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
+    assert cli.main([*given, "--known", "0", "--compare", str(other)]) == 0
+    assert opened == ["bm25", str(other)]
+    assert json.loads((tmp_path / "o" / "compared" / "metrics.json").read_text())["model"] == "f00d"
 
 
 def test_given_vectors_are_judged_where_nothing_must_be_altered(first, prepared, tmp_path):

@@ -58,6 +58,7 @@ def test_attentions_are_those_of_transformers(case):  # noqa: F811
 
 def test_heat_is_the_mean_of_what_a_token_is_given(embedder):
     looked = heatmap.look(embedder, Product(text="red shirt", images=(PHOTO,)))
+    assert {looked.heat.dtype, looked.attention.dtype} == {np.dtype(np.float32)}
     layers, heads, length, _ = looked.attention.shape
     assert (layers, heads) == (embedder.config.language.layers, embedder.config.language.heads)
     np.testing.assert_allclose(looked.attention.sum(-1), 1, atol=1e-5)
@@ -101,6 +102,13 @@ def test_tokens_have_their_words_and_places(embedder):
     np.testing.assert_array_equal(picture.ravel(), 1 + np.arange(high * wide))
     assert heatmap.image(looked, values, 1).size == 0  # one image of a product is read
     assert heatmap.image(heatmap.look(embedder, "red shirt"), values[:3]).size == 0
+
+
+def test_letters_of_several_tokens_stay_whole(embedder):
+    title = "红 ☕"
+    pieces = heatmap.look(embedder, title).pieces
+    assert "".join(pieces).strip() == title and len(pieces) > len(title.split())
+    assert embedder.reader.tokenizer.base.encode(title).ids != [] and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_the_command_draws_pairs_and_models(embedder, tmp_path, monkeypatch, capsys):

@@ -10,14 +10,17 @@ import pytest
 
 from moon_jax import cli
 from moon_jax.config import UserError
+from moon_jax.data.shards import checksum
 from moon_jax.data.synthetic import SCHEMA
+from moon_jax.evaluation import harness
 from moon_jax.evaluation.baselines import Colours
+from moon_jax.evaluation.harness import ByItem
 from moon_jax.serving import catalogue
 from moon_jax.serving.embedder import Embedder
 from moon_jax.serving.search import Index
 from moon_jax.types import VIEWS, Product
 from tests import killing
-from tests.conftest import prepared_from, random_params, records, tiny
+from tests.conftest import jpeg, prepared_from, random_params, records, tiny
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +167,7 @@ def test_mixed_spaces_are_refused(everything, embedder, tmp_path):
     path = other / manifest["shards"][1]["file"]
     pq.write_table(pq.read_table(path).replace_schema_metadata({"model": "another 1"}), path)
     changed = json.loads((other / "manifest.json").read_text())
-    changed["shards"][1]["bytes"] = path.stat().st_size
+    changed["shards"][1] |= {"bytes": path.stat().st_size, "checksum": checksum(path)}
     (other / "manifest.json").write_text(json.dumps(changed))
     with pytest.raises(UserError, match="vectors of another 1, the others are of moon_jax f00d"):
         Index(other, "t")
@@ -173,6 +176,157 @@ def test_mixed_spaces_are_refused(everything, embedder, tmp_path):
         Index(other, "t")
     with pytest.raises(UserError, match="nothing that moon-jax embed finished"):
         Index(tmp_path)
+
+
+def copied(folder, other):
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    return other
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "manifest"])
+def test_what_is_damaged_is_refused_and_made_again(everything, embedder, prepared, tmp_path, damage):
+    folder, manifest, _ = everything
+    other = copied(folder, tmp_path / "v")
+    path = other / manifest["shards"][2]["file"]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        path.unlink()
+    elif damage == "manifest":
+        (other / "manifest.json").write_text("{}")
+    else:
+        path.write_bytes(content if damage == "flipped" else content[:-9])
+    said = "nothing that moon-jax embed finished" if damage == "manifest" else "damaged .*; give embed the same command"
+    with pytest.raises(UserError, match=said):
+        Index(other, "t")
+    asked = []
+
+    class Counting(Embedder):
+        def __init__(self):
+            self.__dict__ = embedder.__dict__
+
+        def encode_views(self, products, **more):
+            asked.append(len(products))
+            return super().encode_views(products, **more)
+
+    catalogue.embed(Counting(), prepared, other, catalogue.Options(views=VIEWS))
+    assert killing.content(other) == killing.content(folder)
+    assert len(asked) == (4 if damage == "manifest" else 1)
+
+
+def test_a_file_that_is_damaged_before_the_end_is_made_again(everything, embedder, prepared, tmp_path):
+    folder, manifest, _ = everything
+
+    class Failing(Embedder):
+        def __init__(self):
+            self.__dict__ = embedder.__dict__
+            self.asked = 0
+
+        def encode_views(self, products, **more):
+            self.asked += 1
+            if self.asked == 3:
+                raise KeyboardInterrupt
+            return super().encode_views(products, **more)
+
+    options = catalogue.Options(views=VIEWS)
+    with pytest.raises(KeyboardInterrupt):
+        catalogue.embed(Failing(), prepared, tmp_path / "v", options)
+    path = tmp_path / "v" / manifest["shards"][0]["file"]
+    path.write_bytes(path.read_bytes()[:-9])
+    catalogue.embed(embedder, prepared, tmp_path / "v", options)
+    assert killing.content(tmp_path / "v") == killing.content(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": None},
+        {"views": "t"},
+        {"width": "24"},
+        {"model": None},
+        {"shards": [{"file": "x"}]},
+        {"shards": "twice"},
+        {"shards": "fewer"},
+        {"shards": "elsewhere"},
+    ],
+)
+def test_a_manifest_that_embed_did_not_write_is_one_line(everything, tmp_path, change):
+    folder, manifest, _ = everything
+    other, shards = copied(folder, tmp_path / "v"), manifest["shards"]
+    odd = {
+        "twice": [*shards, shards[0]],
+        "fewer": shards[1:],
+        "elsewhere": [shards[0] | {"file": f"../v/{shards[0]['file']}"}, *shards[1:]],
+    }
+    changed = {name: odd.get(value, value) if isinstance(value, str) else value for name, value in change.items()}
+    (other / "manifest.json").write_text(json.dumps(manifest | changed))
+    with pytest.raises(UserError, match=r"--index .*: nothing that moon-jax embed finished"):
+        Index(other, "t")
+    (other / "manifest.json").write_text(json.dumps(manifest | {"schema": 99}))
+    with pytest.raises(UserError, match="of format 99"):
+        Index(other, "t")
+
+
+class Given(ByItem):
+    """Random vectors of texts that are numbers; of anything else there is none."""
+
+    name, max_pixels = "given", 10**6
+
+    def __init__(self, width=3, bad=None):
+        self.width, self.bad = width, bad
+
+    def _views(self, product):
+        if (product.text or "").isdigit():
+            yield 0, Product(text=product.text)
+
+    def encode(self, items):
+        vectors = np.random.default_rng(0).normal(size=(200, self.width))[[int(item.text) for item in items]]
+        for place, item in enumerate(items):
+            if item.text == self.bad:
+                vectors[place, 1] = np.nan
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def numbered(tmp_path):
+    """A catalogue of "photo 0" and so on to train on, which come first, and of texts "20" to "39" to be found."""
+    tmp_path.mkdir()
+    for name, numbers in (("train", range(20)), ("test", range(20, 40))):
+        rows = [row for n, row in enumerate(records(40)) if n in numbers]
+        for n, row in zip(numbers, rows, strict=True):
+            photo = {"bytes": jpeg((9 * n, 9, 9), (20, 30), n), "path": None}
+            row |= {"title": f"photo {n}", "images": [photo]} if n < 20 else {"title": str(n), "images": []}
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / f"{name}.parquet")
+    return prepared_from(tmp_path, tmp_path / "p")
+
+
+def test_files_without_rows_and_every_view_of_an_index(tmp_path):
+    data = numbered(tmp_path / "c")
+
+    for dtype in ("float32", "int8"):
+        folder = tmp_path / dtype
+        manifest = catalogue.embed(Given(), data, folder, catalogue.Options(dtype=dtype))
+        assert manifest["width"] == 3 and 0 in [shard["rows"] for shard in manifest["shards"]]
+        index = Index(folder)
+        assert len(index) == manifest["rows"] > 0
+        [found] = index.search(Given(), [Product(text="25")], 1)
+        assert found[0][0] == "p25" and found[0][1] == pytest.approx(1, abs=1e-2)
+        assert len(Index(folder, "product")) == len(index)
+        views = [row["view"] for row in rows_of(folder)]
+        for view in {*views}:
+            assert len(Index(folder, view)) == views.count(view)
+        with pytest.raises(UserError, match="no vector there"):
+            Index(folder, "i")
+        vectors = harness.Vectors(folder) if dtype == "float32" else None
+        assert not vectors or vectors.encode_views(data.products)[1].sum() == len(index) == 20
+
+
+def test_a_vector_that_is_not_finite_is_refused(tmp_path):
+    data = numbered(tmp_path / "c")
+
+    with pytest.raises(UserError, match="product p30: its vector is not finite"):
+        catalogue.embed(Given(bad="30"), data, tmp_path / "v")
 
 
 def test_faiss_finds_the_same(everything, embedder, tmp_path):
@@ -185,6 +339,10 @@ def test_faiss_finds_the_same(everything, embedder, tmp_path):
     ours = index.search(embedder, ["red bag"], 5)[0]
     assert [names[n] for n in found[0]] == [identity for identity, _ in ours]
     np.testing.assert_allclose(scores[0], [score for _, score in ours], atol=1e-6)
+    for path in (tmp_path / "nowhere" / "x.faiss", tmp_path):
+        with pytest.raises(UserError, match=f"--faiss {path}"):
+            index.write_faiss(path)
+    assert not [*tmp_path.glob("*.tmp")]
 
 
 def test_the_commands_embed_and_search(prepared, tmp_path, capsys):
@@ -203,6 +361,9 @@ def test_the_commands_embed_and_search(prepared, tmp_path, capsys):
         ("search", "--index", output, "--model", "bm25", "--text", "x"): "does not compare",
         ("search", "--index", output, "--model", "colours", "--image", "no.jpg"): "no.jpg",
         ("search", "--index", output, "--model", "colours", "--text", "x", "-k", "0"): "-k 0: give 1 or more",
+        ("search", "--index", output, "--model", "colours", "--text", " "): "give a text, an --image, or both",
+        ("search", "--index", output, "--model", "colours", "--text", "\udcff"): "--text: not UTF-8",
+        ("search", "--index", data, "--model", "colours", "--text", "x"): "nothing that moon-jax embed finished",
         ("embed", "--model", "bm25", "--data", data, "--output", output): "makes no vectors",
         ("embed", "--model", "colours", "--data", str(tmp_path), "--output", output): "not prepared data",
     }.items():
