@@ -172,15 +172,10 @@ class Embedder:
             raise UserError(f"truncate_dim={truncate_dim}: must lie between 1 and {self.dimension}")
 
         def read(number: int) -> list[rows_lib.Segment]:
-            product = products[number]
-            richest = "mm" if product.text and product.images else "i" if product.images else "t"
             try:
-                segments = self.reader.read(product, (richest,))
-            except BadImage as error:
-                raise UserError(f"item {number}: image: {error}") from None
-            if not segments:
-                raise UserError(f"item {number}: neither text nor image; nothing to embed")
-            return segments
+                return self._richest(products[number])
+            except UserError as error:
+                raise UserError(f"item {number}: {error}") from None
 
         vectors = np.zeros((len(products), self.dimension), np.float32)
         # Texts alone need no vision tower: rows without patches are a program of their own.
@@ -203,6 +198,19 @@ class Embedder:
             UserError: as `encode`.
         """
         product = as_product(item)
+        segments = self._richest(product)
+        layout = rows_lib.Layout.of(self.config, self.reader.template, bool(product.images), all_views=False)
+        rows = rows_lib.pack([[segments]], layout.holding([segments]), self.reader.tokenizer.pad)
+        encoder = Encoder(self.config)
+        apply = jax.jit(lambda params, rows: encoder.apply({"params": params}, rows, mutable=["intermediates"])[1])
+        return rows, jax.device_get(apply(self._params, rows)["intermediates"])
+
+    def _richest(self, product: Product) -> list[rows_lib.Segment]:
+        """The view of all that a product has.
+
+        Raises:
+            UserError: it has nothing, or an image that cannot be read.
+        """
         richest = "mm" if product.text and product.images else "i" if product.images else "t"
         try:
             segments = self.reader.read(product, (richest,))
@@ -210,11 +218,7 @@ class Embedder:
             raise UserError(f"image: {error}") from None
         if not segments:
             raise UserError("neither text nor image; nothing to embed")
-        layout = rows_lib.Layout.of(self.config, self.reader.template, bool(product.images), all_views=False)
-        rows = rows_lib.pack([[segments]], layout.holding([segments]), self.reader.tokenizer.pad)
-        encoder = Encoder(self.config)
-        apply = jax.jit(lambda params, rows: encoder.apply({"params": params}, rows, mutable=["intermediates"])[1])
-        return rows, jax.device_get(apply(self._params, rows)["intermediates"])
+        return segments
 
     # One tower embeds both sides; the two names are what retrieval code calls.
     encode_query = encode

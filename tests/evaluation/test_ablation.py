@@ -1,6 +1,12 @@
 """benchmarks/ablation.py: rows that differ in what they say and in nothing else, noise, signs, and the table."""
 
 import dataclasses
+import functools
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +17,10 @@ from scipy import stats
 from benchmarks import ablation
 from moon_jax import config as config_lib
 from moon_jax.data.prepared import open_prepared
-from moon_jax.serving.embedder import abstract_params
+from moon_jax.evaluation import labels, report
+from moon_jax.serving import embedder as serving
+from moon_jax.serving.embedder import Embedder, abstract_params
+from tests.conftest import prepared_from, random_params, tiny
 
 QUICKSTART = config_lib.load("quickstart")
 EXPERTS = QUICKSTART.experts
@@ -116,3 +125,75 @@ def test_the_table_has_means_errors_signs_and_the_papers():
     (single,) = (line for line in said if "equal parameters (1)" in line)
     assert single.count("99.0 ·") == len(ablation.COLUMNS)
     assert any(line.split()[1:] == ["full", "│", "2.00", "│", "1.00", "│", "512", "│", "2.0", "│"] for line in said)
+
+
+def test_every_row_is_trained_with_its_own_arguments_once(catalogue, tmp_path, monkeypatch):
+    """The whole script, but for the training and the judging."""
+    trained = []
+
+    def command(*words):
+        if words[0] != "train":
+            options = dict(zip(words[1::2], words[2::2], strict=True))
+            source = Path(options["--data"])
+            (prepared_from if words[0] == "prepare" else shutil.copytree)(source, Path(options["--output"]))
+        else:
+            trained.append(words)
+
+    def judge(workdir, prepared, tasks):
+        assert trained[-1][trained[-1].index("--workdir") + 1] == str(workdir)
+        scores = dict.fromkeys(ablation.COLUMNS, float(len(trained)))
+        return {"scores": scores, "parameters": 2e6, "active": 1e6, "bytes": 512, "ms": 2.0}
+
+    def run(*more):
+        trained.clear()
+        flags = ["--data", str(catalogue), "--output", str(tmp_path / "o"), *more]
+        monkeypatch.setattr(sys, "argv", ["ablation.py", *flags])
+        ablation.main()
+        return [list(words) for words in trained]
+
+    monkeypatch.setattr(ablation, "command", command)
+    monkeypatch.setattr(ablation, "judge", judge)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "copytree", functools.partial(shutil.copytree, dirs_exist_ok=True))
+    first = run("--seeds", "2", "--steps", "7")
+    assert len(first) == 2 * len(ROWS)
+    for number, words in enumerate(first):
+        row, seed = list(ROWS.values())[number % len(ROWS)], number // len(ROWS)
+        options = dict(zip(words[1:9:2], words[2:9:2], strict=True))
+        assert options["--data"] == str(tmp_path / "o" / ("noisy" if row.noisy else "augmented"))
+        assert (options["--config"], options["--steps"]) == ("quickstart", "7")
+        assert words[9:] == [*ablation.COMMON, f"--config.seed={seed}", *row.overrides]
+    assert len({words[words.index("--workdir") + 1] for words in first}) == len(first)
+    assert "--config.data.batch=64" in ablation.COMMON
+    mixture = config_lib.override(QUICKSTART, list(ROWS["fixed mixture 12:3:2"].overrides)).data.mixture
+    assert tuple(mixture) == (3.0, 12.0, 2.0)  # text, image, both: image queries are the most
+    made = open_prepared(tmp_path / "o" / "noisy").triplets, open_prepared(tmp_path / "o" / "augmented").triplets
+    assert [t.positive for t in made[0]] != [t.positive for t in made[1]]
+    assert run("--seeds", "2", "--steps", "7") == []
+    assert len(run("--seeds", "2", "--steps", "9")) == len(first)  # other steps are other runs
+    assert len(run("--seeds", "3", "--steps", "9", "--rows", "dense")) == 1
+    held = json.loads((tmp_path / "o" / "results.json").read_text())["runs"]
+    assert len(held) == len(first) + 1 and all("9" in run["arguments"] for run in held)
+
+
+def test_a_run_is_judged_by_the_paper_s_columns(prepared, tokenizer, tmp_path, monkeypatch):
+    """Against report.evaluate: R@10 of the nine directions, and labels from the image."""
+    settings = tiny()
+    params = random_params(settings, tokenizer)
+    model = Embedder(settings, params, tokenizer, "f00d", 1)
+    monkeypatch.setattr(serving, "load", lambda workdir: model)
+    monkeypatch.setattr(serving, "read", lambda workdir: SimpleNamespace(encoder=params))
+    tasks = labels.tasks(prepared)
+    found = ablation.judge(tmp_path, prepared, tasks)
+    expected = report.evaluate(model, prepared, tmp_path)
+    (retrieved,) = expected["retrieval"].values()
+    for name, entry in retrieved.items():
+        assert found["scores"][name] == pytest.approx(entry["R@10"], abs=1e-3)
+    assert found["scores"]["class"] == pytest.approx(expected["labels"]["category"]["i"]["accuracy"], abs=1e-3)
+    own = [entry["i"]["accuracy"] for name, entry in expected["labels"].items() if name != "category"]
+    assert found["scores"]["attribute"] == pytest.approx(np.mean(own), abs=1e-3)
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    experts = settings.experts
+    one = 3 * settings.language.width * experts.width * len(config_lib.sparse_layers(settings))
+    assert found["parameters"] == sum(sizes) and found["bytes"] == 4 * model.dimension and found["ms"] > 0
+    assert found["parameters"] - found["active"] == (experts.count - experts.per_token) * one
