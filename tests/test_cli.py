@@ -141,6 +141,7 @@ def test_a_file_of_another_format(capsys, tmp_path):
     assert "products.xlsx: none of .parquet, .jsonl" in told
 
 
+@pytest.mark.long
 def test_bad_records_are_left_out_listed_and_counted(capsys, tmp_path):
     folder, workdir = tmp_path / "data", tmp_path / "w"
     folder.mkdir()

@@ -218,9 +218,11 @@ def chosen(message):
     "content",
     [
         chosen([{"index": 0}]),
-        chosen([]),
-        chosen(None),
-        chosen([{"index": 0, "message": {"role": "assistant", "content": ["a"]}}]),
+        pytest.param(chosen([]), marks=pytest.mark.long),
+        pytest.param(chosen(None), marks=pytest.mark.long),
+        pytest.param(
+            chosen([{"index": 0, "message": {"role": "assistant", "content": ["a"]}}]), marks=pytest.mark.long
+        ),
         chosen([{"index": 0, "message": {"role": "assistant", "content": "mug \ud800"}}]),
     ],
 )

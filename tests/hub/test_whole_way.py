@@ -107,6 +107,7 @@ def test_from_an_own_export_through_the_command_line(tmp_path, catalogue, tokeni
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
+@pytest.mark.long
 def test_the_folder_is_the_base_and_the_run_resumes_without_it(tmp_path, catalogue):
     from tests.reference import published, qwen_tokenizer
 

@@ -229,6 +229,7 @@ def test_damage_that_one_of_two_processes_meets_is_skipped_by_both(tmp_path):
     assert (workdir / "damaged" / "7").is_dir() and (workdir / "checkpoints" / "5").is_dir()
 
 
+@pytest.mark.long
 def test_a_save_that_fails_in_one_of_two_processes_ends_both(prepared, tmp_path):
     """Its disk takes no large files, so the data was prepared before. Orbax would have all wait for it."""
     script = tmp_path / "one.sh"
@@ -395,6 +396,7 @@ def test_two_processes_in_a_bucket(catalogue, by_two, like, bucket):
     assert same_parameters(like, by_two, workdir)
 
 
+@pytest.mark.long
 def test_eight_four_one_and_eight_devices_are_one_run(catalogue, tmp_path, monkeypatch):
     """Four legs of three steps, each on another mesh, dropless: losses and the order of the data are one leg's."""
     small = {"language.layers": 1, "vision.depth": 1, "evaluation.every": 0, "training.keep_best": 0}
