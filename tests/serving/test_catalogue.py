@@ -1,5 +1,6 @@
 """Vectors of a catalogue: what is written, what goes on, what is refused, and what search finds in it."""
 
+import dataclasses
 import json
 import time
 
@@ -94,6 +95,8 @@ def test_smaller_dtypes_keep_the_vectors(everything, embedder, prepared, tmp_pat
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     error = np.abs(index[: len(index)] - expected).max()
     assert 0 < error < most
+    if dtype == "int8":  # the largest entry of a vector takes all the room
+        assert all(max(map(abs, row["vector"])) == 127 for row in rows_of(tmp_path / "v"))
 
 
 def test_half_embedded_it_goes_on_and_gives_the_same(everything, embedder, prepared, tmp_path):
@@ -320,6 +323,26 @@ def test_files_without_rows_and_every_view_of_an_index(tmp_path):
             Index(folder, "i")
         vectors = harness.Vectors(folder) if dtype == "float32" else None
         assert not vectors or vectors.encode_views(data.products)[1].sum() == len(index) == 20
+
+
+def test_the_width_of_an_index_is_that_of_its_queries(embedder, tmp_path):
+    """Truncated, in a catalogue whose last file has no row."""
+    data = numbered(tmp_path / "c")
+    manifest = catalogue.embed(embedder, data, tmp_path / "v", catalogue.Options(("mm",), width=16))
+    assert manifest["width"] == 16 and manifest["shards"][-1]["rows"] == 0
+    products = [data.products[index] for index in data.train]
+    [found] = Index(tmp_path / "v").search(embedder, ["red"], 20)
+    vectors = embedder.encode(products, truncate_dim=16)
+    scores = vectors @ embedder.encode(["red"], truncate_dim=16)[0]
+    expected = {product.id: score for product, score in zip(products, scores, strict=True)}
+    assert dict(found) == {identity: pytest.approx(score, abs=1e-6) for identity, score in expected.items()}
+
+
+def test_other_data_are_not_gone_on_with(embedder, prepared, tmp_path):
+    catalogue.embed(embedder, prepared, tmp_path / "v")
+    other = dataclasses.replace(prepared, manifest={**prepared.manifest, "fingerprint": "other"})
+    with pytest.raises(UserError, match="was made from another source"):
+        catalogue.embed(embedder, other, tmp_path / "v")
 
 
 def test_a_vector_that_is_not_finite_is_refused(tmp_path):
