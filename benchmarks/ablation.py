@@ -191,7 +191,10 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     """Means over seeds ± standard errors, with the sign of the change and in brackets the paper's; then sizes."""
     runs = results["runs"]
     columns = [name for name in (*COLUMNS, "i→i") if any(name in run["scores"] for run in runs)]
-    scores, sizes = Table(title=results["title"]), Table(title="what they cost; ms of one query on this machine")
+    scores, sizes = (
+        Table(title=results["title"]),
+        Table(title="what they cost; ms of one query on that machine, the least of the seeds' medians"),
+    )
     for made, names in ((scores, columns), (sizes, ("parameters (M)", "active (M)", "bytes/product", "ms/query"))):
         made.add_column("")
         for name in names:
@@ -214,7 +217,7 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
             cells.append(cell)
         first = next(iter(own.values()))
         scores.add_row(f"{row.name} ({len(own)})", *cells)
-        ms = statistics.median(run["ms"] for run in own.values())
+        ms = min(run["ms"] for run in own.values())  # what else the machine does only adds to it
         millions = (f"{first[name] / 1e6:.2f}" for name in ("parameters", "active"))
         sizes.add_row(row.name, *millions, str(first["bytes"]), f"{ms:.1f}")
     yield from (scores, sizes)
