@@ -193,7 +193,7 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     columns = [name for name in (*COLUMNS, "i→i") if any(name in run["scores"] for run in runs)]
     scores, sizes = (
         Table(title=results["title"]),
-        Table(title="what they cost; ms of one query on that machine, the least of the seeds' medians"),
+        Table(title="what they cost; a query's ms on that machine, the best seed's"),
     )
     for made, names in ((scores, columns), (sizes, ("parameters (M)", "active (M)", "bytes/product", "ms/query"))):
         made.add_column("")
