@@ -122,6 +122,10 @@ def _file(path: Path, flag: str, kind: str) -> readers.File:
     return readers.File(path, path.name, kind, "", format, path.parent)
 
 
+def _mistake(where: str, bad: BadRecord) -> UserError:
+    return UserError(printable(f"{where}: {': '.join(filter(None, (bad.reason, bad.detail)))}"))
+
+
 def _rows(file: readers.File, columns: ColumnMap) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where each record stands, and the record."""
     checked = file.format in ("csv", "tsv")  # by their reader
@@ -132,7 +136,7 @@ def _rows(file: readers.File, columns: ColumnMap) -> Iterator[tuple[str, dict[st
         for number, row in chunk.rows():
             where = f"{file.path} {number}"
             if isinstance(row, BadRecord):
-                raise UserError(printable(f"{where}: {row.reason}: {row.detail}"))
+                raise _mistake(where, row)
             if not checked:
                 columns.check(file.kind, row, str(file.path))
                 checked = True
@@ -152,7 +156,7 @@ def _queries(path: Path, columns: ColumnMap, max_pixels: int) -> Iterator[Produc
             seen.add(query.id)
             yield dataclasses.replace(query, images=tuple(_image(image, file, max_pixels) for image in query.images))
         except BadRecord as bad:
-            raise UserError(printable(f"{where}: {bad.reason}{bad.detail and ': '}{bad.detail}")) from None
+            raise _mistake(where, bad) from None
 
 
 def _image(image: bytes | str, file: readers.File, max_pixels: int) -> bytes:
@@ -180,7 +184,7 @@ def _grades(path: Path, columns: ColumnMap) -> dict[tuple[str, str], float]:
             if not math.isfinite(grade):
                 raise ValueError
         except BadRecord as bad:
-            raise UserError(printable(f"{where}: {bad.reason}{bad.detail and ': '}{bad.detail}")) from None
+            raise _mistake(where, bad) from None
         except (TypeError, ValueError):
             raise UserError(printable(f"{where}: grade {record.get('grade')!r} is no number")) from None
         if found.setdefault(pair, grade) != grade:

@@ -26,7 +26,7 @@ T, I, MM = range(len(VIEWS))
 INTER = (0, 1, 2)
 """The inter-product ones of OBJECTIVES."""
 
-LEVELS = {"dual": (0, 1, 2, 3, 4), "inter": (0, 1, 2), "mm→mm": (2,)}
+LEVELS = {"dual": (*INTER, 3, 4), "inter": INTER, "mm→mm": (2,)}
 """The objectives that train, by `config.objective.levels`: the whole method, and what is left of it in an ablation."""
 
 

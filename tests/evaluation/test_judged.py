@@ -119,6 +119,12 @@ def test_mistakes_name_their_line(prepared, ids, tmp_path, query, line, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def command(prepared, folder):
+    """Judges the vectors in v."""
+    flags = {"--vectors": folder / "v", "--data": prepared.folder, "--output": folder / "o"}
+    return ["evaluate", *(str(word) for flag in flags.items() for word in flag)]
+
+
 def test_scores_are_those_of_trec_eval(prepared, ids, tmp_path):
     """Of vectors from anywhere, over the whole catalogue, graded, with views that not all products have."""
     trec = pytest.importorskip("pytrec_eval", reason="pytrec_eval-terrier is not installed")
@@ -132,15 +138,7 @@ def test_scores_are_those_of_trec_eval(prepared, ids, tmp_path):
     pq.write_table(pa.table(columns_), tmp_path / "v" / "all.parquet")
     (tmp_path / "queries.csv").write_text("query_id,title\n" + "\n".join(f"{q},some words" for q in asked))
     (tmp_path / "qrels.trec").write_text("\n".join(f"{q} 0 {p} {g}" for q in grades for p, g in grades[q].items()))
-    given = [
-        "evaluate",
-        "--vectors",
-        str(tmp_path / "v"),
-        "--data",
-        str(prepared.folder),
-        "--output",
-        str(tmp_path / "o"),
-    ]
+    given = command(prepared, tmp_path)
     given += ["--queries", str(tmp_path / "queries.csv"), "--qrels", str(tmp_path / "qrels.trec")]
     assert cli.main(given) == 0
     metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
@@ -200,15 +198,7 @@ def test_vectors_cannot_tell_a_query_from_a_product(prepared, ids, tmp_path, cap
     pq.write_table(pa.table(table), tmp_path / "v" / "all.parquet")
     (tmp_path / "q.csv").write_text(f"query_id,title\n{ids[0]},some words")
     (tmp_path / "r.txt").write_text(f"{ids[0]} 0 {ids[1]} 1")
-    given = [
-        "evaluate",
-        "--vectors",
-        str(tmp_path / "v"),
-        "--data",
-        str(prepared.folder),
-        "--output",
-        str(tmp_path / "o"),
-    ]
+    given = command(prepared, tmp_path)
     assert cli.main([*given, "--queries", str(tmp_path / "q.csv"), "--qrels", str(tmp_path / "r.txt")]) == cli.MISTAKE
     assert "is a query's id and a product's" in capsys.readouterr().err
     assert cli.main([*given, "--queries", str(tmp_path / "q.csv")]) == cli.MISTAKE
