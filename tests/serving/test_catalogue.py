@@ -286,10 +286,9 @@ class Given(ByItem):
 
     def encode(self, items):
         vectors = np.random.default_rng(0).normal(size=(200, self.width))[[int(item.text) for item in items]]
-        for place, item in enumerate(items):
-            if item.text == self.bad:
-                vectors[place, 1] = np.nan
-        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors[[item.text == self.bad for item in items], 1] = np.inf
+        return vectors.astype(np.float32)
 
 
 def numbered(tmp_path):
