@@ -1,4 +1,4 @@
-"""What each command does: reads its flags, calls the part that does the work, and tells what came of it."""
+"""The commands that make data and models."""
 
 from __future__ import annotations
 
@@ -6,38 +6,16 @@ import argparse
 import dataclasses
 import functools
 import json
-import logging
 import os
 import re
 import shlex
-import sys
 import time
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moon_jax import config as config_lib
 from moon_jax import interrupt, places
+from moon_jax.commands.shared import expand, hush
 from moon_jax.config import UserError
-
-if TYPE_CHECKING:
-    from moon_jax.evaluation import harness
-
-
-def _hush() -> None:
-    """What Orbax, its tasks and gcsfs log as an error comes to us as an exception, and is told in one line; what Pillow
-    warns of in a broken image is in the quarantine.
-    """
-    warnings.filterwarnings("ignore", module="PIL")
-    for name in ("absl", "asyncio", "gcsfs"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _but_of_closed_loops
-
-
-def _but_of_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
-    """TensorStore's threads still report to Orbax when that has given a damaged checkpoint, or a full disk, up."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
 
 
 def _configured(parsed: argparse.Namespace, overrides: list[str], name: str, init: str = "") -> config_lib.Config:
@@ -85,7 +63,7 @@ def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.training import watch
 
     interrupt.check()
-    _hush()
+    hush()
     workdir = parsed.workdir
     watching = watch.Watching(parsed.profile and watch.parse_profile(parsed.profile), parsed.stall_minutes)
     hosts.start()
@@ -93,18 +71,6 @@ def run_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     served = f"{Path(workdir).name if places.is_address(workdir) else workdir}-served"
     export = shlex.join(["moon-jax", "export", "--model", workdir, "--output", served])
     watch.Watch().line(f"the model is in {workdir}; to serve it: {export}")
-
-
-def _expand(parsed: argparse.Namespace, addresses: tuple[str, ...]) -> None:
-    """Data and output as paths of this machine, but for data at one of these kinds of addresses."""
-    for flag in ("data", "output"):
-        given = getattr(parsed, flag)
-        if not given:
-            raise UserError(f"--{flag}: empty; give a path")
-        if places.is_address(given) and not given.startswith(addresses):
-            raise UserError(f"--{flag} {given}: not a folder of this machine; mount it, and give that path")
-        # As a shell leaves it in --output=~/x.
-        setattr(parsed, flag, os.path.expanduser(given))
 
 
 def _processes(parsed: argparse.Namespace) -> int:
@@ -116,14 +82,14 @@ def _processes(parsed: argparse.Namespace) -> int:
 
 def run_prepare(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Prepares, with progress, and tells what came of it."""
-    _expand(parsed, ("hf://", "tfds://"))
+    expand(parsed, ("hf://", "tfds://"))
     processes = _processes(parsed)
     config = config_lib.override(config_lib.Config(), overrides)
     from moon_jax.data import prepare, workers
     from moon_jax.training import watch
 
     interrupt.check()
-    _hush()
+    hush()
     options = prepare.Options.of(config, parsed.columns, parsed.fetch)
     report = watch.Watch()
     pool = functools.partial(workers.pool, processes)
@@ -147,7 +113,7 @@ def run_augment(parsed: argparse.Namespace, overrides: list[str]) -> None:
     """Augments, with progress, and tells what came of it."""
     if overrides:
         raise UserError(f"{overrides[0]}: augment runs no config; leave this out")
-    _expand(parsed, ())
+    expand(parsed, ())
     if parsed.beam and parsed.processes is not None:
         raise UserError("--processes: Beam has an option of its own for its workers")
     processes = _processes(parsed)
@@ -159,7 +125,7 @@ def run_augment(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.training import watch
 
     interrupt.check()
-    _hush()
+    hush()
     options = Options(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Options)})
     max_pixels = config_lib.Config().data.max_pixels
     if options.asks_server or options.asks_pipeline:
@@ -200,7 +166,7 @@ def run_export(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
     export.refuse_taken(output)
     interrupt.check()
-    _hush()
+    hush()
     report = watch.Watch()
     trained = embedder.read(parsed.model, track=functools.partial(report.track, "loading"))
     if parsed.dtype:
@@ -280,7 +246,7 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.training import watch
 
     interrupt.check()
-    _hush()
+    hush()
     began = time.monotonic()
     prepared = training.train(config, workdir)
     report = watch.Watch(workdir)
@@ -295,202 +261,3 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
         for line in lines:
             report.line(line)
     report.line(f"done in {time.monotonic() - began:.0f} s")
-
-
-def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    """Judges a model, or vectors, and compares it with another."""
-    if bool(parsed.model) == bool(parsed.vectors):
-        raise UserError("--model: give a model, or --vectors; one of the two")
-    _expand(parsed, ())
-    if parsed.known < 0:
-        raise UserError(f"--known {parsed.known}: give 0 or more")
-    if bool(parsed.queries) != bool(parsed.qrels):
-        raise UserError("--queries: go with --qrels; give both or neither")
-    prompts = parsed.prompt or ["{}"]
-    for prompt in prompts:
-        if prompt.count("{}") != 1:
-            raise UserError(f"--prompt {prompt!r}: write {{}} where the label belongs, once")
-    config = config_lib.override(config_lib.Config(), [*overrides, f"--config.data.path={parsed.data!r}"])
-    from moon_jax.evaluation import report as report_lib
-    from moon_jax.training import watch, workdir
-
-    interrupt.check()
-    _hush()
-    output = places.Place(parsed.output)
-    report = watch.Watch(output.files)
-    with report.busy("opening the model"):
-        ours = _opened(parsed.model, parsed.vectors, config)
-    prepared = workdir.prepare_data(config, output, report)
-    prepared = workdir.keep_data(prepared, output.files / "data", output)
-    said = {"known": parsed.known, "prompts": prompts}
-    if parsed.queries:
-        from moon_jax.data import columns
-        from moon_jax.evaluation import judged as judged_lib
-
-        with report.busy("reading queries and judgements"):
-            own = columns.load(parsed.columns)
-            judged = judged_lib.read(parsed.queries, parsed.qrels, prepared, own, config.data.max_pixels)
-        if parsed.vectors and judged.shared:
-            raise UserError(f"--vectors: {judged.shared!r} is a query's id and a product's; call one of them otherwise")
-        prepared, said["judgements"] = judged.prepared, judged.relevance
-        report.line(f"{judged.relevance.queries:,} queries; left out: {judged.left_out or 'nothing'}")
-    other = Path(parsed.compare).expanduser()
-    judged_before = bool(parsed.compare) and report_lib.is_judged(other)
-    if judged_before:
-        report_lib.check_comparable(other, prepared.fingerprint)
-    metrics = report_lib.evaluate(ours, prepared, output.files, report, **said)
-    for table in (*report_lib.tables(metrics), *report_lib.details(metrics)):
-        report.console.print(table)
-    if parsed.compare:
-        if not judged_before:
-            theirs = _opened(parsed.compare, "", config)
-            other = output.files / "compared"
-            report.line(f"{theirs.name}, to compare with:")
-            report_lib.evaluate(theirs, prepared, other, watch.Watch(other), **said)
-        compared = report_lib.compare(output.files, other)
-        for table in report_lib.differences(compared, parsed.model or parsed.vectors, parsed.compare):
-            report.console.print(table)
-        told = json.dumps(compared, indent=2, ensure_ascii=False) + "\n"
-        (output.files / "compared.json").write_text(told, encoding="utf-8")
-    report.line(
-        f"all scores: {parsed.output}/{report_lib.METRICS}; of every query: {parsed.output}/{report_lib.QUERIES}"
-    )
-
-
-def run_embed(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    """Embeds a prepared catalogue."""
-    if overrides:
-        raise UserError(f"{overrides[0]}: embed runs no config; leave this out")
-    _expand(parsed, ())
-    from moon_jax.data import prepared as prepared_lib
-    from moon_jax.serving import catalogue
-    from moon_jax.training import watch
-
-    interrupt.check()
-    _hush()
-    if not prepared_lib.is_prepared(parsed.data):
-        made = shlex.join(
-            ["moon-jax", "prepare", "--data", parsed.data, "--output", f"{parsed.data.rstrip('/')}-prepared"]
-        )
-        raise UserError(f"--data {parsed.data}: not prepared data; this makes it: {made}")
-    options = catalogue.Options(tuple(parsed.views.split(",")), parsed.dtype, parsed.width)
-    report = watch.Watch()
-    with report.busy("opening the model"):
-        embedder = _opened(parsed.model, "", config_lib.Config())
-        if hasattr(embedder, "rank"):
-            raise UserError(f"--model {parsed.model}: makes no vectors; give another")
-    prepared = prepared_lib.open_prepared(parsed.data)
-    manifest = catalogue.embed(embedder, prepared, parsed.output, options, report.progress)
-    size = sum(shard["bytes"] for shard in manifest["shards"])
-    report.line(
-        f"{manifest['rows']:,} vectors of {manifest['products']:,} products, {manifest['width']} × {manifest['dtype']},"
-        f" {size / 1e6:,.1f} MB"
-    )
-    search = shlex.join(["moon-jax", "search", "--index", parsed.output, "--model", parsed.model, "--text", "red shoe"])
-    report.line(f"embedded in {parsed.output}; to search: {search}")
-
-
-def _readable(parsed: argparse.Namespace, *flags: str) -> None:
-    """Refuses bytes that are no text: a shell hands them on as they are."""
-    for flag in flags:
-        try:
-            getattr(parsed, flag.replace("-", "_")).encode()
-        except UnicodeEncodeError:
-            raise UserError(f"--{flag}: not UTF-8; give text in that encoding") from None
-
-
-def run_search(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    """Searches, and shows what it found."""
-    if overrides:
-        raise UserError(f"{overrides[0]}: search runs no config; leave this out")
-    if not (parsed.text.strip() or parsed.image or parsed.faiss):
-        raise UserError("--text: give a text, an --image, or both")
-    _readable(parsed, "text")
-    if parsed.k < 1:
-        raise UserError(f"-k {parsed.k}: give 1 or more")
-    from moon_jax.serving import search
-    from moon_jax.training import watch
-    from moon_jax.types import Product
-
-    _hush()
-    report = watch.Watch()
-    index = search.Index(parsed.index, parsed.view)
-    if parsed.faiss:
-        index.write_faiss(parsed.faiss)
-        report.line(f"{len(index):,} vectors in {parsed.faiss}, their ids in {parsed.faiss}.ids.json")
-    if parsed.text.strip() or parsed.image:
-        if not parsed.model:
-            raise UserError(f"--model: give the model whose vectors these are ({index.model})")
-        embedder = _opened(parsed.model, "", config_lib.Config())
-        item = Product(text=parsed.text.strip() or None, images=(parsed.image,) if parsed.image else ())
-        [found] = index.search(embedder, [item], parsed.k)
-        for rank, (identity, score) in enumerate(found, start=1):
-            report.line(f"{rank:3}  {score:.4f}  {identity}")
-
-
-def run_heatmap(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    """Draws where models look in a query, an item, or both."""
-    if overrides:
-        raise UserError(f"{overrides[0]}: heatmap runs no config; leave this out")
-    _readable(parsed, "text", "item-text")
-    asked = {"query": (parsed.text.strip(), parsed.image), "item": (parsed.item_text.strip(), parsed.item_image)}
-    if not any(part for parts in asked.values() for part in parts):
-        raise UserError("--text: give a text, an --image, or both; --item-text and --item-image for what is compared")
-    if parsed.shares and not all(any(parts) for parts in asked.values()):
-        raise UserError("--shares: of the similarity of two; give a query and an item")
-    output = Path(parsed.output).expanduser()
-    if output.suffix != ".png":
-        raise UserError(f"--output {output}: give a file that ends in .png")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}; give a file in a folder that can be made") from None
-    from moon_jax.evaluation import heatmap
-    from moon_jax.serving import embedder as serving
-    from moon_jax.training import watch
-    from moon_jax.types import Product
-
-    _hush()
-    report = watch.Watch()
-    items = {
-        name: Product(text=text or None, images=(image,) if image else ())
-        for name, (text, image) in asked.items()
-        if text or image
-    }
-    columns, arrays = [], {}
-    for number, model in enumerate([parsed.model, parsed.compare] if parsed.compare else [parsed.model]):
-        with report.busy(f"looking with {model}"):
-            embedder = serving.load(model)
-            shown = heatmap.seen(embedder, items, parsed.layer, parsed.head, parsed.shares)
-        arrays |= {f"{number}/{name}": entry[2] for name, entry in zip(items, shown, strict=True)}
-        columns.append((f"{model} ({embedder.fingerprint})", shown))
-    layer, head = ("mean" if number is None else number for number in (parsed.layer, parsed.head))
-    which = "shares of tokens in the similarity" if parsed.shares else f"attention, layer {layer}, head {head}"
-    footer = f"{which}; bright, and of words dark, is most"
-    heatmap.draw(output, columns, config_lib.Config().data.max_pixels, footer)
-    heatmap.save(output.with_suffix(".npz"), arrays)
-    report.line(f"{output}; all layers and heads as arrays: {output.with_suffix('.npz')}")
-
-
-def _opened(model: str, vectors: str, config: config_lib.Config) -> harness.Embedder:
-    """An embedder of any kind; one of ours on all devices."""
-    from moon_jax.evaluation import harness
-
-    if vectors:
-        return harness.Vectors(vectors)
-    found = harness.open_embedder(model, config.data.max_pixels)
-    return found.on_all_devices() if hasattr(found, "on_all_devices") else found
-
-
-COMMANDS = {
-    "quickstart": run_quickstart,
-    "prepare": run_prepare,
-    "augment": run_augment,
-    "train": run_train,
-    "export": run_export,
-    "plan": run_plan,
-    "evaluate": run_evaluate,
-    "embed": run_embed,
-    "search": run_search,
-    "heatmap": run_heatmap,
-}
