@@ -50,9 +50,9 @@ setup(
         "beam": ["apache-beam>=2.77"],  # co-augmentation on a cluster; it pins protobuf, pyarrow and pillow
         "tfds": ["tensorflow-datasets>=4.9.9"],  # its builders as sources
         "gcs": ["gcsfs>=2026.4"],  # workdirs on gs://
-        "baselines": ["bm25s>=0.3", "sentence-transformers>=6.2,<7"],  # models to compare with
+        "baselines": ["bm25s>=0.3"],  # what models have to beat
         "faiss": ["faiss-cpu>=1.12"],  # indices for servers built on it
-        "hf": ["torch>=2.6", "transformers>=5.23,<6"],
+        "hf": ["sentence-transformers>=6.2,<7", "torch>=2.6", "transformers>=5.23,<6"],  # others' models
         "notebooks": ["jupyterlab"],
         "test": [
             "aiohttp>=3.11",

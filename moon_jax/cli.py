@@ -44,11 +44,15 @@ def _main(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         if interrupt.TERMINATED.is_set():
             return _fail("stopped by SIGTERM; the same command goes on from here", _stop_code(), shared=True)
-        anew = parsed.command in ("export", "plan", "evaluate", "search", "heatmap")
-        goes_on = "nothing was written; the same command starts anew" if anew else "the same command goes on from here"
-        return _fail(f"interrupted; {goes_on}", 130)
+        return _fail(f"interrupted; the same command {GOES_ON.get(parsed.command, 'goes on from here')}", 130)
     return 0
 
+
+GOES_ON = {
+    **dict.fromkeys(("export", "plan", "evaluate", "search", "heatmap"), "starts anew"),
+    "embed": "goes on with the files that are not whole",
+}
+"""What a command that was interrupted does when it is given again, where it does not go on from there."""
 
 MISTAKE = 2
 """The exit code where a person must mend something."""

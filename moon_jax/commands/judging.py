@@ -14,7 +14,7 @@ from moon_jax.commands.shared import expand, hush
 from moon_jax.config import UserError
 
 if TYPE_CHECKING:
-    from moon_jax.evaluation import harness
+    from moon_jax.evaluation.harness import Embedder
 
 
 def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -31,47 +31,56 @@ def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
         if prompt.count("{}") != 1:
             raise UserError(f"--prompt {prompt!r}: write {{}} where the label belongs, once")
     config = config_lib.override(config_lib.Config(), [*overrides, f"--config.data.path={parsed.data!r}"])
+    from moon_jax.evaluation import harness, screen
     from moon_jax.evaluation import report as report_lib
     from moon_jax.training import watch, workdir
 
     interrupt.check()
     hush()
     output = places.Place(parsed.output)
-    report = watch.Watch(output.files)
-    with report.busy("opening the model"):
-        ours = _opened(parsed.model, parsed.vectors, config)
-    prepared = workdir.prepare_data(config, output, report)
-    prepared = workdir.keep_data(prepared, output.files / "data", output)
-    said = {"known": parsed.known, "prompts": prompts}
+    older = report_lib.check_output(output.files)
+    log = None
     if parsed.queries:
         from moon_jax.data import columns
         from moon_jax.evaluation import judged as judged_lib
 
-        with report.busy("reading queries and judgements"):
-            own = columns.load(parsed.columns)
-            judged = judged_lib.read(parsed.queries, parsed.qrels, prepared, own, config.data.max_pixels)
+        log = judged_lib.read(parsed.queries, parsed.qrels, columns.load(parsed.columns), config.data.max_pixels)
+    report = watch.Watch(output.files)
+    if older:
+        report.line(f"the older scores in {output} give way")
+    with report.busy("opening the model"):
+        ours = harness.Vectors(parsed.vectors) if parsed.vectors else _opened("--model", parsed.model, config)
+    prepared = workdir.prepare_data(config, output, report)
+    prepared = workdir.keep_data(prepared, output.files / "data", output)
+    said = {"known": parsed.known, "prompts": prompts}
+    if log:
+        judged = judged_lib.of(log, prepared)
         if parsed.vectors and judged.shared:
             raise UserError(f"--vectors: {judged.shared!r} is a query's id and a product's; call one of them otherwise")
         prepared, said["judgements"] = judged.prepared, judged.relevance
-        report.line(f"{judged.relevance.queries:,} queries; left out: {judged.left_out or 'nothing'}")
+        number = judged.relevance.queries
+        report.line(
+            f"{number:,} {'query' if number == 1 else 'queries'} to be asked; left out: {judged.left_out or 'nothing'}"
+        )
     other = Path(parsed.compare).expanduser()
     judged_before = bool(parsed.compare) and report_lib.is_judged(other)
     if judged_before:
         report_lib.check_comparable(other, prepared.fingerprint)
     metrics = report_lib.evaluate(ours, prepared, output.files, report, **said)
-    for table in (*report_lib.tables(metrics), *report_lib.details(metrics)):
+    for table in (*screen.tables(metrics), *screen.details(metrics)):
         report.console.print(table)
     if parsed.compare:
         if not judged_before:
-            theirs = _opened(parsed.compare, "", config)
+            theirs = _opened("--compare", parsed.compare, config)
             other = output.files / "compared"
             report.line(f"{theirs.name}, to compare with:")
             report_lib.evaluate(theirs, prepared, other, watch.Watch(other), **said)
         compared = report_lib.compare(output.files, other)
-        for table in report_lib.differences(compared, parsed.model or parsed.vectors, parsed.compare):
+        for table in screen.differences(compared, parsed.model or parsed.vectors, parsed.compare):
             report.console.print(table)
         told = json.dumps(compared, indent=2, ensure_ascii=False) + "\n"
-        (output.files / "compared.json").write_text(told, encoding="utf-8")
+        (output.files / report_lib.COMPARED).write_text(told, encoding="utf-8")
+        report.line(f"scores of {parsed.compare}: {other}/{report_lib.METRICS}")
     report.line(
         f"all scores: {parsed.output}/{report_lib.METRICS}; of every query: {parsed.output}/{report_lib.QUERIES}"
     )
@@ -88,6 +97,8 @@ def run_embed(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
     interrupt.check()
     hush()
+    if not Path(parsed.data).is_dir():
+        raise UserError(f"--data {parsed.data}: no such folder")
     if not prepared_lib.is_prepared(parsed.data):
         made = shlex.join(
             ["moon-jax", "prepare", "--data", parsed.data, "--output", f"{parsed.data.rstrip('/')}-prepared"]
@@ -96,7 +107,7 @@ def run_embed(parsed: argparse.Namespace, overrides: list[str]) -> None:
     options = catalogue.Options(tuple(parsed.views.split(",")), parsed.dtype, parsed.width)
     report = watch.Watch()
     with report.busy("opening the model"):
-        embedder = _opened(parsed.model, "", config_lib.Config())
+        embedder = _opened("--model", parsed.model, config_lib.Config())
         if hasattr(embedder, "rank"):
             raise UserError(f"--model {parsed.model}: makes no vectors; give another")
     prepared = prepared_lib.open_prepared(parsed.data)
@@ -141,8 +152,8 @@ def run_search(parsed: argparse.Namespace, overrides: list[str]) -> None:
     if parsed.text.strip() or parsed.image:
         if not parsed.model:
             raise UserError(f"--model: give the model whose vectors these are ({index.model})")
-        embedder = _opened(parsed.model, "", config_lib.Config())
-        item = Product(text=parsed.text.strip() or None, images=(parsed.image,) if parsed.image else ())
+        item = Product(text=parsed.text.strip() or None, images=_image("--image", parsed.image))
+        embedder = _opened("--model", parsed.model, config_lib.Config())
         [found] = index.search(embedder, [item], parsed.k)
         for rank, (identity, score) in enumerate(found, start=1):
             report.line(f"{rank:3}  {score:.4f}  {identity}")
@@ -158,6 +169,8 @@ def run_heatmap(parsed: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("--text: give a text, an --image, or both; --item-text and --item-image for what is compared")
     if parsed.shares and not all(any(parts) for parts in asked.values()):
         raise UserError("--shares: of the similarity of two; give a query and an item")
+    if parsed.shares and (parsed.layer, parsed.head) != (None, None):
+        raise UserError("--shares: are of no layer or head; leave --layer and --head out")
     output = Path(parsed.output).expanduser()
     if output.suffix != ".png":
         raise UserError(f"--output {output}: give a file that ends in .png")
@@ -166,37 +179,62 @@ def run_heatmap(parsed: argparse.Namespace, overrides: list[str]) -> None:
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror}; give a file in a folder that can be made") from None
     from moon_jax.evaluation import heatmap
-    from moon_jax.serving import embedder as serving
     from moon_jax.training import watch
     from moon_jax.types import Product
 
     hush()
     report = watch.Watch()
     items = {
-        name: Product(text=text or None, images=(image,) if image else ())
-        for name, (text, image) in asked.items()
+        name: Product(text=text or None, images=_image(flag, image))
+        for (name, (text, image)), flag in zip(asked.items(), ("--image", "--item-image"), strict=True)
         if text or image
     }
+    if len(items) == 1:  # compared with nothing
+        items = {"item": next(iter(items.values()))}
     columns, arrays = [], {}
     for number, model in enumerate([parsed.model, parsed.compare] if parsed.compare else [parsed.model]):
         with report.busy(f"looking with {model}"):
-            embedder = serving.load(model)
+            embedder = _ours("--compare" if number else "--model", model)
             shown = heatmap.seen(embedder, items, parsed.layer, parsed.head, parsed.shares)
-        arrays |= {f"{number}/{name}": entry[2] for name, entry in zip(items, shown, strict=True)}
+        arrays |= {f"{number}/{name}": entry for name, entry in zip(items, shown, strict=True)}
         columns.append((f"{model} ({embedder.fingerprint})", shown))
     layer, head = ("mean" if number is None else number for number in (parsed.layer, parsed.head))
     which = "shares of tokens in the similarity" if parsed.shares else f"attention, layer {layer}, head {head}"
     footer = f"{which}; bright, and of words dark, is most"
     heatmap.draw(output, columns, config_lib.Config().data.max_pixels, footer)
     heatmap.save(output.with_suffix(".npz"), arrays)
-    report.line(f"{output}; all layers and heads as arrays: {output.with_suffix('.npz')}")
+    report.line(f"{output}; what is drawn, and all layers and heads, as arrays: {output.with_suffix('.npz')}")
 
 
-def _opened(model: str, vectors: str, config: config_lib.Config) -> harness.Embedder:
+def _opened(flag: str, model: str, config: config_lib.Config) -> Embedder:
     """An embedder of any kind; one of ours on all devices."""
     from moon_jax.evaluation import harness
 
-    if vectors:
-        return harness.Vectors(vectors)
-    found = harness.open_embedder(model, config.data.max_pixels)
+    found = harness.open_embedder(model, config.data.max_pixels, flag)
     return found.on_all_devices() if hasattr(found, "on_all_devices") else found
+
+
+def _ours(flag: str, model: str) -> Embedder:
+    """A model of ours."""
+    from moon_jax.serving import embedder
+
+    try:
+        return embedder.load(model)
+    except UserError as error:
+        raise type(error)(f"{flag} {error}") from None
+
+
+def _image(flag: str, given: str) -> tuple[str, ...]:
+    """The image of a flag, as a product has it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from moon_jax.data.images import BadImage, decode
+
+    try:
+        if given:
+            decode(given, config_lib.Config().data.max_pixels)
+    except BadImage as error:
+        raise UserError(f"{flag} {error}") from None
+    return (given,) if given else ()

@@ -241,7 +241,7 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
     # Importing JAX takes seconds; mistakes on the command line are told before.
     from moon_jax.evaluation import report as report_lib
-    from moon_jax.evaluation import training
+    from moon_jax.evaluation import screen, training
     from moon_jax.serving import embedder as serving
     from moon_jax.training import watch
 
@@ -251,12 +251,12 @@ def run_quickstart(parsed: argparse.Namespace, overrides: list[str]) -> None:
     prepared = training.train(config, workdir)
     report = watch.Watch(workdir)
     metrics = report_lib.evaluate(serving.load(workdir), prepared, workdir, report)
-    for table in report_lib.tables(metrics):
+    for table in screen.tables(metrics):
         report.console.print(table)
     given = {"--data": parsed.data, "--steps": parsed.steps, "--config": parsed.config}
     words = [str(word) for flag, value in given.items() if value for word in (flag, value)]
     again = ["moon-jax", "quickstart", *words, *overrides]
-    for heading, lines in report_lib.last_screen(metrics, workdir, prepared, again):
+    for heading, lines in screen.last_screen(metrics, workdir, prepared, again):
         report.heading(heading)
         for line in lines:
             report.line(line)

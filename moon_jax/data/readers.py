@@ -175,7 +175,8 @@ def _rows(batch: pa.RecordBatch, labels: dict[str, list[str]]) -> list[dict[str,
     return rows
 
 
-def _opened(file: File) -> BinaryIO:
+def open_file(file: File) -> BinaryIO:
+    """The bytes of a file, unzipped."""
     return gzip.open(file.path) if file.path.suffix == ".gz" else file.path.open("rb")
 
 
@@ -183,7 +184,7 @@ def _lines(file: File, columns: ColumnMap) -> Iterator[Chunk]:
     del columns
 
     def lines() -> Iterator[tuple[bytes | BadRecord, int]]:
-        with _opened(file) as stream:
+        with open_file(file) as stream:
             while line := stream.readline(LONGEST_LINE):
                 if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
                     while (rest := stream.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
@@ -247,7 +248,7 @@ def _separated(file: File, columns: ColumnMap) -> Iterator[Chunk]:
     layout = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.format == "tsv" else {"strict": True}
 
     def rows() -> Iterator[tuple[dict[str, Any] | BadRecord, int]]:
-        with _opened(file) as raw:
+        with open_file(file) as raw:
             text = _Text(raw)
             first = next(text, "").removeprefix("\ufeff")
             text.back.appendleft(first)
@@ -294,7 +295,7 @@ def _tar(file: File, columns: ColumnMap) -> Iterator[Chunk]:
     def found() -> Iterator[tuple[dict[str, Any] | BadRecord, int]]:
         if file.path.suffix != ".gz" and not _ends(file.path):
             raise EOFError("it does not end as a tar file does")  # tarfile takes a cut before a member for the end
-        with _opened(file) as raw, tarfile.open(fileobj=raw, mode="r|") as opened:
+        with open_file(file) as raw, tarfile.open(fileobj=raw, mode="r|") as opened:
             for _, members in itertools.groupby(_members(opened), key=lambda member: member[0]):
                 record = _joined(list(members))
                 yield record, 0 if isinstance(record, BadRecord) else sum(map(len, record.get(PICTURES, ())))

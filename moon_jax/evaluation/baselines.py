@@ -29,7 +29,7 @@ class BM25(ByItem):
         try:
             import bm25s
         except ImportError:
-            raise UserError("--model bm25: wants bm25s; pip install -e '.[baselines]'") from None
+            raise UserError("bm25: wants bm25s; pip install -e '.[baselines]'") from None
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells every step
         self._library, self.max_pixels = bm25s, max_pixels
 

@@ -129,14 +129,14 @@ class Contrastive(ByItem):
             import torch
             from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
         except ImportError as error:
-            raise UserError(f"--model {folder}: wants transformers ({error}); pip install -e '.[hf]'") from None
+            raise UserError(f"{folder}: wants transformers ({error}); pip install -e '.[hf]'") from None
         try:
             self._model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             # Pillow's resizing is the one that such models were trained with.
             self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"--model {folder}: {' '.join(str(error).split())[:300]}") from None
+            raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
         self._torch, self.max_pixels = torch, max_pixels
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model.to(self._device)
@@ -201,14 +201,14 @@ class SentenceTransformer(ByItem):
         try:
             import sentence_transformers
         except ImportError as error:
-            need = f"wants sentence-transformers ({error}); pip install -e '.[baselines]'"
-            raise UserError(f"--model {folder}: {need}") from None
+            need = f"wants sentence-transformers ({error}); pip install -e '.[hf]'"
+            raise UserError(f"{folder}: {need}") from None
         try:
             self._model = sentence_transformers.SentenceTransformer(
                 str(folder), local_files_only=True, trust_remote_code=False, model_kwargs={"use_safetensors": True}
             )
         except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-            raise UserError(f"--model {folder}: {' '.join(str(error).split())[:300]}") from None
+            raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
         self.max_pixels = max_pixels
         self.sees = ("t", "i") if self._model.supports("image") else ("t",)
         self.name = f"sentence-transformers {_digest(folder)}"
@@ -237,8 +237,10 @@ class Vectors:
     def __init__(self, folder: str | Path):
         """
         Raises:
-            UserError: no such files, another column or width, or an id twice.
+            UserError: no such folder or files, another column or width, or an id twice.
         """
+        if not Path(folder).is_dir():
+            raise UserError(f"--vectors {folder}: no such folder")
         files = sorted(Path(folder).rglob("*.parquet"))
         if not files:
             raise UserError(f"--vectors {folder}: no .parquet file there")
@@ -301,13 +303,23 @@ class Vectors:
         return vectors, present
 
 
-def open_embedder(model: str, max_pixels: int) -> Embedder:
+def open_embedder(model: str, max_pixels: int, flag: str = "--model") -> Embedder:
     """The embedder of a workdir; of a Hugging Face folder, or hf://owner/name, of ours, Qwen3-VL(-Embedding), CLIP,
     SigLIP, SigLIP 2 or sentence-transformers; or one of baselines.NAMES.
+
+    Args:
+        flag: by which it was given, for errors.
 
     Raises:
         UserError: there is no model, or one that cannot be read.
     """
+    try:
+        return _open(model, max_pixels)
+    except UserError as error:
+        raise type(error)(f"{flag} {error}") from None
+
+
+def _open(model: str, max_pixels: int) -> Embedder:
     from moon_jax.evaluation import baselines
 
     if model in baselines.NAMES and not Path(model).exists():

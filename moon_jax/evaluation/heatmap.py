@@ -171,12 +171,12 @@ def draw(
             tokens. Colours span the values of one item's pictures, and those of its title, from 0 to the largest.
     """
     items = len(columns[0][1])
-    size = (4.4 * len(columns) + 0.4, 4.6 * items + 0.8)
+    parts = [part for _, item, _, _ in columns[0][1] for part in (3.6 if item.images else 0.1, 1 if item.text else 0.1)]
+    size = (4.8 * len(columns) + 0.4, sum(parts) + 0.4 * items + 0.8)
     with pictures.sheet(path, "Where the model looks", footer, size) as figure:
         halves = figure.subfigures(1, len(columns), squeeze=False)[0]
         for half, (model, shown) in zip(halves, columns, strict=True):
             half.suptitle(model, x=0.02, ha="left", fontsize=10)
-            parts = [part for _, item, _, _ in shown for part in (4 if item.images else 0.2, 1 if item.text else 0.2)]
             cells = half.subplots(2 * items, 1, squeeze=False, height_ratios=parts)[:, 0]
             for axes in cells:
                 axes.axis("off")
@@ -188,7 +188,8 @@ def draw(
                     photo = decode(item.images[0], max_pixels)
                     extent = (0, photo.width, photo.height, 0)
                     over.imshow(np.asarray(photo.convert("L")), cmap="gray", extent=extent)
-                    over.imshow(heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest", vmin=0)
+                    drawn = over.imshow(heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest", vmin=0)
+                    half.colorbar(drawn, ax=over, shrink=0.8, format="%.2g").outline.set_visible(False)
                 _title(below, looked, values)
 
 
@@ -210,10 +211,10 @@ def _title(axes: Axes, looked: Looked, values: np.ndarray) -> None:
         across += len(text) + 1
 
 
-def save(path: Path, looked: dict[str, Looked]) -> None:
-    """All arrays as an .npz: of each item, by its name, attention, heat, grid and pieces."""
+def save(path: Path, shown: dict[str, tuple[str, Any, Looked, np.ndarray]]) -> None:
+    """All arrays as an .npz: of each item, by its name, attention, heat, grid and pieces, and the values drawn."""
     arrays = {}
-    for name, one in looked.items():
-        arrays |= {f"{name}/attention": one.attention, f"{name}/heat": one.heat, f"{name}/grid": one.grid}
-        arrays[f"{name}/pieces"] = np.array(one.pieces)
+    for name, (_, _, looked, values) in shown.items():
+        arrays |= {f"{name}/{part}": getattr(looked, part) for part in ("attention", "heat", "grid")}
+        arrays |= {f"{name}/pieces": np.array(looked.pieces), f"{name}/drawn": values}
     np.savez_compressed(path, **arrays)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gzip
 import hashlib
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,21 +51,41 @@ class _Both(collections.abc.Sequence):
         return self.products[index] if index < count else self.queries[index - count]
 
 
-def read(queries: str | Path, qrels: str | Path, prepared: Prepared, columns: ColumnMap, max_pixels: int) -> Judged:
-    """Both files, as queries of all products of the catalogue.
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What both files hold."""
 
-    Judgements of products that the catalogue has not, and of queries that are not there, are left out, and so are
-    queries of which none is left.
+    queries: dict[str, Product]
+    grades: dict[tuple[str, str], float]  # of a query and a product, by their ids
 
+
+def read(queries: str | Path, qrels: str | Path, columns: ColumnMap, max_pixels: int) -> Log:
+    """
     Args:
         columns: says which column is what.
         max_pixels: of an image.
 
     Raises:
-        UserError: a file cannot be read; a line of it is wrong, an id or a pair is there twice; or no query is left.
+        UserError: a file cannot be read, or is empty; a line of it is wrong; an id or a pair is there twice.
     """
     asked = {query.id: query for query in _queries(Path(queries), columns, max_pixels)}
     grades = _grades(Path(qrels), columns)
+    for flag, path, found in (("--queries", queries, asked), ("--qrels", qrels, grades)):
+        if not found:
+            raise UserError(f"{flag} {path}: holds none")
+    return Log(asked, grades)
+
+
+def of(log: Log, prepared: Prepared) -> Judged:
+    """The log's queries, to be sought among all products of the catalogue.
+
+    Judgements of products that the catalogue has not, and of queries that are not there, are left out, and so are
+    queries of which none is left.
+
+    Raises:
+        UserError: no query is left.
+    """
+    asked, grades = log.queries, log.grades
     count = len(prepared.train) + (len(prepared.val) if prepared.val != prepared.train else 0)
     wanted = {product for _, product in grades}
     places, shared = {}, ""
@@ -85,8 +107,8 @@ def read(queries: str | Path, qrels: str | Path, prepared: Prepared, columns: Co
     answered = [query for query in asked if any(grade > 0 for grade in known.get(query, {}).values())]
     if not answered:
         raise UserError(
-            f"--qrels {qrels}: no query of {queries} has a product of this catalogue with a grade above 0; are the ids"
-            " the same in all three?"
+            "--qrels: no query has a product of this catalogue with a grade above 0; are the ids the same in queries,"
+            " qrels and catalogue?"
         )
     best = [max(known[query].items(), key=lambda pair: (pair[1], -pair[0]))[0] for query in answered]
     total = len(prepared.products)
@@ -175,7 +197,7 @@ def _grades(path: Path, columns: ColumnMap) -> dict[tuple[str, str], float]:
     """The grade of each pair of a query and a product."""
     file = _file(path, "--qrels", "judgement")
     found: dict[tuple[str, str], float] = {}
-    for where, record in _rows(file, columns) if file.format else _trec(path):
+    for where, record in _trec(file) if _is_trec(file) else _rows(file, columns):
         try:
             pair = tuple(parse.label(record.get(name), name) for name in ("query_id", "product_id"))
             if not all(pair):
@@ -192,14 +214,31 @@ def _grades(path: Path, columns: ColumnMap) -> dict[tuple[str, str], float]:
     return found
 
 
-def _trec(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _is_trec(file: readers.File) -> bool:
+    """By its ending, or, of tab-separated values, by a first line that is no header."""
+    if file.format != "tsv":
+        return not file.format
+    with readers.open_file(file) as lines:
+        parts = lines.readline(10_000).split()
+    try:
+        return len(parts) == 4 and math.isfinite(float(parts[3]))
+    except ValueError:
+        return False
+
+
+def _trec(file: readers.File) -> Iterator[tuple[str, dict[str, Any]]]:
     """TREC's qrels: query, a number that nobody reads, product and grade, with spaces between them."""
-    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            parts = line.split()
-            if parts and len(parts) != 4:
-                raise UserError(
-                    printable(f"{path} {number}: {len(parts)} words; TREC's qrels have 4: query, 0, product, grade")
-                )
-            if parts:
-                yield f"{path} {number}", dict(zip(("query_id", "", "product_id", "grade"), parts, strict=True))
+    try:
+        with readers.open_file(file) as lines:
+            for number, line in enumerate(lines, 1):
+                parts = line.decode("utf-8", "surrogateescape").split()
+                if parts and len(parts) != 4:
+                    told = f"{len(parts)} words; TREC's qrels have 4: query, 0, product, grade"
+                    raise UserError(printable(f"{file.path} {number}: {told}"))
+                if parts:
+                    yield (
+                        f"{file.path} {number}",
+                        dict(zip(("query_id", "", "product_id", "grade"), parts, strict=True)),
+                    )
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"--qrels {file.path}: damaged ({error})") from None

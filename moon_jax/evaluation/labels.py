@@ -286,8 +286,9 @@ def _anew(
         return vectors, present
     changed, vectors, present = sorted(struck), vectors.copy(), present.copy()
     texts = [struck[place] or None for place in changed]
-    if getattr(embedder, "fixed", False):  # of texts that hold the labels' words
-        present[np.ix_(changed, [VIEWS.index("t"), VIEWS.index("mm")])] = False
+    if getattr(embedder, "fixed", False):
+        # Of texts that hold the labels' words. Those that hold none are few, and not like the others.
+        present[:, [VIEWS.index("t"), VIEWS.index("mm")]] = False
         advance(len(changed))
         return vectors, present
     chosen = records.Chosen(prepared.products, [indices[place] for place in changed], texts)

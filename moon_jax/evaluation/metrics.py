@@ -27,6 +27,9 @@ ALL = slice(None)
 LEVEL = 0.95
 """Of its intervals."""
 
+FEWEST = 10
+"""Queries. Resampling fewer says nothing: of one query every resample is the same."""
+
 
 class Relevance(Protocol):
     """Which candidates answer which queries, and how well."""
@@ -168,7 +171,7 @@ def intervals(measures: Mapping[str, np.ndarray]) -> dict[str, tuple[float, floa
 
 def compared(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """How two models differ on the same queries: the mean difference, its interval by a paired bootstrap, and whether
-    zero lies outside.
+    zero lies outside (never of fewer than FEWEST queries).
 
     Args:
         ours, theirs: measures f64[Q], the same queries in the same order.
@@ -181,7 +184,7 @@ def compared(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -
             "difference": float(difference[:, m].mean()),
             "low": float(low[m]),
             "high": float(high[m]),
-            "told": bool(low[m] > 0 or high[m] < 0),
+            "told": len(difference) >= FEWEST and bool(low[m] > 0 or high[m] < 0),
         }
         for m, name in enumerate(names)
     }

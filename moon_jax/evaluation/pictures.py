@@ -197,7 +197,7 @@ SAYS = {"t": "text", "i": "image", "mm": "text + image"}
 
 
 def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, seed: int, footer: str) -> None:
-    """Ten queries of two directions with their first five results, hits framed; drawn by `seed`, not chosen.
+    """SHOWN queries of two directions with their first five results, hits framed; drawn by `seed`, not chosen.
 
     The directions are those without altered queries: t→i, and photos of the catalogue's own, else i→t.
     """
@@ -211,9 +211,10 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
     tasks = [task for task in tasks if len(task[-1].queries)][:2]
     shown = SHOWN // len(tasks)
     rng = np.random.default_rng(seed)
-    size = (7.6 * len(tasks), 1.75 * shown + 1.0)
+    drawn = [min(shown, len(task[-1].queries)) for task in tasks]
+    size = (7.6 * len(tasks), 1.75 * max(drawn) + 1.0)
     footer += " · a faint caption is not seen by the view that is asked"
-    with sheet(path, "What is found: ten queries, drawn at random", footer, size) as figure:
+    with sheet(path, f"What is found: {sum(drawn)} queries, drawn at random", footer, size) as figure:
         halves = figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0]
         for half, (name, query, candidate, task) in zip(halves, tasks, strict=True):
             title = f"{query} → {candidate}: {SAYS[query]} finds {SAYS[candidate]}"
@@ -222,7 +223,7 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
             title += "; seen in training)" if name == "products_trained_on" else ")"
             half.suptitle(title, x=0.01, ha="left", fontsize=11)
             chosen = np.sort(rng.permutation(len(task.queries))[:shown])
-            cells = half.subplots(shown, 1 + FOUND, squeeze=False, width_ratios=(1.15, *[1] * FOUND))
+            cells = half.subplots(max(drawn), 1 + FOUND, squeeze=False, width_ratios=(1.15, *[1] * FOUND))
             for axes in cells.ravel():
                 axes.axis("off")
             best = dataclasses.replace(task, queries=task.queries[chosen]).found(FOUND)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.table import Table
-from rich.text import Text
 
 from moon_jax import config as config_lib
-from moon_jax.config import UserError, printable
+from moon_jax.config import UserError
 from moon_jax.data.prepared import Prepared
 from moon_jax.data.shards import whole as whole_file
 from moon_jax.evaluation import harness, labels, pictures, retrieval
 from moon_jax.evaluation import metrics as measures_lib
-from moon_jax.evaluation.metrics import RANKS
 from moon_jax.serving.catalogue import write_vectors
 from moon_jax.training.watch import Watch
-from moon_jax.types import OBJECTIVES, VIEWS
+from moon_jax.training.workdir import HALF
 
 
 def evaluate(
@@ -53,7 +49,7 @@ def evaluate(
     """
     workdir = Path(workdir)
     report = report or Watch(workdir)
-    for old in (METRICS, QUERIES, EMBEDDINGS, *(f"pictures/{name}.png" for name in ("directions", "gallery"))):
+    for old in (METRICS, QUERIES, EMBEDDINGS, COMPARED, "pictures/directions.png", "pictures/gallery.png"):
         (workdir / old).unlink(missing_ok=True)
     lessons = labels.known(prepared, known) if judgements is None else []
     tasks = labels.tasks(prepared, lessons)
@@ -77,9 +73,9 @@ def evaluate(
     config = getattr(embedder, "config", config_lib.Config())
     dimension = encoded.candidates.shape[-1]
     widths = (dimension, *reversed(config.objective.matryoshka))
-    size = len(retrieval.DIRECTIONS) * len(encoded.queries) + len(answers)
+    asked_in = len(retrieval.DIRECTIONS) * len(encoded.queries)
     category = _category(tasks, prepared)
-    with report.progress("evaluating", len(widths) * size) as advance:
+    with report.progress("evaluating", len(widths) * (asked_in + len(answers))) as advance:
         judged: dict[int, dict[str, Any]] = {}
         for width in widths:
             scores: dict[str, Any] = {name: {} for name in encoded.queries}
@@ -93,6 +89,7 @@ def evaluate(
                     categories[name][direction] = retrieval.by_category(task, measures, category)
                     of_queries.append((name, direction, task, measures))
                 advance()
+            advance(asked_in - sum(map(len, scores.values())))  # directions in which nothing could be asked
             told = {}
             for part in answers:
                 told[part.task.name] = labels.measure(part.truncated(width))
@@ -115,8 +112,10 @@ def evaluate(
         write_vectors(
             workdir / EMBEDDINGS, ids, encoded.candidates, encoded.present, metrics["model"], prepared.synthetic
         )
-    with report.progress("drawing", 5) as advance, warnings.catch_warnings(record=True) as caught:
-        for _ in draw(workdir, config, prepared, encoded, metrics):
+    drawn = draw(workdir, config, prepared, encoded, metrics)
+    with report.progress("drawing", len(drawn)) as advance, warnings.catch_warnings(record=True) as caught:
+        for picture in drawn:
+            picture()
             advance()
     lacking = [warning for warning in caught if "missing from font" in str(warning.message)]
     for warning in caught:
@@ -130,6 +129,24 @@ def evaluate(
 
 
 METRICS, QUERIES, EMBEDDINGS = "metrics.json", "queries.parquet", "embeddings/val.parquet"
+COMPARED = "compared.json"
+
+
+def check_output(folder: Path) -> bool:
+    """Whether an evaluation wrote there before.
+
+    Raises:
+        UserError: it cannot be made, or holds what no evaluation wrote.
+    """
+    own = {"data", HALF, "run.log", METRICS, QUERIES, "embeddings", "pictures", "compared", COMPARED}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
+    except OSError as error:
+        raise UserError(f"--output {folder}: {error.strerror}; give a folder that can be made") from None
+    if names - own:
+        raise UserError(f"--output {folder}: holds other things ({min(names - own)}); give a new folder")
+    return METRICS in names
 
 
 def _name(embedder: harness.Embedder) -> str:
@@ -251,7 +268,7 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str,
     return found
 
 
-def _lines(workdir: Path) -> list[dict[str, Any]]:
+def lines_of(workdir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; none if it is not there."""
     path = workdir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
@@ -259,211 +276,23 @@ def _lines(workdir: Path) -> list[dict[str, Any]]:
 
 def draw(
     workdir: Path, config: config_lib.Config, prepared: Prepared, encoded: retrieval.Encoded, metrics: dict[str, Any]
-) -> Iterator[None]:
-    """Writes pictures/*.png, one at each step of the iteration."""
+) -> list[Callable[[], None]]:
+    """What is to be called to write pictures/*.png, one of them each."""
     folder = workdir / "pictures"
     source = "synthetic catalogue, rendered by moon_jax · " if prepared.synthetic else ""
     steps = "" if metrics["step"] is None else f"{metrics['step']} steps · "
     footer = f"{source}{steps}model {metrics['model']}"
-    lines = _lines(workdir)
+    lines, threshold, pixels = lines_of(workdir), config.objective.phi_threshold, config.data.max_pixels
+    found: list[Callable[[], None]] = []
     if lines:
-        pictures.training(folder / "training.png", lines, footer)
-        yield
-        pictures.phi(folder / "phi.png", lines, config.objective.phi_threshold, footer)
-        yield
-        pictures.experts(folder / "experts.png", lines[-1], footer)
-        yield
+        found += [
+            lambda: pictures.training(folder / "training.png", lines, footer),
+            lambda: pictures.phi(folder / "phi.png", lines, threshold, footer),
+            lambda: pictures.experts(folder / "experts.png", lines[-1], footer),
+        ]
     if metrics["retrieval"]:
-        pictures.directions(folder / "directions.png", metrics["retrieval"], footer)
-        yield
-        seed = retrieval.SEED
-        pictures.gallery(folder / "gallery.png", encoded, prepared, config.data.max_pixels, seed, footer)
-        yield
-
-
-WIDTH = 78
-"""Least width of a table, in characters: a title above a narrow one would be folded word by word."""
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1f}".replace("100.0", "100")
-
-
-def tables(metrics: dict[str, Any]) -> Iterator[Table]:
-    """The scores as tables for the terminal."""
-    mark = "synthetic catalogue; " if metrics["synthetic"] else ""
-    for name, scores in metrics["retrieval"].items():
-        size = max(entry["candidates"] for entry in scores.values())
-        table = Table(
-            min_width=WIDTH,
-            title=f"{mark}R@1 / R@5 / R@10 in percent: {retrieval.QUERY_SETS[name]}; {size:,} candidates",
-        )
-        table.add_column("query")
-        for view in VIEWS:
-            table.add_column(f"→ {view}", justify="right", no_wrap=True)
-        for query in VIEWS:
-            entries = [scores.get(f"{query}→{candidate}") for candidate in VIEWS]
-            cells = [" / ".join(_percent(entry[f"R@{k}"]) for k in RANKS) if entry else "none" for entry in entries]
-            table.add_row(query, *cells)
-        yield table
-    if metrics["labels"]:
-        title = "accuracy / macro F1 in percent, nearest label text (*: label words struck; leak: texts with theirs)"
-        seen = "; products seen in training" if "products_trained_on" in metrics["retrieval"] else ""
-        table = Table(min_width=WIDTH, title=mark + title + seen)
-        table.add_column("(labels)")
-        for view in ("i", "t*", "mm*"):
-            table.add_column(view, justify="right", no_wrap=True)
-        table.add_column("majority", justify="right")
-        table.add_column("leak", justify="right")
-        for name, scores in metrics["labels"].items():
-            entries = [scores.get(view) for view in ("i", "t", "mm")]
-            cells = [
-                f"{_percent(entry['accuracy'])} / {_percent(entry['F1'])}" if entry and "F1" in entry else "none"
-                for entry in entries
-            ]
-            commonest = next((entry["majority"] for entry in entries if entry), 0.0)
-            table.add_row(
-                Text(printable(f"{name.removeprefix('attribute ')} ({scores['labels']})")),
-                *cells,
-                _percent(commonest),
-                _percent(scores["leak"]),
-            )
-        yield table
-    for width, found in metrics["widths"].items():
-        for name, scores in found["retrieval"].items():
-            cells = ", ".join(f"{direction} {_percent(entry['R@10'])}" for direction, entry in scores.items())
-            title = f"{mark}R@10 in percent at width {width}: {retrieval.QUERY_SETS[name]}"
-            table = Table(min_width=WIDTH, title=title, show_header=False)
-            table.add_row(cells)
-            yield table
-
-
-def details(metrics: dict[str, Any]) -> Iterator[Table]:
-    """What `tables` leaves out: other measures than R@k, and what is told by neighbours and the probe."""
-    mark = "synthetic catalogue; " if metrics["synthetic"] else ""
-    for name, scores in metrics["retrieval"].items():
-        title = f"{mark}in percent, [interval of 95% by the bootstrap over queries]: {retrieval.QUERY_SETS[name]}"
-        table = Table(min_width=WIDTH, title=Text(title))
-        for column in ("", "R@10", "MRR", "nDCG@10", "mAP", "queries"):
-            table.add_column(column, justify="right" if column else "left", no_wrap=True)
-        for direction, entry in scores.items():
-            low, high = map(_percent, entry["interval"]["R@10"])
-            cells = [_percent(entry[measure]) for measure in ("MRR", "nDCG@10", "mAP")]
-            table.add_row(
-                direction, Text(f"{_percent(entry['R@10'])} [{low}, {high}]"), *cells, f"{entry['queries']:,}"
-            )
-        yield table
-    taught = {name: scores for name, scores in metrics["labels"].items() if scores["known"]}
-    if taught:
-        title = f"{mark}accuracy in percent of neighbours / a linear probe, which know some products to train on"
-        table = Table(min_width=WIDTH, title=f"{title} (*: label words struck)")
-        table.add_column("")
-        for column in ("i", "t*", "mm*", "known"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for name, scores in taught.items():
-            entries = [scores.get(view, {}) for view in ("i", "t", "mm")]
-            cells = [
-                f"{_percent(entry['neighbours'])} / {_percent(entry['probe'])}" if "probe" in entry else "none"
-                for entry in entries
-            ]
-            table.add_row(Text(printable(name.removeprefix("attribute "))), *cells, f"{scores['known']:,}")
-        yield table
-
-
-def differences(compared: dict[str, Any], ours: str, theirs: str) -> Iterator[Table]:
-    """A table of `compare` for each set of queries."""
-    for name, scores in compared.items():
-        title = f"{ours} minus {theirs}, in percent, [interval of 95% by a paired bootstrap] (*: not 0):"
-        table = Table(min_width=WIDTH, title=Text(printable(f"{title} {retrieval.QUERY_SETS[name]}")))
-        for column in ("", "R@10", "MRR", "queries"):
-            table.add_column(column, justify="right" if column else "left", no_wrap=True)
-        for direction, found in scores.items():
-            cells = [
-                f"{entry['difference']:+.1f} [{entry['low']:+.1f}, {entry['high']:+.1f}]{'*' if entry['told'] else ' '}"
-                for entry in (found["R@10"], found["MRR"])
-            ]
-            table.add_row(direction, *map(Text, cells), f"{found['queries']:,}")
-        yield table
-
-
-def learned(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
-    """What scores and training lines say about the model, in sentences."""
-    said, lines = [], _lines(Path(workdir))
-    seen = "; these were seen in training" if "products_trained_on" in metrics["retrieval"] else ""
-    for name, scores in metrics["retrieval"].items():
-        cross = [direction for direction in ("t→i", "i→t", "i→mm") if direction in scores]
-        cross = cross[:2] if name != "queries" else cross[-1:]
-        for direction in cross:
-            entry = scores[direction]
-            query, candidate = ({"t": "text", "i": "an image", "mm": "both"}[view] for view in direction.split("→"))
-            said.append(
-                f"{query} finds {candidate} ({direction}) among the first ten of {entry['candidates']:,} in"
-                f" {entry['R@10']:.1f}% of {entry['queries']:,} {'own ' if name == 'queries' else ''}queries"
-                f" (by chance {entry['chance@10']:.1f}%){seen if name == 'products_trained_on' else ''}"
-            )
-    shown = {name: scores["i"] for name, scores in metrics["labels"].items() if "i" in scores}
-    # Fewer say nothing.
-    shown = {name: entry for name, entry in shown.items() if entry["products"] >= 20 and "accuracy" in entry}
-    if shown:
-        name, best = max(shown.items(), key=lambda item: item[1]["accuracy"] - item[1]["majority"])
-        what = name.removeprefix("attribute ")
-        said.append(
-            f"seen in the image alone, {what} is right for {best['accuracy']:.1f}% of products"
-            f" (always telling the commonest: {best['majority']:.1f}%){seen}"
-        )
-    if lines:
-        first, last = lines[0], lines[-1]
-        weights = {name: last["omega"][name] for name in OBJECTIVES}
-        heavy, light = max(weights, key=weights.get), min(weights, key=weights.get)
-        if len(lines) > 1 and first["total"] is not None and last["total"] is not None:
-            said.append(f"the loss went from {first['total']:.2f} at step {first['step']} to {last['total']:.2f}")
-        weighs = (
-            f"the objective that weighs most is {heavy} (ω {weights[heavy]:.2f}), least {light} ({weights[light]:.2f})"
-        )
-        said.append(weighs if last["experts"] else f"without experts every objective weighs ω {weights[heavy]:.2f}")
-        if last["phi_below_threshold"] is not None:
-            said.append(f"the filter weighs {100 * last['phi_below_threshold']:.0f}% of the last batch's triplets down")
-        if last["experts"]:
-            text, image = (
-                np.array([[e[m] or 0 for e in layer] for layer in last["experts"]]) for m in ("text", "image")
-            )
-            overlap = np.minimum(text, image).sum(axis=1).mean()
-            said.append(f"text and image tokens share {100 * overlap:.0f}% of their expert use")
-    return said
-
-
-def last_screen(
-    metrics: dict[str, Any], workdir: Path, prepared: Prepared, again: Sequence[str]
-) -> Iterator[tuple[str, list[str]]]:
-    """Headings with their lines: what was learned, where things are, what to try next.
-
-    Args:
-        again: the command that was given, as words, without its workdir.
-    """
-    mark = " (on a synthetic catalogue)" if prepared.synthetic else ""
-    yield "what was learned" + mark, learned(metrics, workdir)
-    places = {
-        "catalogue": "catalogue/synthetic.parquet" if prepared.synthetic else "",
-        "left out": "data/quarantine.jsonl" if prepared.quarantined else "",
-        "model": "checkpoints",
-        "pictures": "pictures",
-        "scores": "metrics.json",
-        "training": "metrics.jsonl",
-        "TensorBoard": "tensorboard",
-        "embeddings": "embeddings/val.parquet",
-        "log": "run.log",
-    }
-    yield "where things are", [f"{what + ':':13}{workdir / place}" for what, place in places.items() if place]
-    quote, lines = shlex.quote, _lines(workdir)
-    dense = bool(lines) and not lines[-1]["experts"]
-    without_experts = shlex.join([*again, "--workdir", f"{workdir}-dense", "--config.experts.count=0"])
-    tries = {
-        "your catalogue": f"moon-jax quickstart --data YOUR_FOLDER --workdir {quote(str(workdir.parent / 'own'))}"
-        if prepared.synthetic
-        else "",
-        "no experts": "" if dense else without_experts,
-        "to serve it": shlex.join(["moon-jax", "export", "--model", str(workdir), "--output", f"{workdir}-served"]),
-        "in Python": f"import moon_jax; moon_jax.load({str(workdir)!r}).encode('red mug')",
-        "the curves": f"pip install tensorboard; tensorboard --logdir {quote(str(workdir / 'tensorboard'))}",
-    }
-    yield "what to try next", [f"{what + ':':16}{line}" for what, line in tries.items() if line]
+        found += [
+            lambda: pictures.directions(folder / "directions.png", metrics["retrieval"], footer),
+            lambda: pictures.gallery(folder / "gallery.png", encoded, prepared, pixels, retrieval.SEED, footer),
+        ]
+    return found

@@ -54,7 +54,7 @@ class Index:
         if view and view not in views and not (views == [catalogue.RICHEST] and view in VIEWS):
             raise UserError(f"--view {view}: the index holds {', '.join(views)}")
         width = self.manifest["width"]
-        ids, vectors, scales = [], [np.zeros((0, width), self.manifest["dtype"])], []
+        ids, vectors = [], [np.zeros((0, width), self.manifest["dtype"])]
         for shard in self.manifest["shards"]:
             path = folder / shard["file"]
             try:
@@ -74,12 +74,10 @@ class Index:
             values = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             vectors.append(values.reshape(len(table), width)[kept])
             ids += [identity for identity, stays in zip(table["id"].to_pylist(), kept, strict=True) if stays]
-            if "scale" in table.column_names:
-                scales.append(table["scale"].to_numpy()[kept])
         if not ids:
-            raise UserError(f"--index {folder}: no vector there")
-        self.folder, self.ids = folder, ids
-        self._vectors, self._scale = np.concatenate(vectors), np.concatenate(scales) if scales else None
+            told = f"no vector of view {view} there; leave --view out" if view else "no vector there; embed a product"
+            raise UserError(f"--index {folder}: {told}")
+        self.folder, self.ids, self._vectors = folder, ids, np.concatenate(vectors)
 
     @property
     def model(self) -> str:
@@ -90,9 +88,11 @@ class Index:
         return len(self.ids)
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """f32[n,D], unit but for the rounding of a smaller dtype."""
+        """f32[n,D], unit: what a smaller dtype rounded is brought to unit length again."""
         vectors = self._vectors[part].astype(np.float32)
-        return vectors if self._scale is None else vectors * self._scale[part, None]
+        if self.manifest["dtype"] == "float32":
+            return vectors
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # in which int8's scale cancels
 
     def search(self, embedder: Any, items: Any, k: int = 10) -> list[list[tuple[str, float]]]:
         """The k products most similar to each item, as (id, cosine); of equal ones the first in the folder first.

@@ -315,10 +315,7 @@ def keep_data(prepared: prepared_lib.Prepared, folder: Path, workdir: object) ->
     if manifest.exists():
         held = json.loads(manifest.read_text(encoding="utf-8"))
         if held["fingerprint"] != prepared.fingerprint:
-            raise UserError(
-                f"--workdir {workdir}: holds a run on other data than is given now;"
-                " take another workdir, or remove this one"
-            )
+            raise UserError(f"{workdir}: holds other data than is given now; take another folder, or remove this one")
         return prepared
     if prepared.folder == folder.with_name(HALF):
         shutil.rmtree(folder, ignore_errors=True)

@@ -196,7 +196,7 @@ def test_a_run_keeps_the_manifest_and_refuses_other_data(catalogue, prepared, tm
     assert {path.name for path in (tmp_path / "w" / "data").iterdir()} == {"manifest.json", "quarantine.jsonl"}
     assert workdir_lib.keep_data(prepared, tmp_path / "w" / "data", "runs/w") is prepared  # the same again is fine
     other = prepared_from(catalogue, tmp_path / "p", prepare__val_fraction=0.3)
-    with pytest.raises(UserError, match=r"^--workdir runs/w: holds a run on other data than is given now"):
+    with pytest.raises(UserError, match=r"^runs/w: holds other data than is given now"):
         workdir_lib.keep_data(other, tmp_path / "w" / "data", "runs/w")
 
 

@@ -152,7 +152,10 @@ def test_vectors_from_anywhere_are_found_by_id_and_view(tmp_path):
 def test_vectors_that_are_none_are_refused(tmp_path, rows, said):
     with pytest.raises(UserError, match=said):
         harness.Vectors(written(tmp_path / "v", rows))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no .parquet file there"):
+        harness.Vectors(tmp_path / "empty")
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         harness.Vectors(tmp_path / "nowhere")
 
 

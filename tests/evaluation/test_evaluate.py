@@ -9,7 +9,7 @@ import pytest
 
 from moon_jax import cli, config
 from moon_jax.config import UserError
-from moon_jax.evaluation import baselines, harness, report
+from moon_jax.evaluation import baselines, harness, labels, report
 from moon_jax.serving.embedder import Embedder
 from tests.conftest import random_params, tiny
 
@@ -170,14 +170,14 @@ def test_a_workdir_to_compare_with_is_a_model(first, model, tokenizer, prepared,
         (other / name).write_bytes((folder / name).read_bytes())
     opened = []
 
-    def open_embedder(name, pixels):
-        opened.append(name)
+    def open_embedder(name, pixels, flag):
+        opened.append((flag, name))
         return baselines.BM25(pixels) if name == "bm25" else Embedder(settings, params, tokenizer, "f00d", 1)
 
     monkeypatch.setattr(harness, "open_embedder", open_embedder)
     given = ["evaluate", "--model", "bm25", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
     assert cli.main([*given, "--known", "0", "--compare", str(other)]) == 0
-    assert opened == ["bm25", str(other)]
+    assert opened == [("--model", "bm25"), ("--compare", str(other))]
     assert json.loads((tmp_path / "o" / "compared" / "metrics.json").read_text())["model"] == "f00d"
 
 
@@ -190,10 +190,13 @@ def test_given_vectors_are_judged_where_nothing_must_be_altered(first, prepared,
     assert set(again["retrieval"][name]) == {"t→i", "i→t"}
     for direction, entry in again["retrieval"][name].items():
         assert entry == metrics["retrieval"][name][direction]
+    struck = {task.name for task in labels.tasks(prepared, labels.known(prepared, 20)) if task.struck}
+    assert struck
     for task, scores in again["labels"].items():
-        for view in ("i", "t", "mm"):
-            assert "accuracy" not in scores.get(view, {})
-        assert scores.get("t", {}).get("products", 0) < metrics["labels"][task]["t"]["products"]
+        expected = metrics["labels"][task]["i"]
+        assert scores["i"] == {name: expected[name] for name in ("majority", "products")}
+        # Titles without a label's word are few, and not like the others.
+        assert not {"t", "mm"} & set(scores) or task not in struck
 
 
 def test_the_command_judges_and_compares(prepared, tmp_path, capsys):
@@ -212,8 +215,9 @@ def test_the_command_judges_and_compares(prepared, tmp_path, capsys):
         (["--model", "bm25", "--vectors", "v"], "give a model, or --vectors"),
         (["--model", "bm25", "--known", "-1"], "--known -1: give 0 or more"),
         (["--model", "bm25", "--prompt", "a photo"], "write {} where the label belongs"),
-        (["--model", "nowhere"], "nowhere"),
-        (["--vectors", "nowhere"], "no .parquet file there"),
+        (["--model", "nowhere"], "--model nowhere: no such folder"),
+        (["--vectors", "nowhere"], "--vectors nowhere: no such folder"),
+        (["--model", "bm25", "--compare", "nowhere"], "--compare nowhere: no such folder"),
     ],
 )
 def test_mistakes_are_one_line(prepared, tmp_path, capsys, flags, said):
@@ -221,3 +225,24 @@ def test_mistakes_are_one_line(prepared, tmp_path, capsys, flags, said):
     assert cli.main(given) == cli.MISTAKE
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
+
+
+def test_an_output_holds_one_evaluation_and_nothing_else(prepared, tmp_path, capsys):
+    given = ["evaluate", "--model", "bm25", "--data", str(prepared.folder), "--output"]
+    (tmp_path / "file").touch()
+    for output, said in (
+        ("file", "File exists; give a folder that can be made"),
+        ("file/o", "Not a directory; give a folder that can be made"),
+        (".", "holds other things (file)"),
+    ):
+        assert cli.main([*given, str(tmp_path / output)]) == cli.MISTAKE
+        error = capsys.readouterr().err
+        assert said in error and "--output" in error and len(error.splitlines()) == 1
+    output = tmp_path / "o"
+    assert cli.main([*given, str(output), "--compare", "colours"]) == 0
+    said = capsys.readouterr().out
+    assert "give way" not in said and f"scores of colours: {output}/compared/metrics.json" in " ".join(said.split())
+    assert "14/14" not in said and (output / "compared" / "metrics.json").is_file()
+    # Again, and alone: nothing of the older comparison is taken for this one's.
+    assert cli.main([*given, str(output)]) == 0
+    assert "the older scores in" in capsys.readouterr().out and not (output / "compared.json").exists()

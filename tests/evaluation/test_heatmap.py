@@ -115,6 +115,7 @@ def test_the_command_draws_pairs_and_models(embedder, tmp_path, monkeypatch, cap
     monkeypatch.setattr(serving, "load", lambda model: embedder)
     (tmp_path / "x.jpg").write_bytes(PHOTO)
     flags = ["--model", "m", "--text", "red shirt $5", "--item-text", "bag", "--item-image", str(tmp_path / "x.jpg")]
+    pair = {"query": Product(text="red shirt $5"), "item": Product(text="bag", images=(PHOTO,))}
     for number, more in enumerate(([], ["--compare", "n", "--layer", "1", "--head", "0"], ["--shares"])):
         path = tmp_path / f"{number}.png"
         assert cli.main(["heatmap", *flags, "--output", str(path), *more]) == 0
@@ -123,6 +124,13 @@ def test_the_command_draws_pairs_and_models(embedder, tmp_path, monkeypatch, cap
         arrays = np.load(path.with_suffix(".npz"), allow_pickle=False)
         assert arrays["0/query/attention"].shape[:2] == arrays["0/item/heat"].shape[:2] == (2, 4)
         assert ("1/item/grid" in arrays) == ("--compare" in more)
+        seen = {name: heatmap.look(embedder, item) for name, item in pair.items()}
+        layers, heads = (1, 0) if "--layer" in more else (slice(None), slice(None))
+        for name, other in (("query", "item"), ("item", "query")):
+            drawn = seen[name].heat[layers, heads].reshape(-1, seen[name].heat.shape[-1]).mean(0)
+            if "--shares" in more:
+                drawn = seen[name].shares(seen[other].embedding)
+            np.testing.assert_allclose(arrays[f"0/{name}/drawn"], drawn, atol=1e-6)
     capsys.readouterr()
     out = str(tmp_path / "o.png")
     for given, said in (
@@ -130,7 +138,29 @@ def test_the_command_draws_pairs_and_models(embedder, tmp_path, monkeypatch, cap
         (["--model", "m", "--text", "x", "--output", "o.jpg"], "give a file that ends in .png"),
         (["--model", "m", "--text", "x", "--output", out, "--shares"], "give a query and an item"),
         (["--model", "m", "--text", "x", "--output", out, "--head", "9"], "--head 9: the model has 4"),
-        (["--model", "m", "--image", "no.jpg", "--output", out], "no.jpg"),
+        (["--model", "m", "--image", "no.jpg", "--output", out], "--image no.jpg: No such file"),
+        (["--model", "m", "--item-image", "no.jpg", "--output", out], "--item-image no.jpg: No such file"),
+        ([*flags, "--output", out, "--shares", "--layer", "1"], "leave --layer and --head out"),
     ):
         assert cli.main(["heatmap", *given]) == cli.MISTAKE
         assert said in capsys.readouterr().err
+
+
+def test_what_is_alone_is_an_item_and_a_text_makes_a_low_picture(embedder, tmp_path, monkeypatch):
+    monkeypatch.setattr(serving, "load", lambda model: embedder)
+    (tmp_path / "x.jpg").write_bytes(PHOTO)
+    sizes = []
+    for given in (["--text", "red shirt"], ["--image", str(tmp_path / "x.jpg")]):
+        path = tmp_path / "o.png"
+        assert cli.main(["heatmap", "--model", "m", *given, "--output", str(path)]) == 0
+        names = {name.split("/")[1] for name in np.load(path.with_suffix(".npz"), allow_pickle=False)}
+        assert names == {"item"}
+        with Image.open(path) as picture:
+            sizes.append(picture.height)
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_a_model_of_others_is_refused_with_its_flag(tmp_path, capsys):
+    flags = ["heatmap", "--text", "x", "--output", str(tmp_path / "o.png"), "--model"]
+    assert cli.main([*flags, "nowhere"]) == cli.MISTAKE
+    assert "--model nowhere: no such folder" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """One's own queries and judgements: ways of writing them, what is wrong in them, and scores against trec_eval."""
 
+import gzip
 import json
 
 import numpy as np
@@ -16,6 +17,10 @@ from moon_jax.types import Product
 from tests.conftest import jpeg, random_params, tiny
 
 PIXELS = 10**6
+
+
+def read(queries, qrels, prepared, map="own"):
+    return judged.of(judged.read(queries, qrels, columns.load(map), PIXELS), prepared)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +56,24 @@ def written(folder, ids, format="jsonl"):
     return queries, qrels
 
 
+@pytest.mark.parametrize("name", ["qrels.tsv", "qrels.txt.gz", "qrels.tsv.gz"])
+def test_lines_of_trec_are_known_without_their_ending(prepared, ids, tmp_path, name):
+    """MS MARCO's qrels.*.tsv have no header."""
+    queries, qrels = written(tmp_path, ids, "txt")
+    lines = "\n".join("\t".join(line.split()) for line in qrels.read_text().splitlines()).encode()
+    own = tmp_path / name
+    own.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    expected, found = read(queries, qrels, prepared), read(queries, own, prepared)
+    assert found.prepared.fingerprint == expected.prepared.fingerprint and found.left_out == expected.left_out
+    if name.endswith("gz"):
+        own.write_bytes(own.read_bytes()[:-9])
+        with pytest.raises(UserError, match="damaged"):
+            read(queries, own, prepared)
+
+
 @pytest.mark.parametrize("format", ["txt", "csv", "jsonl", "parquet"])
 def test_judgements_in_any_format_say_the_same(prepared, ids, tmp_path, format):
-    found = judged.read(*written(tmp_path, ids, format), prepared, columns.load(), PIXELS)
+    found = read(*written(tmp_path, ids, format), prepared)
     assert found.left_out == (
         "2 queries without a product to be found, 1 judged queries that are not asked,"
         " 1 judged products that the catalogue has not"
@@ -74,7 +94,7 @@ def test_judgements_in_any_format_say_the_same(prepared, ids, tmp_path, format):
 def test_beir_is_read_by_its_map(prepared, ids, tmp_path):
     _, qrels = written(tmp_path, ids, "tsv")
     (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "red mug"}))
-    found = judged.read(tmp_path / "queries.jsonl", qrels, prepared, columns.load("beir"), PIXELS)
+    found = read(tmp_path / "queries.jsonl", qrels, prepared, "beir")
     assert found.prepared.val_queries == [(len(prepared.products), 0)] and list(found.relevance.grade) == [3, 1]
 
 
@@ -84,9 +104,9 @@ def test_what_changes_the_scores_changes_the_data_s_name(prepared, ids, tmp_path
     for change in ("", f"q1 0 {ids[2]} 1\n", f"q1 0 {ids[2]} 2\n"):
         own = tmp_path / "own.txt"
         own.write_text(qrels.read_text() + change)
-        names.add(judged.read(queries, own, prepared, columns.load(), PIXELS).prepared.fingerprint)
+        names.add(read(queries, own, prepared).prepared.fingerprint)
     queries.write_text(queries.read_text().replace("red mug", "a red mug"))
-    names.add(judged.read(queries, qrels, prepared, columns.load(), PIXELS).prepared.fingerprint)
+    names.add(read(queries, qrels, prepared).prepared.fingerprint)
     assert len(names) == 4 and prepared.fingerprint not in names
 
 
@@ -94,10 +114,11 @@ def test_what_changes_the_scores_changes_the_data_s_name(prepared, ids, tmp_path
     ("query", "line", "said"),
     [
         (None, "q1 0 x", "own.txt 1: 3 words; TREC's qrels have 4"),
+        (None, "", "own.txt: holds none"),
         (None, "q1 0 {} good", "own.txt 1: grade 'good' is no number"),
         (None, "q1 0 {} inf", "own.txt 1: grade 'inf' is no number"),
         (None, "q1 0 {0} 1\nq1 0 {0} 2", "own.txt 2: query q1, product"),
-        (None, "q1 0 {} 0", "a grade above 0; are the ids the same in all three?"),
+        (None, "q1 0 {} 0", "a grade above 0; are the ids the same in queries, qrels"),
         ({"query_id": "q1"}, "q1 0 {} 1", "has no column title or images or image"),
         ({"query_id": "", "title": "x"}, "q1 0 {} 1", "queries.jsonl 2: no id"),
         ({"query_id": "q1", "title": "x"}, "q1 0 {} 1", "queries.jsonl 2: duplicate id: q1"),
@@ -115,7 +136,7 @@ def test_mistakes_name_their_line(prepared, ids, tmp_path, query, line, said):
     queries.write_text("\n".join(map(json.dumps, asked)))
     qrels.write_text(line.format(ids[0]))
     with pytest.raises(UserError) as error:
-        judged.read(queries, qrels, prepared, columns.load(), PIXELS)
+        read(queries, qrels, prepared)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -169,7 +190,7 @@ def test_scores_are_those_of_trec_eval(prepared, ids, tmp_path):
 
 def test_a_model_is_asked_by_what_each_query_has(prepared, ids, tokenizer, tmp_path):
     """Ours against a full sort by numpy; BM25, which knows no image."""
-    own = judged.read(*written(tmp_path, ids, "txt"), prepared, columns.load(), PIXELS)
+    own = read(*written(tmp_path, ids, "txt"), prepared)
     settings = tiny()
     model = Embedder(settings, random_params(settings, tokenizer), tokenizer, "f00d", 1)
     found = report.evaluate(model, own.prepared, tmp_path / "o", judgements=own.relevance)["retrieval"]["judged"]
@@ -203,3 +224,11 @@ def test_vectors_cannot_tell_a_query_from_a_product(prepared, ids, tmp_path, cap
     assert "is a query's id and a product's" in capsys.readouterr().err
     assert cli.main([*given, "--queries", str(tmp_path / "q.csv")]) == cli.MISTAKE
     assert "--queries: go with --qrels" in capsys.readouterr().err
+
+
+def test_both_files_are_read_before_a_model_is_opened(prepared, ids, tmp_path, capsys):
+    queries, qrels = written(tmp_path, ids, "txt")
+    qrels.write_text("q1 0")
+    given = ["evaluate", "--model", "nowhere", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
+    assert cli.main([*given, "--queries", str(queries), "--qrels", str(qrels)]) == cli.MISTAKE
+    assert "qrels.txt 1: 2 words" in capsys.readouterr().err

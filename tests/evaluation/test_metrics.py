@@ -146,3 +146,7 @@ def test_a_paired_difference_is_told_where_unpaired_intervals_overlap():
     assert found["x"]["difference"] == pytest.approx((ours - theirs).mean()) and found["x"]["told"]
     assert metrics.intervals({"x": theirs})["x"][1] > metrics.intervals({"x": ours})["x"][0]
     assert found["y"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "told": False}
+    # Of a few queries all resamples may be alike, which says nothing.
+    for number in (1, metrics.FEWEST - 1, metrics.FEWEST):
+        few = metrics.compared({"x": np.ones(number)}, {"x": np.zeros(number)})["x"]
+        assert few["told"] == (number == metrics.FEWEST)

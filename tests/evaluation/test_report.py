@@ -1,12 +1,13 @@
 """What the tables and sentences say is what the scores say."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from moon_jax.evaluation import pictures, report
+from moon_jax.evaluation import pictures, screen
 from moon_jax.types import OBJECTIVES, VIEWS
 
 
@@ -39,7 +40,7 @@ METRICS = {
 
 def printed(metrics):
     console = Console(file=io.StringIO(), width=120)
-    for table in report.tables(metrics):
+    for table in screen.tables(metrics):
         console.print(table)
     return console.file.getvalue()
 
@@ -53,6 +54,32 @@ def test_tables_hold_each_score_in_its_place():
     assert lines[4] == ["t→i 5.0"]
 
 
+def test_what_nothing_was_judged_in_takes_no_room():
+    """Rows and columns of nothing but none, and the table of a model that cannot be asked by a label's text."""
+    few = {"queries": 3, "interval": {"R@10": [0.0, 100.0]}, "MRR": 1.0, "nDCG@10": 2.0, "mAP": 3.0}
+    many = few | {"queries": 10}
+    taught = {
+        "labels": 2,
+        "leak": 5.0,
+        "known": 20,
+        "i": {"majority": 9.0, "products": 7, "neighbours": 1.0, "probe": 2.0},
+    }
+    scores = METRICS | {
+        "retrieval": {"queries": {"i→t": entry(3.0, **few), "i→mm": entry(4.0, **many)}},
+        "labels": {"category": taught},
+        "widths": {},
+    }
+    text = printed(scores)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    assert rows == [["i", "3.0 / 4.0 / 5.0", "4.0 / 5.0 / 6.0"]] and "none" not in text and "→ i " not in text
+    console = Console(file=io.StringIO(), width=120)
+    for table in screen.details(scores):
+        console.print(table)
+    rows = [[c.strip() for c in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines() if "│" in line]
+    assert rows[0][:2] == ["i→t", "5.0 [too few]"] and rows[1][:2] == ["i→mm", "6.0 [0.0, 100]"]
+    assert rows[2] == ["category", "1.0 / 2.0", "9.0", "20", "7"]
+
+
 def test_every_table_says_synthetic_where_it_is():
     assert " ".join(printed(METRICS).split()).count("synthetic catalogue; ") == 3
     assert "synthetic" not in printed(METRICS | {"synthetic": False})
@@ -62,9 +89,9 @@ def test_sentences_say_what_the_lines_say(tmp_path):
     weights = dict(zip(OBJECTIVES, (0.1, 0.5, 0.2, 0.15, 0.05), strict=True))
     experts = [[{"text": 0.75, "image": 0.25}, {"text": 0.25, "image": 0.75}]]
     line = {"step": 10, "total": 5.0, "omega": weights, "phi_below_threshold": 0.25, "experts": experts}
-    write = report.json.dumps
+    write = json.dumps
     (tmp_path / "metrics.jsonl").write_text(f"{write(line)}\n{write(line | {'step': 20, 'total': 2.0})}\n")
-    said = report.learned(METRICS, tmp_path)
+    said = screen.learned(METRICS, tmp_path)
     assert said == [
         "text finds an image (t→i) among the first ten of 50 in 12.0% of 40 queries (by chance 0.5%)",
         "an image finds text (i→t) among the first ten of 50 in 32.0% of 40 queries (by chance 0.5%)",
@@ -74,7 +101,7 @@ def test_sentences_say_what_the_lines_say(tmp_path):
         "the filter weighs 25% of the last batch's triplets down",
         "text and image tokens share 50% of their expert use",
     ]
-    assert report.learned({"retrieval": {}, "labels": {}}, tmp_path / "nowhere") == []
+    assert screen.learned({"retrieval": {}, "labels": {}}, tmp_path / "nowhere") == []
 
 
 @pytest.fixture

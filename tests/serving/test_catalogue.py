@@ -95,6 +95,7 @@ def test_smaller_dtypes_keep_the_vectors(everything, embedder, prepared, tmp_pat
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     error = np.abs(index[: len(index)] - expected).max()
     assert 0 < error < most
+    np.testing.assert_allclose(np.linalg.norm(index[: len(index)], axis=1), 1, atol=1e-6)  # cosines are cosines
     if dtype == "int8":  # the largest entry of a vector takes all the room
         assert all(max(map(abs, row["vector"])) == 127 for row in rows_of(tmp_path / "v"))
 
@@ -318,7 +319,7 @@ def test_files_without_rows_and_every_view_of_an_index(tmp_path):
         views = [row["view"] for row in rows_of(folder)]
         for view in {*views}:
             assert len(Index(folder, view)) == views.count(view)
-        with pytest.raises(UserError, match="no vector there"):
+        with pytest.raises(UserError, match="no vector of view i there; leave --view out"):
             Index(folder, "i")
         vectors = harness.Vectors(folder) if dtype == "float32" else None
         assert not vectors or vectors.encode_views(data.products)[1].sum() == len(index) == 20
@@ -381,13 +382,14 @@ def test_the_commands_embed_and_search(prepared, tmp_path, capsys):
         ("search", "--index", output): "give a text, an --image, or both",
         ("search", "--index", output, "--text", "x"): "give the model whose vectors these are (colour histogram)",
         ("search", "--index", output, "--model", "bm25", "--text", "x"): "does not compare",
-        ("search", "--index", output, "--model", "colours", "--image", "no.jpg"): "no.jpg",
+        ("search", "--index", output, "--model", "colours", "--image", "no.jpg"): "--image no.jpg: No such file",
         ("search", "--index", output, "--model", "colours", "--text", "x", "-k", "0"): "-k 0: give 1 or more",
         ("search", "--index", output, "--model", "colours", "--text", " "): "give a text, an --image, or both",
         ("search", "--index", output, "--model", "colours", "--text", "\udcff"): "--text: not UTF-8",
         ("search", "--index", data, "--model", "colours", "--text", "x"): "nothing that moon-jax embed finished",
         ("embed", "--model", "bm25", "--data", data, "--output", output): "makes no vectors",
         ("embed", "--model", "colours", "--data", str(tmp_path), "--output", output): "not prepared data",
+        ("embed", "--model", "colours", "--data", "nowhere", "--output", output): "--data nowhere: no such folder",
     }.items():
         assert cli.main([*flags]) == cli.MISTAKE, flags
         error = capsys.readouterr().err

@@ -180,7 +180,7 @@ def test_other_config_or_data_in_the_workdir_is_one_line(catalogue, finished, tm
     table = pq.read_table(catalogue / "products.parquet")
     pq.write_table(table.slice(0, 50), other / "products.parquet")
     done = run(other, finished[0])
-    assert done.returncode == 2 and "holds a run on other data" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "holds other data than is given now" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_missing_catalogue_leaves_no_workdir(tmp_path):
