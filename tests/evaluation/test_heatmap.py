@@ -136,6 +136,10 @@ def test_the_command_draws_pairs_and_models(embedder, tmp_path, monkeypatch, cap
     for given, said in (
         (["--model", "m", "--output", out], "give a text, an --image, or both"),
         (["--model", "m", "--text", "x", "--output", "o.jpg"], "give a file that ends in .png"),
+        (
+            ["--model", "m", "--text", "x", "--output", str(tmp_path / "x.jpg" / "o.png")],
+            "in a folder that can be made",
+        ),
         (["--model", "m", "--text", "x", "--output", out, "--shares"], "give a query and an item"),
         (["--model", "m", "--text", "x", "--output", out, "--head", "9"], "--head 9: the model has 4"),
         (["--model", "m", "--image", "no.jpg", "--output", out], "--image no.jpg: No such file"),
