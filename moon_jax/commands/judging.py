@@ -197,7 +197,7 @@ def run_heatmap(parsed: argparse.Namespace, overrides: list[str]) -> None:
             embedder = _ours("--compare" if number else "--model", model)
             shown = heatmap.seen(embedder, items, parsed.layer, parsed.head, parsed.shares)
         arrays |= {f"{number}/{name}": entry for name, entry in zip(items, shown, strict=True)}
-        columns.append((f"{model} ({embedder.fingerprint})", shown))
+        columns.append((f"{Path(model).name}\nmodel {embedder.fingerprint}", shown))
     layer, head = ("mean" if number is None else number for number in (parsed.layer, parsed.head))
     which = "shares of tokens in the similarity" if parsed.shares else f"attention, layer {layer}, head {head}"
     footer = f"{which}; bright, and of words dark, is most"

@@ -171,12 +171,15 @@ def draw(
             tokens. Colours span the values of one item's pictures, and those of its title, from 0 to the largest.
     """
     items = len(columns[0][1])
-    parts = [part for _, item, _, _ in columns[0][1] for part in (3.6 if item.images else 0.1, 1 if item.text else 0.1)]
-    size = (4.8 * len(columns) + 0.4, sum(parts) + 0.4 * items + 0.8)
+    parts = []  # inches of each item's picture and title
+    for number, (_, item, _, _) in enumerate(columns[0][1]):
+        lines = [_places(shown[number][2])[-1:] for _, shown in columns]
+        parts += [3.6 if item.images else 0.1, 0.3 * max((1 + last[0][2] for last in lines if last), default=0) + 0.1]
+    size = (4.8 * len(columns) + 0.4, sum(parts) + 0.4 * items + 1.1)
     with pictures.sheet(path, "Where the model looks", footer, size) as figure:
         halves = figure.subfigures(1, len(columns), squeeze=False)[0]
         for half, (model, shown) in zip(halves, columns, strict=True):
-            half.suptitle(model, x=0.02, ha="left", fontsize=10)
+            half.suptitle(model, x=0.02, ha="left", fontsize=9)
             cells = half.subplots(2 * items, 1, squeeze=False, height_ratios=parts)[:, 0]
             for axes in cells:
                 axes.axis("off")
@@ -189,26 +192,40 @@ def draw(
                     extent = (0, photo.width, photo.height, 0)
                     over.imshow(np.asarray(photo.convert("L")), cmap="gray", extent=extent)
                     drawn = over.imshow(heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest", vmin=0)
-                    half.colorbar(drawn, ax=over, shrink=0.8, format="%.2g").outline.set_visible(False)
+                    bar = half.colorbar(drawn, ax=over, shrink=0.8, format="%.2g")
+                    bar.outline.set_visible(False)
+                    bar.ax.tick_params(labelsize=8)
                 _title(below, looked, values)
+
+
+LINE, MOST = 40, 60
+"""Characters of a line of the title, and tokens of it that are shown."""
+
+
+def _places(looked: Looked) -> list[tuple[int, float, int]]:
+    """Of each token of the title that is shown its place, the character where it begins, and its line."""
+    found, across, line = [], 0.0, 0
+    for place in [place for place, piece in enumerate(looked.pieces) if piece.strip()][:MOST]:
+        piece = looked.pieces[place]
+        across += 1.0 if piece[0].isspace() and across else 0.3 if across else 0.0
+        if across + len(piece.strip()) > LINE:
+            across, line = 0.0, line + 1
+        found.append((place, across, line))
+        across += len(piece.strip())
+    return found
 
 
 def _title(axes: Axes, looked: Looked, values: np.ndarray) -> None:
     """The title's tokens in their order, the darker the more heat."""
-    places = [place for place, piece in enumerate(looked.pieces) if piece.strip()]
-    most = max((float(values[place]) for place in places), default=0.0)
-    across, line = 0.0, 0
-    axes.set_xlim(0, 40)
-    axes.set_ylim(4, 0)
-    for place in places[:60]:
-        text = printable(looked.pieces[place].strip())
-        if across + len(text) > 40:
-            across, line = 0.0, line + 1
+    places = _places(looked)
+    most = max((float(values[place]) for place, _, _ in places), default=0.0)
+    axes.set_xlim(0, LINE)
+    axes.set_ylim(places[-1][2] + 1 if places else 1, 0)
+    for place, across, line in places:
         share = max(float(values[place]), 0.0) / most if most > 0 else 0.0
-        axes.text(across, line + 0.5, text, fontsize=8, va="center", family="monospace",
-                  color="white" if share > 0.6 else pictures.INK,
+        axes.text(across, line + 0.5, printable(looked.pieces[place].strip()), fontsize=8, va="center",
+                  family="monospace", color="white" if share > 0.6 else pictures.INK,
                   bbox={"facecolor": pictures.MISS, "alpha": share, "edgecolor": "none", "pad": 1.0})  # fmt: skip
-        across += len(text) + 1
 
 
 def save(path: Path, shown: dict[str, tuple[str, Any, Looked, np.ndarray]]) -> None:
