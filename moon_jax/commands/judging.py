@@ -25,12 +25,14 @@ def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     if parsed.known < 0:
         raise UserError(f"--known {parsed.known}: give 0 or more")
     if bool(parsed.queries) != bool(parsed.qrels):
-        raise UserError("--queries: go with --qrels; give both or neither")
+        raise UserError("--queries, --qrels: they go together; give both or neither")
     prompts = parsed.prompt or ["{}"]
     for prompt in prompts:
         if prompt.count("{}") != 1:
             raise UserError(f"--prompt {prompt!r}: write {{}} where the label belongs, once")
     config = config_lib.override(config_lib.Config(), [*overrides, f"--config.data.path={parsed.data!r}"])
+    if not Path(parsed.data).exists():
+        raise UserError(f"--data {parsed.data}: no such file or folder")
     from moon_jax.evaluation import harness, screen
     from moon_jax.evaluation import report as report_lib
     from moon_jax.training import watch, workdir
@@ -46,9 +48,7 @@ def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
         log = judged_lib.read(parsed.queries, parsed.qrels, columns.load(parsed.columns), config.data.max_pixels)
     report = watch.Watch(output.files)
-    if older:
-        report.line(f"the older scores in {output} give way")
-    with report.busy("opening the model"):
+    with report.busy("opening the model" if parsed.model else "reading the vectors"):
         ours = harness.Vectors(parsed.vectors) if parsed.vectors else _opened("--model", parsed.model, config)
     prepared = workdir.prepare_data(config, output, report)
     prepared = workdir.keep_data(prepared, output.files / "data", output)
@@ -66,6 +66,8 @@ def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
     judged_before = bool(parsed.compare) and report_lib.is_judged(other)
     if judged_before:
         report_lib.check_comparable(other, prepared.fingerprint)
+    if older:
+        report.line(f"the older scores in {output} give way")
     metrics = report_lib.evaluate(ours, prepared, output.files, report, **said)
     for table in (*screen.tables(metrics), *screen.details(metrics)):
         report.console.print(table)
@@ -75,12 +77,17 @@ def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
             other = output.files / "compared"
             report.line(f"{theirs.name}, to compare with:")
             report_lib.evaluate(theirs, prepared, other, watch.Watch(other), **said)
+        report.line(f"scores of {parsed.compare}, {other}/{report_lib.METRICS}:")
+        for table in screen.tables(report_lib.read(other)[0]):
+            report.console.print(table)
         compared = report_lib.compare(output.files, other)
         for table in screen.differences(compared, parsed.model or parsed.vectors, parsed.compare):
             report.console.print(table)
         told = json.dumps(compared, indent=2, ensure_ascii=False) + "\n"
         (output.files / report_lib.COMPARED).write_text(told, encoding="utf-8")
-        report.line(f"scores of {parsed.compare}: {other}/{report_lib.METRICS}")
+        alone = screen.not_compared(compared, metrics)
+        if alone:
+            report.line(f"not compared, for the other had not the same queries and candidates: {alone}")
     report.line(
         f"all scores: {parsed.output}/{report_lib.METRICS}; of every query: {parsed.output}/{report_lib.QUERIES}"
     )
@@ -199,9 +206,9 @@ def run_heatmap(parsed: argparse.Namespace, overrides: list[str]) -> None:
         arrays |= {f"{number}/{name}": entry for name, entry in zip(items, shown, strict=True)}
         columns.append((f"{Path(model).name}\nmodel {embedder.fingerprint}", shown))
     layer, head = ("mean" if number is None else number for number in (parsed.layer, parsed.head))
-    which = "shares of tokens in the similarity" if parsed.shares else f"attention, layer {layer}, head {head}"
-    footer = f"{which}; bright, and of words dark, is most"
-    heatmap.draw(output, columns, config_lib.Config().data.max_pixels, footer)
+    which = "what each token adds to the cosine" if parsed.shares else f"attention, layer {layer}, head {head}"
+    footer = f"{which}; of patches and the title's tokens, not of the template's"
+    heatmap.draw(output, columns, config_lib.Config().data.max_pixels, footer, parsed.shares)
     heatmap.save(output.with_suffix(".npz"), arrays)
     report.line(f"{output}; what is drawn, and all layers and heads, as arrays: {output.with_suffix('.npz')}")
 
@@ -216,8 +223,11 @@ def _opened(flag: str, model: str, config: config_lib.Config) -> Embedder:
 
 def _ours(flag: str, model: str) -> Embedder:
     """A model of ours."""
+    from moon_jax.evaluation import baselines
     from moon_jax.serving import embedder
 
+    if model in baselines.NAMES:
+        raise UserError(f"{flag} {model}: cannot be looked into; give a model of ours, or of Qwen3-VL")
     try:
         return embedder.load(model)
     except UserError as error:

@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 
 from moon_jax.config import UserError, printable
 from moon_jax.data.images import decode
@@ -163,12 +165,14 @@ def draw(
     columns: Sequence[tuple[str, Sequence[tuple[str, Product, Looked, np.ndarray]]]],
     max_pixels: int,
     footer: str,
+    shares: bool = False,
 ) -> None:
-    """Items below one another, models side by side: heat over the picture, and behind the title's tokens.
+    """Items below one another, models side by side: values over the picture, and behind the title's tokens.
 
     Args:
         columns: of each model its name, and of each item its name, the item, what was seen, and values f32[S] of its
-            tokens. Colours span the values of one item's pictures, and those of its title, from 0 to the largest.
+            tokens. Colours span those of one item that are drawn, of picture and title alike.
+        shares: whether the values are those of Looked.shares, which may be negative.
     """
     items = len(columns[0][1])
     parts = []  # inches of each item's picture and title
@@ -176,7 +180,8 @@ def draw(
         lines = [_places(shown[number][2])[-1:] for _, shown in columns]
         parts += [3.6 if item.images else 0.1, 0.3 * max((1 + last[0][2] for last in lines if last), default=0) + 0.1]
     size = (4.8 * len(columns) + 0.4, sum(parts) + 0.4 * items + 1.1)
-    with pictures.sheet(path, "Where the model looks", footer, size) as figure:
+    title = "What makes the two alike" if shares else "Where the model looks"
+    with pictures.sheet(path, title, footer, size) as figure:
         halves = figure.subfigures(1, len(columns), squeeze=False)[0]
         for half, (model, shown) in zip(halves, columns, strict=True):
             half.suptitle(model, x=0.02, ha="left", fontsize=9)
@@ -186,19 +191,24 @@ def draw(
             for number, (name, item, looked, values) in enumerate(shown):
                 over, below = cells[2 * number : 2 * number + 2]
                 over.set_title(name, fontsize=9)
-                heat = np.maximum(image(looked, values), 0)
+                heat, places = image(looked, values), _places(looked)
+                words = values[[place for place, _, _ in places]]
+                most = float(max(np.abs(heat).max(initial=0.0), np.abs(words).max(initial=0.0))) or 1.0
+                scale = Normalize(-most, most) if shares else Normalize(0, most)
+                colours = ScalarMappable(scale, "PuOr_r" if shares else "YlOrRd")
                 if heat.size:
                     photo = decode(item.images[0], max_pixels)
                     extent = (0, photo.width, photo.height, 0)
                     over.imshow(np.asarray(photo.convert("L")), cmap="gray", extent=extent)
-                    drawn = over.imshow(heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest", vmin=0)
-                    bar = half.colorbar(drawn, ax=over, shrink=0.8, format="%.2g")
+                    over.imshow(colours.to_rgba(heat), alpha=0.6, extent=extent, interpolation="nearest")
+                    bar = half.colorbar(colours, ax=over, shrink=0.8, format="%.2g", alpha=0.6)
                     bar.outline.set_visible(False)
                     bar.ax.tick_params(labelsize=8)
-                _title(below, looked, values)
+                    bar.set_label("share of the cosine" if shares else "attention", fontsize=8)
+                _title(below, looked, places, colours.to_rgba(words, alpha=0.6))
 
 
-LINE, MOST = 40, 60
+LINE, MOST = 64, 80
 """Characters of a line of the title, and tokens of it that are shown."""
 
 
@@ -215,17 +225,13 @@ def _places(looked: Looked) -> list[tuple[int, float, int]]:
     return found
 
 
-def _title(axes: Axes, looked: Looked, values: np.ndarray) -> None:
-    """The title's tokens in their order, the darker the more heat."""
-    places = _places(looked)
-    most = max((float(values[place]) for place, _, _ in places), default=0.0)
+def _title(axes: Axes, looked: Looked, places: Sequence[tuple[int, float, int]], colours: np.ndarray) -> None:
+    """The title's tokens in their order, each on its colour."""
     axes.set_xlim(0, LINE)
     axes.set_ylim(places[-1][2] + 1 if places else 1, 0)
-    for place, across, line in places:
-        share = max(float(values[place]), 0.0) / most if most > 0 else 0.0
+    for (place, across, line), colour in zip(places, colours, strict=True):
         axes.text(across, line + 0.5, printable(looked.pieces[place].strip()), fontsize=8, va="center",
-                  family="monospace", color="white" if share > 0.6 else pictures.INK,
-                  bbox={"facecolor": pictures.MISS, "alpha": share, "edgecolor": "none", "pad": 1.0})  # fmt: skip
+                  family="monospace", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.0})  # fmt: skip
 
 
 def save(path: Path, shown: dict[str, tuple[str, Any, Looked, np.ndarray]]) -> None:

@@ -70,9 +70,9 @@ def read(queries: str | Path, qrels: str | Path, columns: ColumnMap, max_pixels:
     """
     asked = {query.id: query for query in _queries(Path(queries), columns, max_pixels)}
     grades = _grades(Path(qrels), columns)
-    for flag, path, found in (("--queries", queries, asked), ("--qrels", qrels, grades)):
+    for flag, path, what, found in (("--queries", queries, "query", asked), ("--qrels", qrels, "judgement", grades)):
         if not found:
-            raise UserError(f"{flag} {path}: holds none")
+            raise UserError(f"{flag} {path}: holds no {what}")
     return Log(asked, grades)
 
 
@@ -113,11 +113,11 @@ def of(log: Log, prepared: Prepared) -> Judged:
     best = [max(known[query].items(), key=lambda pair: (pair[1], -pair[0]))[0] for query in answered]
     total = len(prepared.products)
     digest = hashlib.blake2b(repr([(asked[q], sorted(known[q].items())) for q in answered]).encode(), digest_size=8)
-    told = {
-        "queries without a product to be found": len(asked) - len(answered),
-        "judged queries that are not asked": len(unasked),
-        "judged products that the catalogue has not": len(absent),
-    }
+    told = (
+        (len(asked) - len(answered), "query", "queries", "without a product to be found"),
+        (len(unasked), "judged query", "judged queries", "not in the queries' file"),
+        (len(absent), "judged product", "judged products", "not in the catalogue"),
+    )
     return Judged(
         dataclasses.replace(
             prepared,
@@ -131,7 +131,7 @@ def of(log: Log, prepared: Prepared) -> Judged:
             len(answered),
             count,
         ),
-        ", ".join(f"{number:,} {what}" for what, number in told.items() if number),
+        ", ".join(f"{number:,} {one if number == 1 else many} {why}" for number, one, many, why in told if number),
         shared,
     )
 

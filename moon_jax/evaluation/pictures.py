@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 
 from moon_jax.data.images import decode
 from moon_jax.data.prepared import Prepared
-from moon_jax.evaluation.retrieval import QUERY_SETS, Encoded, search
+from moon_jax.evaluation.harness import altered
+from moon_jax.evaluation.retrieval import ALTERATION, QUERY_SETS, SEED, Encoded, search, shares_modality
 from moon_jax.types import OBJECTIVES, VIEWS, Product
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
@@ -199,7 +200,8 @@ SAYS = {"t": "text", "i": "image", "mm": "text + image"}
 def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, seed: int, footer: str) -> None:
     """SHOWN queries of two directions with their first five results, hits framed; drawn by `seed`, not chosen.
 
-    The directions are those without altered queries: t→i, and photos of the catalogue's own, else i→t.
+    The directions are those without altered queries, t→i, and photos of the catalogue's own or i→t, where there are
+    such; an altered query is shown as it was asked.
     """
     first = next(iter(encoded.queries))
     wanted = [(first, "t", "i")]
@@ -214,7 +216,7 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
     drawn = [min(shown, len(task[-1].queries)) for task in tasks]
     size = (7.6 * len(tasks), 1.75 * max(drawn) + 1.0)
     footer += " · a faint caption is not seen by the view that is asked"
-    with sheet(path, f"What is found: {sum(drawn)} queries, drawn at random", footer, size) as figure:
+    with sheet(path, "What is found: queries, drawn at random", footer, size) as figure:
         halves = figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0]
         for half, (name, query, candidate, task) in zip(halves, tasks, strict=True):
             title = f"{query} → {candidate}: {SAYS[query]} finds {SAYS[candidate]}"
@@ -229,8 +231,13 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
             best = dataclasses.replace(task, queries=task.queries[chosen]).found(FOUND)
             hits = task.relevance.take(chosen).gains(best) > 0
             for row, number, ranked, right in zip(cells, chosen, best, hits, strict=False):
-                asked = prepared.products[task.query_product[number]]
-                _cell(row[0], asked, query, max_pixels, "query", shows_picture=query != "t")
+                index = int(task.query_product[number])
+                asked, label = prepared.products[index], "query"
+                if shares_modality(query, candidate) and name.startswith("products"):
+                    place = int(np.flatnonzero(encoded.product == index)[0])
+                    asked = altered(asked, ALTERATION, np.random.default_rng((SEED, place)), max_pixels)
+                    label = "query, altered"
+                _cell(row[0], asked, query, max_pixels, label, shows_picture=query != "t")
                 for place, (index, hit) in enumerate(zip(ranked, right.tolist(), strict=True), start=1):
                     product = prepared.products[task.candidate_product[index]]
                     _cell(row[place], product, candidate, max_pixels, f"{place} ✓" if hit else str(place), hit)
@@ -262,7 +269,7 @@ def _cell(
         axes.text(0.5, 0.5, _fold(text, 13, 6), ha="center", va="center", fontsize=9)
     axes.set_title(label, fontsize=9, color=HIT if hit else INK, fontweight="bold" if hit else "normal", pad=3)
     axes.spines[:].set_visible(True)
-    axes.spines[:].set_color(HIT if hit else INK if label == "query" else "#DDDDDD")
+    axes.spines[:].set_color(HIT if hit else INK if label.startswith("query") else "#DDDDDD")
     axes.spines[:].set_linewidth(3.5 if hit else 1.0)
 
 

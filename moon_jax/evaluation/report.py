@@ -21,6 +21,7 @@ from moon_jax.evaluation import metrics as measures_lib
 from moon_jax.serving.catalogue import write_vectors
 from moon_jax.training.watch import Watch
 from moon_jax.training.workdir import HALF
+from moon_jax.types import VIEWS
 
 
 def evaluate(
@@ -80,11 +81,12 @@ def evaluate(
         for width in widths:
             scores: dict[str, Any] = {name: {} for name in encoded.queries}
             categories: dict[str, Any] = {name: {} for name in encoded.queries}
-            of_queries = []
+            of_queries, places = [], {name: set() for name in encoded.queries}
             for name, direction, task, measures in retrieval.directions(
                 encoded.truncated(width) if width < dimension else encoded
             ):
                 scores[name][direction] = retrieval.summary(task, measures)
+                places[name].update(task.query_product.tolist())
                 if width == dimension:
                     categories[name][direction] = retrieval.by_category(task, measures, category)
                     of_queries.append((name, direction, task, measures))
@@ -99,6 +101,18 @@ def evaluate(
                 judged[width]["categories"] = {name: found for name, found in categories.items() if category and found}
                 write_queries(workdir / QUERIES, prepared, of_queries, _name(embedder))
     whole = judged.pop(dimension)
+    answered = bool(whole["retrieval"]) or any(map(_answered, whole["labels"].values()))
+    if getattr(embedder, "fixed", False) and not answered:
+        views = ", ".join(view for view, there in zip(VIEWS, encoded.present.any(axis=0), strict=True) if there)
+        raise UserError(
+            f"{embedder.name}: nothing to be asked of vectors of {views} alone: t→i and i→t want both t and i"
+            " (moon-jax embed --views t,i,mm)"
+        )
+    for name, asked_with in encoded.queries.items():
+        silent = len(asked_with.product) - len(places[name])
+        if silent:
+            told = "the model sees none of their views, or nothing that answers them"
+            report.line(f"{silent:,} of {len(asked_with.product):,} queries are asked in no direction: {told}")
     metrics = {
         "step": getattr(embedder, "step", None),
         "model": _name(embedder),
@@ -132,15 +146,24 @@ METRICS, QUERIES, EMBEDDINGS = "metrics.json", "queries.parquet", "embeddings/va
 COMPARED = "compared.json"
 
 
+def _answered(scores: dict[str, Any]) -> bool:
+    return any("accuracy" in scores.get(view, ()) or "probe" in scores.get(view, ()) for view in VIEWS)
+
+
 def check_output(folder: Path) -> bool:
     """Whether an evaluation wrote there before.
 
     Raises:
         UserError: it cannot be made, or holds what no evaluation wrote.
     """
+    if folder.is_file():
+        raise UserError(f"--output {folder}: is a file; give a folder")
     own = {"data", HALF, "run.log", METRICS, QUERIES, "embeddings", "pictures", "compared", COMPARED}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():  # it is made where something is written
+            folder.mkdir(parents=True)
+            folder.rmdir()
+            return False
         names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
     except OSError as error:
         raise UserError(f"--output {folder}: {error.strerror}; give a folder that can be made") from None
@@ -203,7 +226,7 @@ def is_judged(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (METRICS, QUERIES)) and not (folder / "checkpoints").exists()
 
 
-def _judged(folder: Path) -> tuple[dict[str, Any], pa.Table]:
+def read(folder: Path) -> tuple[dict[str, Any], pa.Table]:
     """metrics.json and the table of queries.
 
     Raises:
@@ -226,7 +249,7 @@ def check_comparable(folder: Path, data: str) -> None:
     Raises:
         UserError: nothing was judged there, or on other data.
     """
-    if _judged(folder)[0]["data"] != data:
+    if read(folder)[0]["data"] != data:
         raise UserError(f"{folder}: judged on other data than is given now; evaluate both on the same")
 
 
@@ -244,7 +267,7 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str,
     Raises:
         UserError: one of them was not judged, or on other data.
     """
-    told, whole = zip(*map(_judged, (ours, theirs)), strict=True)
+    told, whole = zip(*map(read, (ours, theirs)), strict=True)
     check_comparable(theirs, told[0]["data"])
     tables = [table.to_pydict() for table in whole]
     names = [name for name in tables[0] if name in tables[1] and name not in ("set", "direction", "query")]

@@ -134,6 +134,17 @@ def differences(compared: dict[str, Any], ours: str, theirs: str) -> Iterator[Ta
         yield table
 
 
+def not_compared(compared: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """The directions that `differences` leaves out, of those in `metrics`."""
+    left = [
+        direction
+        for name, scores in metrics["retrieval"].items()
+        for direction in scores
+        if direction not in compared.get(name, {})
+    ]
+    return ", ".join(dict.fromkeys(left))
+
+
 def learned(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
     """What scores and training lines say about the model, in sentences."""
     said, lines = [], report.lines_of(Path(workdir))

@@ -52,7 +52,7 @@ class Index:
             raise UserError(f"--index {folder}: holds {', '.join(views)} of a product; choose one by --view")
         # Of products by all they have, one view may be chosen as well.
         if view and view not in views and not (views == [catalogue.RICHEST] and view in VIEWS):
-            raise UserError(f"--view {view}: the index holds {', '.join(views)}")
+            raise UserError(f"--view {view}: give one of {', '.join(VIEWS if views == [catalogue.RICHEST] else views)}")
         width = self.manifest["width"]
         ids, vectors = [], [np.zeros((0, width), self.manifest["dtype"])]
         for shard in self.manifest["shards"]:

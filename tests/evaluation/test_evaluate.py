@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
 
@@ -124,10 +125,13 @@ def test_scores_of_another_evaluation_are_not_taken_for_these(first, prepared, t
     assert pq.read_schema(tmp_path / "queries.parquet").metadata[b"model"] == b"BM25"
     vectors = tmp_path / "v"
     vectors.mkdir()
-    product = prepared.products[prepared.val[0]]
-    rows = {"id": [product.id], "view": ["t"], "vector": [[1.0, 0.0]]}
+    products = [prepared.products[index] for index in (*prepared.train, *prepared.val)]
+    colours, present = baselines.Colours(10**6).encode_views(products)
+    seen = [number for number, there in enumerate(present[:, 1]) if there]
+    rows = {"id": [products[n].id for n in seen], "view": ["i"] * len(seen), "vector": colours[seen, 1].tolist()}
     pq.write_table(pa.table(rows), vectors / "x.parquet")
-    report.evaluate(harness.Vectors(vectors), prepared, tmp_path)
+    # Of images alone labels are learned, and nothing is found.
+    assert report.evaluate(harness.Vectors(vectors), prepared, tmp_path, known=20)["retrieval"] == {}
     assert pq.read_table(tmp_path / "queries.parquet").num_rows == 0
     assert report.compare(tmp_path, folder) == {}
 
@@ -216,6 +220,7 @@ def test_the_command_judges_and_compares(prepared, tmp_path, capsys):
         (["--model", "bm25", "--known", "-1"], "--known -1: give 0 or more"),
         (["--model", "bm25", "--prompt", "a photo"], "write {} where the label belongs"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
+        (["--model", "bm25", "--data", "nowhere"], "--data nowhere: no such file or folder"),
         (["--vectors", "nowhere"], "--vectors nowhere: no such folder"),
         (["--model", "bm25", "--compare", "nowhere"], "--compare nowhere: no such folder"),
     ],
@@ -225,13 +230,14 @@ def test_mistakes_are_one_line(prepared, tmp_path, capsys, flags, said):
     assert cli.main(given) == cli.MISTAKE
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
+    assert "compare" in "".join(flags) or not (tmp_path / "o").exists()  # nothing was done
 
 
 def test_an_output_holds_one_evaluation_and_nothing_else(prepared, tmp_path, capsys):
     given = ["evaluate", "--model", "bm25", "--data", str(prepared.folder), "--output"]
     (tmp_path / "file").touch()
     for output, said in (
-        ("file", "File exists; give a folder that can be made"),
+        ("file", "is a file; give a folder"),
         ("file/o", "Not a directory; give a folder that can be made"),
         (".", "holds other things (file)"),
     ):
@@ -241,8 +247,25 @@ def test_an_output_holds_one_evaluation_and_nothing_else(prepared, tmp_path, cap
     output = tmp_path / "o"
     assert cli.main([*given, str(output), "--compare", "colours"]) == 0
     said = capsys.readouterr().out
-    assert "give way" not in said and f"scores of colours: {output}/compared/metrics.json" in " ".join(said.split())
-    assert "14/14" not in said and (output / "compared" / "metrics.json").is_file()
+    told = " ".join(said.split())
+    assert "give way" not in told and (output / "compared" / "metrics.json").is_file()
+    assert f"scores of colours, {output}/compared/metrics.json:" in told
+    ranks = json.loads((output / "compared" / "metrics.json").read_text())["retrieval"]["products"]["i→i"]
+    assert " / ".join(f"{ranks[f'R@{k}']:.1f}".replace("100.0", "100") for k in (1, 5, 10)) in said
+    assert "had not the same queries and candidates: t→t, t→mm, mm→t" in told
+    # Nothing gives way, and is said to, where the command does not come to it.
+    before, wrong = (output / "metrics.json").read_bytes(), ["--vectors", str(tmp_path), "--data", str(prepared.folder)]
+    assert cli.main(["evaluate", *wrong, "--output", str(output)]) == cli.MISTAKE
+    assert "give way" not in capsys.readouterr().out and (output / "metrics.json").read_bytes() == before
     # Again, and alone: nothing of the older comparison is taken for this one's.
     assert cli.main([*given, str(output)]) == 0
     assert "the older scores in" in capsys.readouterr().out and not (output / "compared.json").exists()
+
+
+def test_vectors_that_nothing_can_be_asked_of_are_a_mistake(first, prepared, tmp_path):
+    """What `embed` writes by default: each product by all that it has."""
+    table = pq.read_table(first[0] / "embeddings" / "val.parquet")
+    pq.write_table(table.filter(pa.compute.equal(table["view"], "mm")), tmp_path / "mm.parquet")
+    with pytest.raises(UserError, match=r"nothing to be asked of vectors of mm alone.*embed --views t,i,mm"):
+        report.evaluate(harness.Vectors(tmp_path), prepared, tmp_path / "o", known=0)
+    assert not (tmp_path / "o" / "metrics.json").exists()

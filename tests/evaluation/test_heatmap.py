@@ -7,7 +7,7 @@ from PIL import Image
 from moon_jax import cli
 from moon_jax.config import UserError
 from moon_jax.data.images import ResizeRule
-from moon_jax.evaluation import heatmap, verify
+from moon_jax.evaluation import heatmap, pictures, verify
 from moon_jax.serving import embedder as serving
 from moon_jax.serving.embedder import Embedder
 from moon_jax.types import Product
@@ -168,3 +168,28 @@ def test_a_model_of_others_is_refused_with_its_flag(tmp_path, capsys):
     flags = ["heatmap", "--text", "x", "--output", str(tmp_path / "o.png"), "--model"]
     assert cli.main([*flags, "nowhere"]) == cli.MISTAKE
     assert "--model nowhere: no such folder" in capsys.readouterr().err
+    assert cli.main([*flags, "bm25"]) == cli.MISTAKE
+    assert "--model bm25: cannot be looked into" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_words_and_patches_share_a_scale_and_what_is_negative_is_seen(embedder, tmp_path, monkeypatch, shares):
+    figures, save = [], pictures.Figure.savefig
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    item = Product(text="red shirt", images=(PHOTO,))
+    looked = heatmap.look(embedder, item)
+    values = np.linspace(-0.5 if shares else 0, 1, len(looked.pieces)).astype(np.float32)
+    heatmap.draw(tmp_path / "x.png", [("m", [("item", item, looked, values)])], 10**6, "", shares)
+    over, below, bar = figures[-1].subfigs[0].axes
+    heat = heatmap.image(looked, values)
+    # Of each patch and each word the colour is that of its value on the one bar.
+    least, most = (float(end) for end in bar.get_ylim())
+    words = [text.get_bbox_patch().get_facecolor() for text in below.texts]
+    drawn = [value for value, piece in zip(values, looked.pieces, strict=True) if piece.strip()]
+    assert len(words) == len(drawn) >= 2
+    extreme = max(np.abs(heat).max(), np.abs(drawn).max())
+    np.testing.assert_allclose((least, most), (-extreme if shares else 0, extreme), rtol=1e-6)
+    colours = heatmap.ScalarMappable(heatmap.Normalize(least, most), "PuOr_r" if shares else "YlOrRd")
+    np.testing.assert_allclose(over.images[1].get_array(), colours.to_rgba(heat), atol=1e-6)
+    for value, colour in zip(drawn, words, strict=True):
+        np.testing.assert_allclose(colour, colours.to_rgba(value, alpha=0.6), atol=1e-6)

@@ -75,8 +75,8 @@ def test_lines_of_trec_are_known_without_their_ending(prepared, ids, tmp_path, n
 def test_judgements_in_any_format_say_the_same(prepared, ids, tmp_path, format):
     found = read(*written(tmp_path, ids, format), prepared)
     assert found.left_out == (
-        "2 queries without a product to be found, 1 judged queries that are not asked,"
-        " 1 judged products that the catalogue has not"
+        "2 queries without a product to be found, 1 judged query not in the queries' file,"
+        " 1 judged product not in the catalogue"
     )
     total, count = len(prepared.products), len(ids)
     assert list(found.prepared.val) == list(range(count))
@@ -114,7 +114,7 @@ def test_what_changes_the_scores_changes_the_data_s_name(prepared, ids, tmp_path
     ("query", "line", "said"),
     [
         (None, "q1 0 x", "own.txt 1: 3 words; TREC's qrels have 4"),
-        (None, "", "own.txt: holds none"),
+        (None, "", "own.txt: holds no judgement"),
         (None, "q1 0 {} good", "own.txt 1: grade 'good' is no number"),
         (None, "q1 0 {} inf", "own.txt 1: grade 'inf' is no number"),
         (None, "q1 0 {0} 1\nq1 0 {0} 2", "own.txt 2: query q1, product"),
@@ -223,7 +223,14 @@ def test_vectors_cannot_tell_a_query_from_a_product(prepared, ids, tmp_path, cap
     assert cli.main([*given, "--queries", str(tmp_path / "q.csv"), "--qrels", str(tmp_path / "r.txt")]) == cli.MISTAKE
     assert "is a query's id and a product's" in capsys.readouterr().err
     assert cli.main([*given, "--queries", str(tmp_path / "q.csv")]) == cli.MISTAKE
-    assert "--queries: go with --qrels" in capsys.readouterr().err
+    assert "--queries, --qrels: they go together" in capsys.readouterr().err
+
+
+def test_a_query_that_the_model_cannot_see_is_told(prepared, ids, tmp_path, capsys):
+    queries, qrels = written(tmp_path, ids, "txt")
+    given = ["evaluate", "--model", "bm25", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
+    assert cli.main([*given, "--queries", str(queries), "--qrels", str(qrels)]) == 0
+    assert "1 of 2 queries are asked in no direction" in capsys.readouterr().out  # of an image
 
 
 def test_both_files_are_read_before_a_model_is_opened(prepared, ids, tmp_path, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moon_jax.evaluation import pictures, screen
+from moon_jax.evaluation import baselines, pictures, retrieval, screen
 from moon_jax.types import OBJECTIVES, VIEWS
 
 
@@ -138,3 +138,19 @@ def test_pictures_show_the_numbers_that_they_are_given(figures, tmp_path):
     panel = figures[-1].axes[0]
     assert texts(panel)[::2] == ["2", "12", "22", "32", "42", "52", "62", "72", "82"]  # rows are queries
     assert [label.get_text() for label in panel.get_yticklabels()] == list(VIEWS)
+
+
+def test_an_altered_query_is_shown_as_it_was_asked(figures, prepared, tmp_path):
+    """BM25 has no direction without altered queries."""
+    encoded = retrieval.encode(baselines.BM25(10**6), prepared)
+    pictures.gallery(tmp_path / "g.png", encoded, prepared, 10**6, retrieval.SEED, "")
+    cells = [
+        axes for half in figures[-1].subfigs for axes in half.axes if axes.get_title(loc="left") == "query, altered"
+    ]
+    assert cells and not [
+        axes for half in figures[-1].subfigs for axes in half.axes if axes.get_title(loc="left") == "query"
+    ]
+    shown = {(axes.get_xlabel() or axes.texts[0].get_text()).replace("\n", " ") for axes in cells}
+    asked = {text for text in encoded.queries["products"].altered[:, 0].tolist() if text}
+    titles = {product.text for product in prepared.products}
+    assert shown <= asked and not shown & titles - asked
