@@ -42,9 +42,10 @@ def _main(arguments: list[str] | None) -> int:
         told = f"another process was lost ({why}); start all again: the run goes on from its newest checkpoint"
         return _fail(told, AGAIN)
     except KeyboardInterrupt:
+        again = f"the same command {GOES_ON.get(parsed.command, 'goes on from here')}"
         if interrupt.TERMINATED.is_set():
-            return _fail("stopped by SIGTERM; the same command goes on from here", _stop_code(), shared=True)
-        return _fail(f"interrupted; the same command {GOES_ON.get(parsed.command, 'goes on from here')}", 130)
+            return _fail(f"stopped by SIGTERM; {again}", _stop_code(), shared=True)
+        return _fail(f"interrupted; {again}", 130)
     return 0
 
 

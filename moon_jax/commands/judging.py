@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,13 @@ def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"--known {parsed.known}: give 0 or more")
     if bool(parsed.queries) != bool(parsed.qrels):
         raise UserError("--queries, --qrels: they go together; give both or neither")
+    if not parsed.queries and parsed.columns != "own":
+        raise UserError(f"--columns {parsed.columns}: of --queries and --qrels; of --data, moon-jax prepare takes it")
+    if parsed.queries and parsed.prompt:
+        raise UserError("--prompt: of labels, which are not told with --queries; leave it out")
+    other = Path(parsed.compare).expanduser()
+    if parsed.compare and other.resolve() == Path(parsed.output).resolve():
+        raise UserError(f"--compare {parsed.compare}: is the output as well; give another output")
     prompts = parsed.prompt or ["{}"]
     for prompt in prompts:
         if prompt.count("{}") != 1:
@@ -62,13 +70,15 @@ def run_evaluate(parsed: argparse.Namespace, overrides: list[str]) -> None:
         report.line(
             f"{number:,} {'query' if number == 1 else 'queries'} to be asked; left out: {judged.left_out or 'nothing'}"
         )
-    other = Path(parsed.compare).expanduser()
     judged_before = bool(parsed.compare) and report_lib.is_judged(other)
     if judged_before:
         report_lib.check_comparable(other, prepared.fingerprint)
     if older:
         report.line(f"the older scores in {output} give way")
     metrics = report_lib.evaluate(ours, prepared, output.files, report, **said)
+    compared_before = output.files / "compared"
+    if other.resolve() != compared_before.resolve():
+        shutil.rmtree(compared_before, ignore_errors=True)
     for table in (*screen.tables(metrics), *screen.details(metrics)):
         report.console.print(table)
     if parsed.compare:
@@ -226,7 +236,7 @@ def _ours(flag: str, model: str) -> Embedder:
     from moon_jax.evaluation import baselines
     from moon_jax.serving import embedder
 
-    if model in baselines.NAMES:
+    if model in baselines.NAMES and not Path(model).exists():
         raise UserError(f"{flag} {model}: cannot be looked into; give a model of ours, or of Qwen3-VL")
     try:
         return embedder.load(model)

@@ -177,7 +177,7 @@ def _rows(batch: pa.RecordBatch, labels: dict[str, list[str]]) -> list[dict[str,
 
 def open_file(file: File) -> BinaryIO:
     """The bytes of a file, unzipped."""
-    return gzip.open(file.path) if file.path.suffix == ".gz" else file.path.open("rb")
+    return gzip.open(file.path) if file.path.suffix.lower() == ".gz" else file.path.open("rb")
 
 
 def _lines(file: File, columns: ColumnMap) -> Iterator[Chunk]:
@@ -293,7 +293,7 @@ def _tar(file: File, columns: ColumnMap) -> Iterator[Chunk]:
     del columns
 
     def found() -> Iterator[tuple[dict[str, Any] | BadRecord, int]]:
-        if file.path.suffix != ".gz" and not _ends(file.path):
+        if file.path.suffix.lower() != ".gz" and not _ends(file.path):
             raise EOFError("it does not end as a tar file does")  # tarfile takes a cut before a member for the end
         with open_file(file) as raw, tarfile.open(fileobj=raw, mode="r|") as opened:
             for _, members in itertools.groupby(_members(opened), key=lambda member: member[0]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from moon_jax.config import UserError
 from moon_jax.data.images import decode
 from moon_jax.evaluation.harness import ByItem
-from moon_jax.evaluation.labels import UNSPACED
+from moon_jax.evaluation.labels import UNSPACED, WORD
 from moon_jax.types import Product
 
 
@@ -53,7 +52,7 @@ class BM25(ByItem):
 def _words(text: str) -> list[str]:
     """Lower-case words; a script without spaces, sign by sign."""
     spaced = UNSPACED.sub(lambda sign: f" {sign.group()} ", text.casefold())
-    return re.findall(r"\w+", spaced)
+    return WORD.findall(spaced)
 
 
 class Colours(ByItem):

@@ -274,10 +274,11 @@ class Vectors:
                 raise UserError(f"{path}: vectors of width {part.shape[1]}, others have {parts[0].shape[1]}")
             digest.update(part.tobytes())
         self._vectors = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
-        lengths = np.linalg.norm(self._vectors, axis=1, keepdims=True)
-        if not np.isfinite(lengths).all() or not lengths.all():
+        largest = np.abs(self._vectors).max(axis=1, initial=0.0, keepdims=True)
+        if not np.isfinite(largest).all() or not largest.all():
             raise UserError(f"--vectors {folder}: some vectors are zero, or not finite; leave these views out")
-        self._vectors = self._vectors / lengths
+        self._vectors = self._vectors / largest  # whose squares float32 holds
+        self._vectors = self._vectors / np.linalg.norm(self._vectors, axis=1, keepdims=True)
         self.name = f"vectors {digest.hexdigest()}"
 
     def encode(self, items: Sequence[Product]) -> np.ndarray:

@@ -144,6 +144,8 @@ def seen(
     if not shares:
         return [(name, items[name], one, one.mean(layer, head)) for name, one in looked.items()]
     names, (first, second) = list(items), looked.values()
+    if first.last:
+        raise UserError("--shares: the model's vectors are its last token's alone, which is all of the cosine")
     told = [f"{name}: shares in the similarity {first.embedding @ second.embedding:.2f}" for name in names]
     values = first.shares(second.embedding), second.shares(first.embedding)
     return list(zip(told, items.values(), looked.values(), values, strict=True))

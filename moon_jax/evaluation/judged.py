@@ -7,6 +7,7 @@ have query_id, product_id and grade, or are lines of TREC's qrels. A column map 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -207,18 +208,26 @@ def _grades(path: Path, columns: ColumnMap) -> dict[tuple[str, str], float]:
                 raise ValueError
         except BadRecord as bad:
             raise _mistake(where, bad) from None
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(printable(f"{where}: grade {record.get('grade')!r} is no number")) from None
         if found.setdefault(pair, grade) != grade:
             raise UserError(printable(f"{where}: query {pair[0]}, product {pair[1]}: judged {found[pair]:g} before"))
     return found
 
 
+@contextlib.contextmanager
+def _undamaged(file: readers.File) -> Iterator[None]:
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"--qrels {file.path}: damaged ({error})") from None
+
+
 def _is_trec(file: readers.File) -> bool:
     """By its ending, or, of tab-separated values, by a first line that is no header."""
     if file.format != "tsv":
         return not file.format
-    with readers.open_file(file) as lines:
+    with _undamaged(file), readers.open_file(file) as lines:
         parts = lines.readline(10_000).split()
     try:
         return len(parts) == 4 and math.isfinite(float(parts[3]))
@@ -228,17 +237,12 @@ def _is_trec(file: readers.File) -> bool:
 
 def _trec(file: readers.File) -> Iterator[tuple[str, dict[str, Any]]]:
     """TREC's qrels: query, a number that nobody reads, product and grade, with spaces between them."""
-    try:
-        with readers.open_file(file) as lines:
-            for number, line in enumerate(lines, 1):
-                parts = line.decode("utf-8", "surrogateescape").split()
-                if parts and len(parts) != 4:
-                    told = f"{len(parts)} words; TREC's qrels have 4: query, 0, product, grade"
-                    raise UserError(printable(f"{file.path} {number}: {told}"))
-                if parts:
-                    yield (
-                        f"{file.path} {number}",
-                        dict(zip(("query_id", "", "product_id", "grade"), parts, strict=True)),
-                    )
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"--qrels {file.path}: damaged ({error})") from None
+    with _undamaged(file), readers.open_file(file) as lines:
+        for number, line in enumerate(lines, 1):
+            parts = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").split()
+            if parts and len(parts) != 4:
+                told = f"{len(parts)} words; TREC's qrels have 4: query, 0, product, grade"
+                raise UserError(printable(f"{file.path} {number}: {told}"))
+            if parts:
+                record = dict(zip(("query_id", "", "product_id", "grade"), parts, strict=True))
+                yield f"{file.path} {number}", record

@@ -49,6 +49,11 @@ UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf
 """Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Chinese, Japanese."""
 
 
+_MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)).startswith("M"))
+WORD = re.compile(rf"[^\W_](?:[^\W_]|[\u200c\u200d{_MARKS}])*")
+"""Letters and digits with the marks that belong to them: the vowels of Indic scripts, of Hebrew and of Arabic."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """One question about every product. Labels are as the catalogue first writes them."""
@@ -168,7 +173,7 @@ def _fold(text: str) -> str:
 
 
 def _parts(token: str) -> list[str]:
-    return re.findall(r"[^\W_]+", _fold(token))
+    return WORD.findall(_fold(token))
 
 
 def words(text: str) -> set[str]:

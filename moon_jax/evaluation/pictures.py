@@ -1,7 +1,7 @@
 """Pictures of a run, for the workdir, a README or a notebook: one style, readable without colour.
 
-Colours are Okabe and Ito's, which people of any colour vision tell apart, and the maps `cividis` and `PuOr`, which
-they read as well; whatever colour says is said by text, line style or frame, too.
+Colours are Okabe and Ito's, which people of any colour vision tell apart, and the maps `cividis`, `YlOrRd` and `PuOr`,
+which they read as well; whatever colour says is said by text, line style or frame, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from moon_jax.data.images import decode
 from moon_jax.data.prepared import Prepared
 from moon_jax.evaluation.harness import altered
-from moon_jax.evaluation.retrieval import ALTERATION, QUERY_SETS, SEED, Encoded, search, shares_modality
+from moon_jax.evaluation.retrieval import ALTERATION, DIRECTIONS, QUERY_SETS, SEED, Encoded, search, shares_modality
 from moon_jax.types import OBJECTIVES, VIEWS, Product
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
@@ -209,6 +209,8 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
         (name, view, "mm") for name in encoded.queries if name in ("queries", "judged") for view in ("i", "mm", "t")
     ]
     wanted += [(first, "i", "t"), *((first, view, view) for view in reversed(VIEWS))]
+    wanted += [(name, query, candidate) for name in encoded.queries for query, candidate in DIRECTIONS]
+    wanted = list(dict.fromkeys(wanted))
     tasks = [(name, q, c, search(encoded, name, q, c)) for name, q, c in wanted]
     tasks = [task for task in tasks if len(task[-1].queries)][:2]
     shown = SHOWN // len(tasks)

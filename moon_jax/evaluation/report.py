@@ -50,8 +50,6 @@ def evaluate(
     """
     workdir = Path(workdir)
     report = report or Watch(workdir)
-    for old in (METRICS, QUERIES, EMBEDDINGS, COMPARED, "pictures/directions.png", "pictures/gallery.png"):
-        (workdir / old).unlink(missing_ok=True)
     lessons = labels.known(prepared, known) if judgements is None else []
     tasks = labels.tasks(prepared, lessons)
     # What is compared otherwise than by the dot product knows no label.
@@ -99,20 +97,24 @@ def evaluate(
             judged[width] = {"retrieval": {name: found for name, found in scores.items() if found}, "labels": told}
             if width == dimension:
                 judged[width]["categories"] = {name: found for name, found in categories.items() if category and found}
-                write_queries(workdir / QUERIES, prepared, of_queries, _name(embedder))
+                told_queries = of_queries
     whole = judged.pop(dimension)
     answered = bool(whole["retrieval"]) or any(map(_answered, whole["labels"].values()))
     if getattr(embedder, "fixed", False) and not answered:
         views = ", ".join(view for view, there in zip(VIEWS, encoded.present.any(axis=0), strict=True) if there)
-        raise UserError(
-            f"{embedder.name}: nothing to be asked of vectors of {views} alone: t→i and i→t want both t and i"
-            " (moon-jax embed --views t,i,mm)"
-        )
+        why = f"vectors of {views} alone; t→i and i→t want both t and i (moon-jax embed --views t,i,mm)"
+        if judgements is not None:
+            why = "no query has a vector, under its query_id, that some product of its answers has as well"
+        raise UserError(f"{embedder.name}: nothing to be asked: {why}")
     for name, asked_with in encoded.queries.items():
         silent = len(asked_with.product) - len(places[name])
         if silent:
+            which = retrieval.QUERY_SETS[name].partition(",")[0]
             told = "the model sees none of their views, or nothing that answers them"
-            report.line(f"{silent:,} of {len(asked_with.product):,} queries are asked in no direction: {told}")
+            report.line(f"{silent:,} of {len(asked_with.product):,} ({which}) are asked in no direction: {told}")
+    for old in (METRICS, QUERIES, EMBEDDINGS, COMPARED, "pictures/directions.png", "pictures/gallery.png"):
+        (workdir / old).unlink(missing_ok=True)
+    write_queries(workdir / QUERIES, prepared, told_queries, _name(embedder))
     metrics = {
         "step": getattr(embedder, "step", None),
         "model": _name(embedder),
@@ -256,7 +258,7 @@ def check_comparable(folder: Path, data: str) -> None:
 def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """How two judged models differ, by a paired bootstrap over the queries that both were asked.
 
-    Directions in which they had not the same number of candidates to choose from are left out.
+    Directions in which they had not the same candidates to choose from are left out.
 
     Args:
         ours, theirs: folders that `evaluate` wrote.
@@ -283,7 +285,7 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str,
             shared.setdefault(key[:2], []).append(key)
     found: dict[str, Any] = {}
     for (name, direction), keys in shared.items():
-        pools = {metrics["retrieval"][name][direction]["candidates"] for metrics in told}
+        pools = {metrics["retrieval"][name][direction].get("pool") for metrics in told}
         if len(pools) > 1:
             continue
         sides = [dict(zip(names, np.array([side[key] for key in keys]).T, strict=True)) for side in values]

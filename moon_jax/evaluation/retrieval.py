@@ -9,18 +9,20 @@ would only have to find itself byte for byte; candidates never are. Queries that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from moon_jax import similarity
+from moon_jax.config import UserError
 from moon_jax.data import records
 from moon_jax.data.pipeline import Alteration
 from moon_jax.data.prepared import Prepared
 from moon_jax.evaluation import metrics
 from moon_jax.evaluation.harness import Embedder
-from moon_jax.types import VIEWS
+from moon_jax.types import VIEWS, Product
 
 QUERY_SETS = {
     "products": "products as queries, altered where they share a modality with what they seek",
@@ -108,23 +110,36 @@ def encode(
 
     Args:
         judgements: of prepared.val_queries and prepared.val, by their places; with them nothing else is asked.
+
+    Raises:
+        UserError: a vector is not finite.
     """
     products = records.Chosen(prepared.products, prepared.val)
     # A product without title is sought by itself alone: below -1, apart from every group.
     key = np.where(prepared.group >= 0, prepared.group, -2 - np.arange(len(prepared.group)))
     place = np.array(prepared.val, np.int32)
-    plain, present = embedder.encode_views(products, advance=advance)
+    plain, present = _finite(*embedder.encode_views(products, advance=advance), products)
     queries = {}
     if judgements is None:
-        altered, asks = embedder.encode_views(products, ALTERATION, SEED, advance)
+        altered, asks = _finite(*embedder.encode_views(products, ALTERATION, SEED, advance), products)
         name = "products_trained_on" if prepared.val == prepared.train else "products"
         queries[name] = Queries(place, place, altered, plain, asks, present, metrics.Keys(key[place], key[place]))
     if prepared.val_queries:
         asked, targets = (np.array(column, np.int32) for column in zip(*prepared.val_queries, strict=True))
-        own, own_present = embedder.encode_views(records.Chosen(prepared.products, asked), advance=advance)
+        own_queries = records.Chosen(prepared.products, asked)
+        own, own_present = _finite(*embedder.encode_views(own_queries, advance=advance), own_queries)
         name, relevance = ("judged", judgements) if judgements else ("queries", metrics.Keys(key[targets], key[place]))
         queries[name] = Queries(asked, targets, own, own, own_present, own_present, relevance)
     return Encoded(place, plain, present, queries, getattr(embedder, "rank", similarity.top_k))
+
+
+def _finite(vectors: np.ndarray, present: np.ndarray, products: Sequence[Product]) -> tuple[np.ndarray, np.ndarray]:
+    """Both, if every vector can be compared."""
+    if vectors.dtype.kind == "f":
+        wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=(1, 2)))
+        if len(wrong):
+            raise UserError(f"product {products[int(wrong[0])].id}: its vector is not finite; is the model damaged?")
+    return vectors, present
 
 
 def count(prepared: Prepared, judgements: metrics.Judgements | None = None) -> int:
@@ -170,7 +185,7 @@ def summary(task: Search, measures: dict[str, np.ndarray]) -> dict[str, Any]:
 
     Returns:
         {"R@1": …, "R@5", "R@10", "MRR", "nDCG@10", "mAP", "chance@10", "interval": {"R@1": [low, high], …}, "queries",
-        "candidates"}.
+        "candidates", "pool": which these are: equal ones compare}.
     """
     return {
         **{name: round(float(values.mean()), 4) for name, values in measures.items()},
@@ -178,6 +193,7 @@ def summary(task: Search, measures: dict[str, np.ndarray]) -> dict[str, Any]:
         "interval": {name: metrics.rounded(ends) for name, ends in metrics.intervals(measures).items()},
         "queries": len(task.query_product),
         "candidates": len(task.candidates),
+        "pool": hashlib.blake2b(task.candidate_product.tobytes(), digest_size=4).hexdigest(),
     }
 
 

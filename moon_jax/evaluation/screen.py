@@ -48,10 +48,11 @@ def tables(metrics: dict[str, Any]) -> Iterator[Table]:
     """The scores as tables for the terminal."""
     mark = "synthetic catalogue; " if metrics["synthetic"] else ""
     for name, scores in metrics["retrieval"].items():
-        size = max(entry["candidates"] for entry in scores.values())
+        sizes = {entry["candidates"] for entry in scores.values()}
+        among = f"{max(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
         table = Table(
             min_width=WIDTH,
-            title=f"{mark}R@1 / R@5 / R@10 in percent: {retrieval.QUERY_SETS[name]}; {size:,} candidates",
+            title=f"{mark}R@1 / R@5 / R@10 in percent: {retrieval.QUERY_SETS[name]}; {among} candidates",
         )
         rows = []
         for query in VIEWS:
@@ -91,13 +92,14 @@ def details(metrics: dict[str, Any]) -> Iterator[Table]:
     for name, scores in metrics["retrieval"].items():
         title = f"{mark}in percent, [interval of 95% by the bootstrap over queries]: {retrieval.QUERY_SETS[name]}"
         table = Table(min_width=WIDTH, title=Text(title))
-        for column in ("", "R@10", "MRR", "nDCG@10", "mAP", "queries"):
+        for column in ("", "R@10", "MRR", "nDCG@10", "mAP", "queries", "among"):
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for direction, entry in scores.items():
             low, high = map(_percent, entry["interval"]["R@10"])
             interval = f"[{low}, {high}]" if entry["queries"] >= measures_lib.FEWEST else "[too few]"
             cells = [_percent(entry[measure]) for measure in ("MRR", "nDCG@10", "mAP")]
-            table.add_row(direction, Text(f"{_percent(entry['R@10'])} {interval}"), *cells, f"{entry['queries']:,}")
+            counts = f"{entry['queries']:,}", f"{entry['candidates']:,}"
+            table.add_row(direction, Text(f"{_percent(entry['R@10'])} {interval}"), *cells, *counts)
         yield table
     taught = {name: scores for name, scores in metrics["labels"].items() if scores["known"]}
     if taught:
@@ -126,23 +128,22 @@ def differences(compared: dict[str, Any], ours: str, theirs: str) -> Iterator[Ta
         for column in ("", "R@10", "MRR", "queries"):
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for direction, found in scores.items():
-            cells = [
-                f"{entry['difference']:+.1f} [{entry['low']:+.1f}, {entry['high']:+.1f}]{'*' if entry['told'] else ' '}"
-                for entry in (found["R@10"], found["MRR"])
-            ]
+            few, cells = found["queries"] < measures_lib.FEWEST, []
+            for entry in (found["R@10"], found["MRR"]):
+                interval = "too few" if few else f"{entry['low']:+.1f}, {entry['high']:+.1f}"
+                cells.append(f"{entry['difference']:+.1f} [{interval}]{'*' if entry['told'] else ' '}")
             table.add_row(direction, *map(Text, cells), f"{found['queries']:,}")
         yield table
 
 
 def not_compared(compared: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """The directions that `differences` leaves out, of those in `metrics`."""
-    left = [
-        direction
-        for name, scores in metrics["retrieval"].items()
-        for direction in scores
-        if direction not in compared.get(name, {})
-    ]
-    return ", ".join(dict.fromkeys(left))
+    """The directions that `differences` leaves out, of those in `metrics`, set by set."""
+    told = []
+    for name, scores in metrics["retrieval"].items():
+        left = [direction for direction in scores if direction not in compared.get(name, {})]
+        if left:
+            told.append(f"{', '.join(left)} ({retrieval.QUERY_SETS[name].partition(',')[0]})")
+    return "; ".join(told)
 
 
 def learned(metrics: dict[str, Any], workdir: str | Path) -> list[str]:

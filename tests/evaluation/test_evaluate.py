@@ -218,6 +218,7 @@ def test_the_command_judges_and_compares(prepared, tmp_path, capsys):
         ([], "give a model, or --vectors"),
         (["--model", "bm25", "--vectors", "v"], "give a model, or --vectors"),
         (["--model", "bm25", "--known", "-1"], "--known -1: give 0 or more"),
+        (["--model", "bm25", "--columns", "mbe"], "--columns mbe: of --queries and --qrels"),
         (["--model", "bm25", "--prompt", "a photo"], "write {} where the label belongs"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--model", "bm25", "--data", "nowhere"], "--data nowhere: no such file or folder"),
@@ -253,13 +254,27 @@ def test_an_output_holds_one_evaluation_and_nothing_else(prepared, tmp_path, cap
     ranks = json.loads((output / "compared" / "metrics.json").read_text())["retrieval"]["products"]["i→i"]
     assert " / ".join(f"{ranks[f'R@{k}']:.1f}".replace("100.0", "100") for k in (1, 5, 10)) in said
     assert "had not the same queries and candidates: t→t, t→mm, mm→t" in told
-    # Nothing gives way, and is said to, where the command does not come to it.
-    before, wrong = (output / "metrics.json").read_bytes(), ["--vectors", str(tmp_path), "--data", str(prepared.folder)]
-    assert cli.main(["evaluate", *wrong, "--output", str(output)]) == cli.MISTAKE
-    assert "give way" not in capsys.readouterr().out and (output / "metrics.json").read_bytes() == before
+    # Nothing gives way where the command is refused, however late: no such vectors, nothing to be asked of them, and
+    # the output's own scores, which would be gone before they are read.
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and path.name != "run.log"}
+    wrong = [(["--model", "bm25", "--compare", str(output)], "is the output as well")]
+    for ids, refused in (
+        (["x"], "no vector of any"),
+        ([product.id for product in prepared.products], "nothing to be asked"),
+    ):
+        folder = tmp_path / refused
+        folder.mkdir()
+        rows = {"id": ids, "view": ["mm"] * len(ids), "vector": [[1.0, 0.0]] * len(ids)}
+        pq.write_table(pa.table(rows), folder / "x.parquet")
+        wrong.append((["--vectors", str(folder), "--known", "0"], refused))
+    for flags, refused in wrong:
+        assert cli.main(["evaluate", *flags, "--data", str(prepared.folder), "--output", str(output)]) == cli.MISTAKE
+        assert refused in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in before} == before
     # Again, and alone: nothing of the older comparison is taken for this one's.
     assert cli.main([*given, str(output)]) == 0
     assert "the older scores in" in capsys.readouterr().out and not (output / "compared.json").exists()
+    assert not (output / "compared").exists()
 
 
 def test_vectors_that_nothing_can_be_asked_of_are_a_mistake(first, prepared, tmp_path):
@@ -269,3 +284,45 @@ def test_vectors_that_nothing_can_be_asked_of_are_a_mistake(first, prepared, tmp
     with pytest.raises(UserError, match=r"nothing to be asked of vectors of mm alone.*embed --views t,i,mm"):
         report.evaluate(harness.Vectors(tmp_path), prepared, tmp_path / "o", known=0)
     assert not (tmp_path / "o" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_model_that_is_damaged_is_not_scored(prepared, tmp_path, which):
+    class Damaged(baselines.Colours):
+        calls = 0
+
+        def encode_views(self, *args, **more):
+            vectors, present = super().encode_views(*args, **more)
+            if self.calls == which:
+                vectors[2, 1, 3] = np.nan
+            self.calls += 1
+            return vectors, present
+
+    with pytest.raises(UserError, match=f"product {prepared.products[prepared.val[2]].id}: its vector is not finite"):
+        report.evaluate(Damaged(10**6), prepared, tmp_path, known=0)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_as_many_candidates_are_not_the_same_ones(first, prepared, tmp_path):
+    table = pq.read_table(first[0] / "embeddings" / "val.parquet")
+    ids = [prepared.products[index].id for index in prepared.val]
+    for name, kept in (("a", ids[:-1]), ("b", ids[1:]), ("c", ids[:-1])):
+        (tmp_path / name).mkdir()
+        some = table.filter(pa.compute.is_in(table["id"], pa.array(kept)))
+        pq.write_table(some, tmp_path / name / "x.parquet")
+        report.evaluate(harness.Vectors(tmp_path / name), prepared, tmp_path / f"judged {name}", known=0)
+    assert report.compare(tmp_path / "judged a", tmp_path / "judged c")
+    assert report.compare(tmp_path / "judged a", tmp_path / "judged b") == {}
+
+
+def test_the_command_hands_on_what_is_known_and_how_it_is_asked(model, tokenizer, prepared, tmp_path, monkeypatch):
+    settings, params = model
+    embedder = Embedder(settings, params, tokenizer, "f00d", 1)
+    monkeypatch.setattr(harness, "open_embedder", lambda name, pixels, flag: embedder)
+    given = ["evaluate", "--model", "m", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
+    prompts = ["a photo of {}", "{}"]
+    assert cli.main([*given, "--known", "20", "--prompt", prompts[0], "--prompt", prompts[1]]) == 0
+    expected = report.evaluate(embedder, prepared, tmp_path / "e", known=20, prompts=prompts)["labels"]
+    told = json.loads((tmp_path / "o" / "metrics.json").read_text())["labels"]
+    assert told == json.loads(json.dumps(expected)) and any(scores["known"] for scores in told.values())
+    assert told != report.evaluate(embedder, prepared, tmp_path / "p", known=20)["labels"]

@@ -89,6 +89,8 @@ def test_only_the_last_token_is_asked_where_it_is_pooled(tokenizer):
     np.testing.assert_array_equal(looked.heat, looked.attention[:, :, -1])
     shares = looked.shares(heatmap.look(model, "blue bag").embedding)
     assert not shares[:-1].any() and shares[-1]
+    with pytest.raises(UserError, match="--shares: the model's vectors are its last token's alone"):
+        heatmap.seen(model, {"query": "red shirt", "item": "blue bag"}, None, None, True)
 
 
 def test_tokens_have_their_words_and_places(embedder):

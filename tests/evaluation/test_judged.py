@@ -65,8 +65,10 @@ def test_lines_of_trec_are_known_without_their_ending(prepared, ids, tmp_path, n
     own.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
     expected, found = read(queries, qrels, prepared), read(queries, own, prepared)
     assert found.prepared.fingerprint == expected.prepared.fingerprint and found.left_out == expected.left_out
-    if name.endswith("gz"):
-        own.write_bytes(own.read_bytes()[:-9])
+    own.write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines) if name.endswith("gz") else b"\xef\xbb\xbf" + lines)
+    assert read(queries, own, prepared).prepared.fingerprint == expected.prepared.fingerprint
+    for damaged in (own.read_bytes()[:-9], own.read_bytes()[:12], b"no gzip") if name.endswith("gz") else ():
+        own.write_bytes(damaged)
         with pytest.raises(UserError, match="damaged"):
             read(queries, own, prepared)
 
@@ -116,6 +118,7 @@ def test_what_changes_the_scores_changes_the_data_s_name(prepared, ids, tmp_path
         (None, "q1 0 x", "own.txt 1: 3 words; TREC's qrels have 4"),
         (None, "", "own.txt: holds no judgement"),
         (None, "q1 0 {} good", "own.txt 1: grade 'good' is no number"),
+        (None, "q1 0 {} 1e999", "own.txt 1: grade '1e999' is no number"),
         (None, "q1 0 {} inf", "own.txt 1: grade 'inf' is no number"),
         (None, "q1 0 {0} 1\nq1 0 {0} 2", "own.txt 2: query q1, product"),
         (None, "q1 0 {} 0", "a grade above 0; are the ids the same in queries, qrels"),
@@ -226,11 +229,34 @@ def test_vectors_cannot_tell_a_query_from_a_product(prepared, ids, tmp_path, cap
     assert "--queries, --qrels: they go together" in capsys.readouterr().err
 
 
+def test_a_grade_of_many_digits_is_one_line(prepared, ids, tmp_path):
+    queries, _ = written(tmp_path, ids)
+    (tmp_path / "own.jsonl").write_text(f'{{"query_id": "q1", "product_id": "{ids[0]}", "grade": {"9" * 400}}}')
+    with pytest.raises(UserError, match=r"own.jsonl 1: grade .* is no number"):
+        read(queries, tmp_path / "own.jsonl", prepared)
+
+
+def test_the_command_reads_a_map_and_draws_what_only_one_direction_has(prepared, ids, tmp_path):
+    """BEIR's names by --columns; queries of text and image against vectors of images."""
+    rng = np.random.default_rng(0)
+    rows = [(i, "i", rng.normal(size=4).tolist()) for i in ids] + [("q1", "mm", rng.normal(size=4).tolist())]
+    (tmp_path / "v").mkdir()
+    columns_ = dict(zip(("id", "view", "vector"), map(list, zip(*rows, strict=True)), strict=True))
+    pq.write_table(pa.table(columns_), tmp_path / "v" / "x.parquet")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"_id": "q1", "text": "red mug"}))
+    (tmp_path / "q.tsv").write_text(f"query-id\tcorpus-id\tscore\nq1\t{ids[0]}\t2")
+    given = [*command(prepared, tmp_path), "--queries", str(tmp_path / "q.jsonl"), "--qrels", str(tmp_path / "q.tsv")]
+    assert cli.main([*given, "--columns", "beir"]) == 0
+    assert set(json.loads((tmp_path / "o" / "metrics.json").read_text())["retrieval"]["judged"]) == {"mm→i"}
+    assert (tmp_path / "o" / "pictures" / "gallery.png").is_file()
+    assert cli.main(given) == cli.MISTAKE
+
+
 def test_a_query_that_the_model_cannot_see_is_told(prepared, ids, tmp_path, capsys):
     queries, qrels = written(tmp_path, ids, "txt")
     given = ["evaluate", "--model", "bm25", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
     assert cli.main([*given, "--queries", str(queries), "--qrels", str(qrels)]) == 0
-    assert "1 of 2 queries are asked in no direction" in capsys.readouterr().out  # of an image
+    assert "1 of 2 (your queries) are asked in no direction" in capsys.readouterr().out  # of an image
 
 
 def test_both_files_are_read_before_a_model_is_opened(prepared, ids, tmp_path, capsys):

@@ -65,6 +65,10 @@ def test_words_of_labels_are_struck_with_their_plurals_and_hyphens():
         ("Toy", "toys", ""),
         ("Dress", "Dr. Who's dresses", "Dr. Who's"),
         ("Red", "reduced predator", "reduced predator"),
+        # Vowels are marks on letters here, and no words of their own.
+        ("लाल", "नीला सूती कलम लंबा थैला", "नीला सूती कलम लंबा थैला"),
+        ("लाल", "लाल सूती थैला", "सूती थैला"),
+        ("אָדֹם", "תיק אָדֹם", "תיק"),
     ],
 )
 def test_plurals_accents_and_possessives_are_struck_and_seen(label, text, rest):
@@ -227,3 +231,20 @@ def test_prompts_are_averaged():
     found = labels.label_vectors(Words(), ["red", "navy blue"], ["{}", "a {}"])
     expected = np.array([[1, 1, 0], [0, 1, 1]]) / np.sqrt(2)
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_of_given_vectors_no_title_is_asked_where_one_holds_a_label():
+    """Those that hold none are few, and not like the others."""
+    products = [Product(id=str(n), text=text, images=(b"x",), attributes={"colour": colour})
+                for n, (text, colour) in enumerate((("red mug", "red"), ("mug", "red"), ("cup", "blue"), ("jug", "blue")))]  # fmt: skip
+
+    class Given:
+        fixed = True
+
+    vectors, present = np.ones((4, 3, 2), np.float32), np.ones((4, 3), bool)
+    data = prepared_of(products)
+    for task in labels.tasks(data):
+        assert list(task.struck) == [0]
+        encoded = retrieval.Encoded(np.arange(4), vectors, present, {})
+        _, kept = labels._anew(Given(), data, list(data.val), task.struck, encoded.candidates, encoded.present, int)
+        np.testing.assert_array_equal(kept, [[False, True, False]] * 4)
