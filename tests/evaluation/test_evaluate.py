@@ -281,7 +281,7 @@ def test_vectors_that_nothing_can_be_asked_of_are_a_mistake(first, prepared, tmp
     """What `embed` writes by default: each product by all that it has."""
     table = pq.read_table(first[0] / "embeddings" / "val.parquet")
     pq.write_table(table.filter(pa.compute.equal(table["view"], "mm")), tmp_path / "mm.parquet")
-    with pytest.raises(UserError, match=r"nothing to be asked of vectors of mm alone.*embed --views t,i,mm"):
+    with pytest.raises(UserError, match=r"nothing to be asked: vectors of mm alone.*embed --views t,i,mm"):
         report.evaluate(harness.Vectors(tmp_path), prepared, tmp_path / "o", known=0)
     assert not (tmp_path / "o" / "metrics.json").exists()
 

@@ -235,8 +235,8 @@ def test_prompts_are_averaged():
 
 def test_of_given_vectors_no_title_is_asked_where_one_holds_a_label():
     """Those that hold none are few, and not like the others."""
-    products = [Product(id=str(n), text=text, images=(b"x",), attributes={"colour": colour})
-                for n, (text, colour) in enumerate((("red mug", "red"), ("mug", "red"), ("cup", "blue"), ("jug", "blue")))]  # fmt: skip
+    titles = {"red mug": "red", "mug": "red", "cup": "blue", "jug": "blue"}
+    products = [Product(text=text, images=(b"x",), attributes={"colour": titles[text]}) for text in titles]
 
     class Given:
         fixed = True
