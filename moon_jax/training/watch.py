@@ -190,6 +190,7 @@ class Watch:
             TextColumn("{task.fields[note]}"),
             console=self.console,
             transient=True,
+            speed_estimate_period=3600.0,  # pieces of work may take minutes each
         )
         shown = self.console.is_terminal
         task = bar.add_task(what, total=total, completed=start, rate="", note="")

@@ -1,11 +1,14 @@
 """What a run tells of its time and its chips, and how it reads its own log again."""
 
+import io
+import re
 import sys
 import time
 from types import SimpleNamespace
 
 import jax
 import pytest
+from rich.console import Console
 
 import moon_jax
 from moon_jax.config import UserError
@@ -109,3 +112,14 @@ def test_a_trace_of_chosen_steps(catalogue, tmp_path, monkeypatch):
     for wrong in ("3:2", "0:1", "5", "a:b"):
         with pytest.raises(UserError, match="write FIRST:LAST"):
             watch.parse_profile(wrong)
+
+
+def test_the_time_left_is_told_of_long_pieces_of_work():
+    """Of minutes each, as the directions of a large evaluation are."""
+    seconds = 0.0
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, get_time=lambda: seconds)
+    with watch.Watch(console=console).progress("evaluating", 9) as advance:
+        for _ in range(4):
+            seconds += 60.0
+            advance()
+    assert "0:05:00 left" in re.sub(r"\x1b\[[\d;?]*\w", "", console.file.getvalue())
