@@ -481,9 +481,14 @@ def test_an_interrupt_says_what_the_same_command_does(monkeypatch, capsys, comma
     def interrupted(parsed, overrides):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(commands.COMMANDS, command, interrupted)
-    assert cli.main([command, *GIVEN[command]]) == 130
-    assert capsys.readouterr().err == f"moon-jax: interrupted; {said}\n"
+    def stopped(parsed, overrides):
+        interrupt.terminate()
+        interrupt.check()
+
+    for stop, code, how in ((interrupted, 130, "interrupted"), (stopped, 0, "stopped by SIGTERM")):
+        monkeypatch.setitem(commands.COMMANDS, command, stop)
+        assert cli.main([command, *GIVEN[command]]) == code
+        assert capsys.readouterr().err == f"moon-jax: {how}; {said}\n"
 
 
 @pytest.mark.parametrize(("command", "place"), [("search", "--faiss f"), ("heatmap", "--output o.png")])

@@ -162,3 +162,10 @@ def test_vectors_that_are_none_are_refused(tmp_path, rows, said):
 def test_names_of_baselines_are_models(tmp_path):
     assert harness.open_embedder("bm25", 10**6).name == "BM25"
     assert harness.open_embedder("colours", 10**6).name == "colour histogram"
+
+
+def test_given_vectors_may_be_of_any_length(tmp_path):
+    rows = [("a", "t", [3e25, 4e25]), ("b", "t", [-3e-25, 4e-25])]
+    vectors = harness.Vectors(written(tmp_path / "v", rows))
+    found, _ = vectors.encode_views([Product(id="a"), Product(id="b")])
+    np.testing.assert_allclose(found[:, 0], [[0.6, 0.8], [-0.6, 0.8]], atol=1e-6)

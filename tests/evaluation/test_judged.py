@@ -56,18 +56,18 @@ def written(folder, ids, format="jsonl"):
     return queries, qrels
 
 
-@pytest.mark.parametrize("name", ["qrels.tsv", "qrels.txt.gz", "qrels.tsv.gz"])
+@pytest.mark.parametrize("name", ["qrels.tsv", "qrels.txt.gz", "qrels.TSV.GZ"])
 def test_lines_of_trec_are_known_without_their_ending(prepared, ids, tmp_path, name):
     """MS MARCO's qrels.*.tsv have no header."""
     queries, qrels = written(tmp_path, ids, "txt")
     lines = "\n".join("\t".join(line.split()) for line in qrels.read_text().splitlines()).encode()
     own = tmp_path / name
-    own.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    own.write_bytes(gzip.compress(lines) if name.lower().endswith("gz") else lines)
     expected, found = read(queries, qrels, prepared), read(queries, own, prepared)
     assert found.prepared.fingerprint == expected.prepared.fingerprint and found.left_out == expected.left_out
-    own.write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines) if name.endswith("gz") else b"\xef\xbb\xbf" + lines)
+    own.write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines) if name.lower().endswith("gz") else b"\xef\xbb\xbf" + lines)
     assert read(queries, own, prepared).prepared.fingerprint == expected.prepared.fingerprint
-    for damaged in (own.read_bytes()[:-9], own.read_bytes()[:12], b"no gzip") if name.endswith("gz") else ():
+    for damaged in (own.read_bytes()[:-9], own.read_bytes()[:12], b"no gzip") if name.lower().endswith("gz") else ():
         own.write_bytes(damaged)
         with pytest.raises(UserError, match="damaged"):
             read(queries, own, prepared)
