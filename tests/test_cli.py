@@ -458,50 +458,6 @@ def test_a_launcher_may_give_a_stop_a_code_of_its_own(monkeypatch, capsys, given
     assert not interrupt.REQUESTED.is_set()
 
 
-GIVEN = {
-    "train": ["--config", "quickstart", "--workdir", "w"],
-    "embed": ["--model", "m", "--data", "d", "--output", "o"],
-    "evaluate": ["--model", "m", "--data", "d", "--output", "o"],
-    "search": ["--index", "v", "--faiss", "f"],
-    "heatmap": ["--model", "m", "--text", "x", "--output", "o.png"],
-}
-
-
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        ("train", "the same command goes on from here"),
-        ("embed", "the same command goes on with the files that are not whole"),
-        ("evaluate", "the same command starts anew"),
-        ("search", "the same command starts anew"),
-        ("heatmap", "the same command starts anew"),
-    ],
-)
-def test_an_interrupt_says_what_the_same_command_does(monkeypatch, capsys, command, said):
-    def interrupted(parsed, overrides):
-        raise KeyboardInterrupt
-
-    def stopped(parsed, overrides):
-        interrupt.terminate()
-        interrupt.check()
-
-    for stop, code, how in ((interrupted, 130, "interrupted"), (stopped, 0, "stopped by SIGTERM")):
-        monkeypatch.setitem(commands.COMMANDS, command, stop)
-        assert cli.main([command, *GIVEN[command]]) == code
-        assert capsys.readouterr().err == f"moon-jax: {how}; {said}\n"
-
-
-@pytest.mark.parametrize(("command", "place"), [("search", "--faiss f"), ("heatmap", "--output o.png")])
-def test_a_disk_that_is_full_is_one_line(monkeypatch, capsys, command, place):
-    def full(parsed, overrides):
-        raise OSError(errno.ENOSPC, "no room")
-
-    monkeypatch.setitem(commands.COMMANDS, command, full)
-    assert cli.main([command, *GIVEN[command]]) == cli.MISTAKE
-    told = f"moon-jax: {place}: {os.strerror(errno.ENOSPC)}; make room, then give the same command again\n"
-    assert capsys.readouterr().err == told
-
-
 def test_what_may_go_well_later_has_an_exit_code_of_its_own(monkeypatch, capsys):
     def unavailable(parsed, overrides):
         raise Unavailable("gs://shop/run: no answer")

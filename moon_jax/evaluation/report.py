@@ -47,6 +47,10 @@ def evaluate(
 
     Returns:
         What metrics.json holds; docs/workdir.md tells it.
+
+    Raises:
+        UserError: no product has a vector, one is not finite, or of given vectors nothing can be asked; the older
+            scores there stay.
     """
     workdir = Path(workdir)
     report = report or Watch(workdir)
@@ -76,15 +80,14 @@ def evaluate(
     category = _category(tasks, prepared)
     with report.progress("evaluating", len(widths) * (asked_in + len(answers))) as advance:
         judged: dict[int, dict[str, Any]] = {}
+        of_queries = []  # of all dimensions
         for width in widths:
             scores: dict[str, Any] = {name: {} for name in encoded.queries}
             categories: dict[str, Any] = {name: {} for name in encoded.queries}
-            of_queries, places = [], {name: set() for name in encoded.queries}
             for name, direction, task, measures in retrieval.directions(
                 encoded.truncated(width) if width < dimension else encoded
             ):
                 scores[name][direction] = retrieval.summary(task, measures)
-                places[name].update(task.query_product.tolist())
                 if width == dimension:
                     categories[name][direction] = retrieval.by_category(task, measures, category)
                     of_queries.append((name, direction, task, measures))
@@ -97,7 +100,6 @@ def evaluate(
             judged[width] = {"retrieval": {name: found for name, found in scores.items() if found}, "labels": told}
             if width == dimension:
                 judged[width]["categories"] = {name: found for name, found in categories.items() if category and found}
-                told_queries = of_queries
     whole = judged.pop(dimension)
     answered = bool(whole["retrieval"]) or any(map(_answered, whole["labels"].values()))
     if getattr(embedder, "fixed", False) and not answered:
@@ -107,14 +109,15 @@ def evaluate(
             why = "no query has a vector, under its query_id, that some product of its answers has as well"
         raise UserError(f"{embedder.name}: nothing to be asked: {why}")
     for name, asked_with in encoded.queries.items():
-        silent = len(asked_with.product) - len(places[name])
+        spoke = {index for part, _, task, _ in of_queries if part == name for index in task.query_product.tolist()}
+        silent = len(asked_with.product) - len(spoke)
         if silent:
             which = retrieval.QUERY_SETS[name].partition(",")[0]
             told = "the model sees none of their views, or nothing that answers them"
             report.line(f"{silent:,} of {len(asked_with.product):,} ({which}) are asked in no direction: {told}")
     for old in (METRICS, QUERIES, EMBEDDINGS, COMPARED, "pictures/directions.png", "pictures/gallery.png"):
         (workdir / old).unlink(missing_ok=True)
-    write_queries(workdir / QUERIES, prepared, told_queries, _name(embedder))
+    write_queries(workdir / QUERIES, prepared, of_queries, _name(embedder))
     metrics = {
         "step": getattr(embedder, "step", None),
         "model": _name(embedder),
