@@ -12,11 +12,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["moon_jax", "moon_jax.*"]),
+    # configs/ lies at the top of the repository, and is installed within the package.
+    packages=[*find_packages(include=["moon_jax", "moon_jax.*"]), "moon_jax.configs"],
+    package_dir={"moon_jax.configs": "configs"},
     # A path in place of a finder: else a folder that is named like the package, say the clone, hides it.
     options={"editable_wheel": {"mode": "compat"}},
     entry_points={"console_scripts": ["moon-jax = moon_jax.cli:console"]},
-    package_data={"moon_jax.data": ["maps/*.json"]},
+    package_data={"moon_jax.ingest": ["maps/*.json"]},
     install_requires=[
         "array_record>=0.8",
         "duckdb>=1.4",

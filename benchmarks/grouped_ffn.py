@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from moon_jax import backend
-from moon_jax.model import bank, experts, router
+from moon_jax.model import experts, grouped_matmul, router
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
         routing = router.route(hidden, kernel, per_token)
         place, order, sizes = experts.sort_routes(routing.index, jnp.ones(routing.index.shape, bool), count)
         rows = experts.permute(jnp.repeat(hidden, per_token, axis=0), order, place)
-        y = experts.permute(bank.ragged(rows, gate_up, down, sizes, jax.lax.ragged_dot), place, order)
+        y = experts.permute(grouped_matmul.ragged(rows, gate_up, down, sizes, jax.lax.ragged_dot), place, order)
         y = jnp.einsum("tk,tkd->td", jnp.take_along_axis(routing.gate, routing.index, 1), y.reshape(tokens, -1, width))
         return jnp.vdot(y, cotangent, preferred_element_type=jnp.float32)
 

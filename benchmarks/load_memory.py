@@ -24,9 +24,9 @@ ROWS = {
     "dense": ["experts.count=0"],
     "dense, bfloat16": ["experts.count=0", "training.param_dtype=bfloat16"],
     "upcycled": ["experts.count=4"],
-    "upcycled, half redrawn": ["experts.count=4", "experts.redrawn=0.5"],
+    "upcycled, half redrawn": ["experts.count=4", "experts.reinitialized=0.5"],
     "upcycled, eight devices": ["experts.count=4", "mesh.data=1", "mesh.fsdp=8"],
-    "redrawn, eight devices": ["experts.count=4", "experts.redrawn=0.5", "mesh.data=1", "mesh.fsdp=8"],
+    "redrawn, eight devices": ["experts.count=4", "experts.reinitialized=0.5", "mesh.data=1", "mesh.fsdp=8"],
 }
 
 

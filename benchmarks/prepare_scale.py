@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from moon_jax.data import synthetic
+from moon_jax.ingest import synthetic
 
 RENDERED = 1000
 

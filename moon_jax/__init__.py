@@ -13,7 +13,7 @@ _HOME = {
     "Product": "moon_jax.types",
     "Config": "moon_jax.config",
     "load": "moon_jax.serving.embedder",
-    "train": "moon_jax.evaluation.training",
+    "train": "moon_jax.evaluation.validation",
     "evaluate": "moon_jax.evaluation.report",
 }
 

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import jax
+
+COMPILATIONS: Counter[str] = Counter()
+"""How often this process compiled each jitted function, by function name; counted from JAX's own events."""
+
+
+def _count(event: str, duration: float, **details: Any) -> None:
+    del duration
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILATIONS[details.get("fun_name", "").removeprefix("jit(").removesuffix(")")] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 def platform() -> str:

@@ -3,14 +3,76 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import os
 import re
 import sys
+from typing import NoReturn
 
-from moon_jax import commands, flags, interrupt, places
-from moon_jax import config as config_lib
-from moon_jax.config import UserError
+from moon_jax import commands, interrupt, storage
+from moon_jax.errors import Unavailable, UserError, printable
+
+DESCRIPTION = """\
+MOON2.0 in JAX: one model embeds a product from its text, its image or both into one space.
+
+examples:
+  moon-jax quickstart                                              the whole method on a rendered catalogue
+  moon-jax quickstart --data catalogue/ --workdir runs/first       on your own
+  moon-jax prepare --data catalogue/ --output prepared             any catalogue or log, into records
+  moon-jax augment --data prepared --output augmented              enriched titles and expanded images beside them
+  moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
+  moon-jax export --model runs/2b --output served --verify
+  moon-jax evaluate --model runs/2b --data prepared --output judged  and compare it with others
+  moon-jax embed --model runs/2b --data prepared --output vectors
+  moon-jax search --index vectors --model runs/2b --text 'red shoe'
+  moon-jax plan --config moon2_qwen3vl_2b --topology v5p:4x4x4     what a step costs there, before renting it
+  moon-jax train --help
+"""
+
+RENAMED = {"--known": "--probe-products", "--shares": "--contributions"}
+"""Flags that had another name once."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help has examples")
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command with its flags, and the overrides `--config.a.b=value`.
+
+    Raises:
+        UserError: anything else on the command line; the message names the closest flag.
+    """
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = Parser("moon-jax", description=DESCRIPTION, **layout)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in commands.NAMES:
+        command = commands.load(name)
+        command.add_arguments(subparsers.add_parser(name, help=command.HELP, description=command.DESCRIPTION, **layout))
+    parsed, rest = parser.parse_known_args(arguments)
+    flags = [f"--{name.replace('_', '-')}" for name in vars(parsed) if name != "command"]
+    for argument in rest:
+        if not argument.startswith("--config.") or "=" not in argument:
+            raise UserError(f"{argument}: not understood; {_hint(argument, flags, subparsers.choices)}")
+    return parsed, rest
+
+
+def _hint(argument: str, flags: list[str], choices: dict[str, argparse.ArgumentParser]) -> str:
+    """What to write in place of an argument that the command does not have."""
+    given = argument.partition("=")[0]
+    if given in RENAMED:
+        return f"this flag is called {RENAMED[given]} now"
+    close = difflib.get_close_matches(given, flags, n=1)
+    others = [name for name, one in choices.items() if given in re.findall(r"--[\w-]+", one.format_usage())]
+    if given.startswith("--") and others:
+        return f"moon-jax {others[0]} has this flag"
+    if close:
+        return f"the closest flag is {close[0]}"
+    return "options of the config are written --config.a.b=value"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,10 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str] | None) -> int:
     try:
-        parsed, overrides = flags.parse(arguments)
-        commands.COMMANDS[parsed.command](parsed, overrides)
+        parsed, overrides = parse(arguments)
+        commands.load(parsed.command).run(parsed, overrides)
     except UserError as error:
-        return _fail(str(error), AGAIN if isinstance(error, config_lib.Unavailable) else MISTAKE, error.shared)
+        return _fail(str(error), AGAIN if isinstance(error, Unavailable) else MISTAKE, error.shared)
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
@@ -42,18 +104,12 @@ def _main(arguments: list[str] | None) -> int:
         told = f"another process was lost ({why}); start all again: the run goes on from its newest checkpoint"
         return _fail(told, AGAIN)
     except KeyboardInterrupt:
-        again = f"the same command {GOES_ON.get(parsed.command, 'goes on from here')}"
+        again = f"the same command {commands.load(parsed.command).AFTER_STOP}"
         if interrupt.TERMINATED.is_set():
             return _fail(f"stopped by SIGTERM; {again}", _stop_code(), shared=True)
         return _fail(f"interrupted; {again}", 130)
     return 0
 
-
-GOES_ON = {
-    **dict.fromkeys(("export", "plan", "evaluate", "search", "heatmap"), "starts anew"),
-    "embed": "goes on with the files that are not whole",
-}
-"""What a command that was interrupted does when it is given again, where it does not go on from there."""
 
 MISTAKE = 2
 """The exit code where a person must mend something."""
@@ -80,11 +136,11 @@ def _stop_code() -> int:
 def _fail(message: str, code: int, shared: bool = False) -> int:
     """Tells it in one line, but what is `shared` in one process only; gives the exit code."""
     if shared and interrupt.RELAY.is_set():
-        from moon_jax import hosts
+        from moon_jax import distributed
 
-        if not hosts.first():
+        if not distributed.is_primary():
             return code
-    print(f"moon-jax: {config_lib.printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"moon-jax: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -117,7 +173,7 @@ def console() -> None:
     sys.stderr.flush()
     if code:
         # Threads of libraries may still work on what failed: they are not waited for, nor what they say at the end.
-        places.remove_copies()
+        storage.remove_copies()
         os._exit(code)
 
 

@@ -1,6 +1,6 @@
 """Every option, once: its default, its type, one line of doc. The only place for a default.
 
-A file of `moon_jax/configs/` returns an `ml_collections.ConfigDict` of *differences* from these defaults; `resolve`
+A file of `configs/` returns an `ml_collections.ConfigDict` of *differences* from these defaults; `resolve`
 applies it, and refuses keys that do not exist and differences that are none. The defaults describe the paper's
 setting on a Qwen3-VL-2B backbone. What the paper does not state is ours (the docs of such options say "ours").
 """
@@ -16,21 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-
-class UserError(Exception):
-    """A mistake of the user's: one line that names the culprit, what was expected, and the remedy."""
-
-    shared = False  # whether all processes of a run meet it: the first then tells it for all
-
-
-class Unavailable(UserError):
-    """Nobody's mistake: a disk, a bucket or a process that does not answer. The same again may go well later."""
-
-
-def printable(text: str) -> str:
-    """`text` as a terminal may show it: without control characters, which could move the cursor or worse."""
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else "�" for sign in text)
-
+from moon_jax.errors import UserError
 
 FRAMES = 2  # that the patch kernel spans, in all of Qwen3-VL; a still image is repeated
 
@@ -92,7 +78,7 @@ class Experts:
     capacity: float = option(1.25, "room of an expert in expert-parallel training, in even shares; 0 drops no token")
     router_term: str = option("none", "what the router adds for the token's view: none (paper), learned or hard")
     router_init: float = option(0.02, "standard deviation of the router's start; zero would tie all experts")
-    redrawn: float = option(0.0, "share of each expert's inner units drawn anew when a dense model is upcycled")
+    reinitialized: float = option(0.0, "share of each expert's inner units drawn anew when a dense model is upcycled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +105,7 @@ class Data:
     max_pixels: int = option(178_956_970, "an image of more pixels is refused before it is decoded")
     keep_word: float = option(0.7, "a training query keeps each word with this probability, at least two")
     crop: tuple[float, float] = option((0.7, 1.0), "area of the crop of a training query's image")
-    mirror: float = option(0.5, "probability that a training query's image is mirrored")
+    flip: float = option(0.5, "probability that a training query's image is mirrored")
     mixture: tuple[float, ...] = option(
         (), "shares of t, i and mm among queries, each of one view; empty: of all (paper)"
     )
@@ -156,7 +142,9 @@ class Training:
     router_learning_rate: float = option(1e-4, "router (ours)")
     dual_learning_rate: float = option(1e-2, "W* (ours)")
     temperature_learning_rate: float = option(0.0, "log temperatures; 0 keeps them fixed, as the paper does")
-    rates: tuple[str, ...] = option((), "PATTERN=FACTOR of learning rates by path, the first counts; 0 freezes")
+    learning_rate_factors: tuple[str, ...] = option(
+        (), "PATTERN=FACTOR of learning rates by path, the first counts; 0 freezes"
+    )
     warmup: float = option(0.03, "share of the steps that warm up")
     min_warmup: int = option(100, "least number of warm-up steps")
     betas: tuple[float, float] = option((0.9, 0.98), "decay of the optimizer's moments, where it has them")
@@ -166,7 +154,7 @@ class Training:
     dtype: str = option("float32", "dtype of the computation; norms, softmax, router and pooling stay float32")
     remat: str = option("full", "recomputed backwards: full, all of a layer; selective, no product with weights; none")
     log_every: int = option(10, "steps between metric lines")
-    bad_steps: int = option(20, "so many steps in a row that are not finite end the run")
+    max_bad_steps: int = option(20, "so many steps in a row that are not finite end the run")
     save_every: int = option(500, "steps between checkpoints")
     keep: int = option(3, "newest checkpoints that are kept")
     keep_every: int = option(0, "checkpoints of every so many steps are kept as well; 0 keeps none")
@@ -225,11 +213,6 @@ def period(config: Config) -> int:
     return next(p for p in range(1, len(sparse) + 1) if sparse == sparse[:p] * (len(sparse) // p))
 
 
-def row_text(config: Config) -> int:
-    """Text tokens of a training row's product: it may hold an enriched title beside its own."""
-    return config.data.text_tokens * (2 if config.data.augmented == "all" else 1)
-
-
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name → value of every option."""
     found = {}
@@ -250,7 +233,7 @@ ANY_LENGTH = {
     "data.mixture": float,
     "experts.dense_layers": int,
     "objective.matryoshka": int,
-    "training.rates": str,
+    "training.learning_rate_factors": str,
 }
 """Options that hold as many values as one likes, of this type."""
 
@@ -266,6 +249,15 @@ CHOICES = {
     "training.remat": ("full", "selective", "none"),
 }
 """Options that are one of these words."""
+
+
+RENAMED = {
+    "data.mirror": "data.flip",
+    "experts.redrawn": "experts.reinitialized",
+    "training.bad_steps": "training.max_bad_steps",
+    "training.rates": "training.learning_rate_factors",
+}
+"""Options that had another name once."""
 
 
 def _coerce(name: str, value: Any, default: Any) -> Any:
@@ -299,6 +291,8 @@ def replace(config: Config, values: dict[str, Any]) -> Config:
             group = [option for option in known if option.startswith(f"{name}.")]
             if group:
                 raise UserError(f"config.{name}: a group of options, such as config.{group[0]}; name one of them")
+            if name in RENAMED:
+                raise UserError(f"config.{name}: this option is called config.{RENAMED[name]} now")
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise UserError(f"config.{name}: no such option; the closest is config.{close[0]}")
         known[name] = _coerce(name, value, defaults[name])
@@ -356,7 +350,7 @@ def check(config: Config) -> Config:
             experts.count == 0 or language.width not in (experts.width, 2 * experts.width),
             "experts.width must be neither language.width nor half of it: no Hugging Face folder could hold the model",
         ),
-        (experts.redrawn <= 1, "experts.redrawn must lie between 0 and 1"),
+        (experts.reinitialized <= 1, "experts.reinitialized must lie between 0 and 1"),
         (
             TEMPLATES.get(config.data.template, config.data.template).count("{}") == 1,
             f"data.template must be one of {', '.join(TEMPLATES)}, or a text with one {{}} in it",
@@ -392,8 +386,8 @@ def check(config: Config) -> Config:
         (min(config.objective.temperature) > 0, "objective.temperature must be positive"),
         (max(config.training.betas) < 1, "training.betas must lie below 1"),
         (
-            all(re.fullmatch(r"[^=]+=[0-9.e+-]*[0-9.]", rate) for rate in config.training.rates),
-            "training.rates must be of the form PATTERN=FACTOR, such as encoder/vision/*=0",
+            all(re.fullmatch(r"[^=]+=[0-9.e+-]*[0-9.]", rate) for rate in config.training.learning_rate_factors),
+            "training.learning_rate_factors must be of the form PATTERN=FACTOR, such as encoder/vision/*=0",
         ),
         (
             config.training.keep_every % config.training.save_every == 0,
@@ -410,6 +404,14 @@ def check(config: Config) -> Config:
     return config
 
 
+def _flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name → value of a nested dict or ConfigDict."""
+    flat = {}
+    for key, value in nested.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
+    return flat
+
+
 def resolve(differences: Any, base: dict[str, Any] | None = None) -> Config:
     """The defaults with an `ml_collections.ConfigDict` (or nested dict) of differences applied.
 
@@ -419,14 +421,7 @@ def resolve(differences: Any, base: dict[str, Any] | None = None) -> Config:
     Raises:
         UserError: also for a difference that restates its default.
     """
-
-    def flatten(part: Any, prefix: str = "") -> dict[str, Any]:
-        flat = {}
-        for key, value in part.items():
-            flat |= flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
-        return flat
-
-    values = flatten(differences)
+    values = _flatten(differences)
     base = base or {}
     config = replace(Config(), base | values)
     defaults = leaves(Config())
@@ -436,18 +431,27 @@ def resolve(differences: Any, base: dict[str, Any] | None = None) -> Config:
     return config
 
 
+def shipped_configs() -> Path:
+    """The folder of the shipped configs: installed within the package, in a clone at the top of the repository."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
 def load(source: str, base: dict[str, Any] | None = None) -> Config:
-    """A config by the name of a file in moon_jax/configs, or by path: Python with `get_config()`, or a config.json.
+    """A config by name (quickstart, or configs/quickstart.py), or by path: Python with `get_config()`, or config.json.
 
     A Python config is code and is run: load only what you trust.
 
     Args:
         base: see `resolve`; a config.json holds every option, and leaves it no place.
     """
-    shipped = Path(__file__).parent / "configs"
-    path = Path(source) if source.endswith((".py", ".json")) else shipped / f"{source}.py"
+    shipped, path = shipped_configs(), Path(source)
+    if not source.endswith((".py", ".json")):
+        path = shipped / f"{source}.py"
+    elif path.parent == Path("configs") and not path.is_file():
+        path = shipped / path.name
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in shipped.glob("*.py") if p.stem != "__init__"))
+        names = ", ".join(sorted(p.stem for p in shipped.glob("*.py")))
         raise UserError(f"--config {source}: no such config; give a path, or one of: {names}")
     if path.suffix == ".json":
         return read_json(path)
@@ -484,12 +488,7 @@ def to_json(config: Config) -> str:
 def read_json(path: Path) -> Config:
     """A config from a file that `to_json` wrote."""
     try:
-        nested = json.loads(path.read_text(encoding="utf-8"))
-        values = {}
-        for key, value in nested.items():
-            values |= (
-                {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
-            )
+        values = _flatten(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, AttributeError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path}: not a config written by moon_jax ({error})") from None
     return replace(Config(), values)

@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
+from moon_jax.errors import UserError
 from moon_jax.types import Array, Batch
 
 AXES = ("data", "fsdp", "expert", "tensor")

@@ -25,9 +25,10 @@ import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from moon_jax import config as config_lib  # noqa: E402
-from moon_jax.data import prepare, text  # noqa: E402
+from moon_jax.data import text  # noqa: E402
 from moon_jax.data.prepared import Prepared  # noqa: E402
-from moon_jax.data.synthetic import SCHEMA  # noqa: E402
+from moon_jax.ingest import prepare  # noqa: E402
+from moon_jax.ingest.synthetic import SCHEMA  # noqa: E402
 
 CACHE = ROOT / ".jax_cache" / f"{sys.version_info.major}.{sys.version_info.minor}"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 def start(arguments: list[object]) -> subprocess.Popen:
     """moon-jax with small chunks, units and shards, in a session of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.data.small", *map(str, arguments)],
+        [sys.executable, "-m", "tests.ingest.small", *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

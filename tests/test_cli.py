@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import moon_jax
-from moon_jax import cli, commands, interrupt
-from moon_jax.config import Unavailable
-from moon_jax.training import watch
+from moon_jax import cli, commands, interrupt, progress
+from moon_jax.errors import Unavailable
 from tests.conftest import SCHEMA, jpeg, overrides, tiny
 from tests.training.test_run import environment
 
@@ -34,7 +33,7 @@ def one_line(capsys, *arguments):
     return told
 
 
-@pytest.mark.parametrize("command", ["", *commands.COMMANDS])
+@pytest.mark.parametrize("command", ["", *commands.NAMES])
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as done:
         cli.main([command, "--help"] if command else ["--help"])
@@ -439,7 +438,7 @@ def test_a_second_ctrl_c_ends_the_process(catalogue, tmp_path):
 def test_a_swallowed_interrupt_is_met_at_the_next_progress():
     interrupt.REQUESTED.set()
     try:
-        with pytest.raises(KeyboardInterrupt), watch.Watch().progress("work", 3) as advance:
+        with pytest.raises(KeyboardInterrupt), progress.Terminal().progress("work", 3) as advance:
             advance()
     finally:
         interrupt.REQUESTED.clear()
@@ -451,7 +450,7 @@ def test_a_launcher_may_give_a_stop_a_code_of_its_own(monkeypatch, capsys, given
         interrupt.terminate()
         interrupt.check()
 
-    monkeypatch.setitem(commands.COMMANDS, "train", stopped)
+    monkeypatch.setattr("moon_jax.commands.train.run", stopped)
     monkeypatch.setenv(cli.STOP_CODE, given)
     assert cli.main(["train", "--config", "quickstart", "--workdir", "w"]) == code
     assert capsys.readouterr().err == "moon-jax: stopped by SIGTERM; the same command goes on from here\n"
@@ -462,7 +461,7 @@ def test_what_may_go_well_later_has_an_exit_code_of_its_own(monkeypatch, capsys)
     def unavailable(parsed, overrides):
         raise Unavailable("gs://shop/run: no answer")
 
-    monkeypatch.setitem(commands.COMMANDS, "train", unavailable)
+    monkeypatch.setattr("moon_jax.commands.train.run", unavailable)
     assert cli.main(["train", "--config", "quickstart", "--workdir", "w"]) == cli.AGAIN == 1
     assert capsys.readouterr().err == "moon-jax: gs://shop/run: no answer\n"
 

@@ -10,8 +10,8 @@ import pytest
 
 from moon_jax import config as config_lib
 from moon_jax import sharding
-from moon_jax.config import UserError
 from moon_jax.data import rows as rows_lib
+from moon_jax.errors import UserError
 from moon_jax.hub import keys
 from moon_jax.training.step import initial_state
 from tests.conftest import tiny

@@ -151,14 +151,14 @@ def test_top_k_reads_slices_alone(small):
 
 
 def test_top_k_compiles_once_for_any_number_of_candidates(small):
-    from moon_jax.training import watch
+    from moon_jax import backend
 
     queries, candidates = random((16, 5), 0), random((9000, 5), 1)
     similarity.top_k(queries, candidates[:1024], 7, jax.devices()[:1])
-    before = watch.COMPILED["search"]
+    before = backend.COMPILATIONS["search"]
     for count in (1025, 4000, 9000):
         similarity.top_k(queries[:9], candidates[:count], 7, jax.devices()[:1])
-    assert watch.COMPILED["search"] == before
+    assert backend.COMPILATIONS["search"] == before
 
 
 @pytest.mark.parametrize("k", [0, 4])

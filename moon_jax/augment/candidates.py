@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 from moon_jax import interrupt
 from moon_jax.augment import chat, editor, images, text
 from moon_jax.augment.options import Options
-from moon_jax.config import UserError
-from moon_jax.data import units
 from moon_jax.data.images import BadImage, check_shape, decode
 from moon_jax.data.prepared import Prepared, open_prepared
+from moon_jax.errors import UserError
+from moon_jax.ingest import units
 from moon_jax.types import Product
 
 UNIT = 64

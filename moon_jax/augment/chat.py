@@ -13,8 +13,8 @@ import urllib.parse
 from typing import Any
 
 from moon_jax.augment.text import LONGEST_TITLE, entities
-from moon_jax.config import Unavailable, UserError
 from moon_jax.data.images import decode
+from moon_jax.errors import Unavailable, UserError
 from moon_jax.types import Product
 
 PROMPT_VERSION = "title-1"

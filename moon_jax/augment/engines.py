@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moon_jax import interrupt
-from moon_jax.config import Unavailable, UserError
-from moon_jax.data import workers
-from moon_jax.data.prepare import Pool, Progress
+from moon_jax.errors import Unavailable, UserError
+from moon_jax.ingest import workers
+from moon_jax.ingest.prepare import Pool
+from moon_jax.progress import Progress
 
 
 class Work(Protocol):

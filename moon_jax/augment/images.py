@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moon_jax.config import UserError
+from moon_jax.errors import UserError
 
 JPEG_QUALITY = 92
 

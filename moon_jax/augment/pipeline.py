@@ -23,16 +23,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moon_jax import outputs
 from moon_jax.augment import candidates, chat, editor, text
 from moon_jax.augment.engines import Engine
 from moon_jax.augment.options import Options
-from moon_jax.config import UserError
-from moon_jax.data import outputs, prepare, records
 from moon_jax.data import prepared as prepared_lib
-from moon_jax.data import shards as shards_lib
-from moon_jax.data.prepare import Progress, silent
+from moon_jax.data import records
 from moon_jax.data.prepared import Prepared
-from moon_jax.evaluation import harness, pictures
+from moon_jax.embedders import protocol, registry
+from moon_jax.errors import UserError
+from moon_jax.evaluation import pictures
+from moon_jax.ingest import prepare
+from moon_jax.ingest import shards as shards_lib
+from moon_jax.progress import Progress, silent
 from moon_jax.types import Product
 
 PARTS = ("units", "scores", "shards", "answers")
@@ -84,7 +87,7 @@ def augment(
     if prepared.manifest.get("augmented"):
         raise UserError(f"--data {data}: augmented already; give what it was made from")
     candidates.check(options)
-    embedder = harness.open_embedder(options.model, max_pixels) if options.model else None
+    embedder = registry.open_embedder(options.model, max_pixels) if options.model else None
     if embedder:
         EMBEDDERS.clear()
         EMBEDDERS[embedder.name] = embedder
@@ -101,11 +104,11 @@ def augment(
         sort_keys=True,
     )
     if prepared_lib.is_prepared(output):
-        if not outputs.is_of(output, told):
-            raise outputs.refused(output)
+        if not outputs.is_from(output, told):
+            raise outputs.conflict(output)
         shutil.rmtree(output / outputs.WORK, ignore_errors=True)
         return prepared_lib.open_prepared(output)
-    with outputs.claimed(output, told, PARTS) as work:
+    with outputs.claim(output, told, PARTS) as work:
         if options.asks_server:
             _note_brands(prepared, work, progress)
         units = range(-(-len(prepared.train) // candidates.UNIT))
@@ -129,9 +132,9 @@ def augment(
         counts = _write_results(work, units, output / RESULTS, thresholds)
         _draw(prepared, work, output / PICTURE, thresholds, max_pixels)
         manifest = _manifest(prepared, output, work, options, embedder.name if embedder else "", thresholds, counts)
-        shards_lib.whole(output / outputs.SOURCE, told)
+        outputs.write_atomic(output / outputs.SOURCE, told)
         # The manifest comes last: where it stands, the rest is whole.
-        shards_lib.whole(output / prepared_lib.MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        outputs.write_atomic(output / prepared_lib.MANIFEST, json.dumps(manifest, indent=2) + "\n")
         shutil.rmtree(work)
     return prepared_lib.open_prepared(output)
 
@@ -146,10 +149,10 @@ def _note_brands(prepared: Prepared, work: Path, progress: Progress) -> None:
         for index in prepared.train:
             found.add(text.brand_key(prepared.products[index].brand))
             advance()
-    shards_lib.whole(path, json.dumps(sorted(found - {""})))
+    outputs.write_atomic(path, json.dumps(sorted(found - {""})))
 
 
-EMBEDDERS: dict[str, harness.Embedder] = {}
+EMBEDDERS: dict[str, protocol.Embedder] = {}
 """The one that this process judges by, by name."""
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -213,7 +216,7 @@ class Score:
     def _encode(self, items: list[Product]) -> np.ndarray:
         with _ONE_AT_A_TIME:
             if self.name not in EMBEDDERS:
-                found = harness.open_embedder(self.model, self.max_pixels)
+                found = registry.open_embedder(self.model, self.max_pixels)
                 if found.name != self.name:
                     raise UserError(f"--model {self.model}: changed since this began; remove the output to begin anew")
                 EMBEDDERS[self.name] = found

@@ -11,7 +11,7 @@ import itertools
 import re
 import unicodedata
 
-from moon_jax.evaluation.labels import UNSPACED, words
+from moon_jax.data.words import UNSPACED, words
 from moon_jax.types import Product
 
 _UNITS = {

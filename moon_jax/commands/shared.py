@@ -1,4 +1,4 @@
-"""What several commands do first."""
+"""What several commands share: reading flags, opening models, quieter libraries."""
 
 from __future__ import annotations
 
@@ -7,34 +7,114 @@ import logging
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
-from moon_jax import places
-from moon_jax.config import UserError
+from moon_jax import config as config_lib
+from moon_jax import storage
+from moon_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from moon_jax.embedders.protocol import Embedder
 
 
 def hush() -> None:
-    """What Orbax, its tasks and gcsfs log as an error comes to us as an exception, and is told in one line; what Pillow
-    warns of in a broken image is in the quarantine.
+    """Silences library messages that are reported elsewhere: errors of Orbax and gcsfs arrive as exceptions, and the
+    quarantine lists Pillow's broken images.
     """
     warnings.filterwarnings("ignore", module="PIL")
     for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _but_of_closed_loops
+    sys.unraisablehook = _ignore_closed_loops
 
 
-def _but_of_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
-    """TensorStore's threads still report to Orbax when that has given a damaged checkpoint, or a full disk, up."""
+def _ignore_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
+    """TensorStore's threads still report to Orbax after it has given up on a damaged checkpoint or a full disk."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 def expand(parsed: argparse.Namespace, addresses: tuple[str, ...]) -> None:
-    """Data and output as paths of this machine, but for data at one of these kinds of addresses."""
+    """Turns --data and --output into paths of this machine; --data may start with one of `addresses` instead."""
     for flag in ("data", "output"):
         given = getattr(parsed, flag)
         if not given:
             raise UserError(f"--{flag}: empty; give a path")
-        if places.is_address(given) and not given.startswith(addresses):
-            raise UserError(f"--{flag} {given}: not a folder of this machine; mount it, and give that path")
+        if storage.is_address(given) and not given.startswith(addresses):
+            raise UserError(f"--{flag} {given}: not a local path; mount it and give that path")
         # As a shell leaves it in --output=~/x.
         setattr(parsed, flag, os.path.expanduser(given))
+
+
+def configured(parsed: argparse.Namespace, overrides: list[str], name: str, init: str = "") -> config_lib.Config:
+    """The config of a run: the defaults, what the model to begin from decides, the config's differences, the flags."""
+    for flag in ("data", "workdir"):
+        if getattr(parsed, flag) == "":
+            raise UserError(f"--{flag}: empty; give a path, or leave the flag out")
+        given = getattr(parsed, flag) or ""
+        if storage.is_address(given) and (flag == "data" or parsed.command == "quickstart"):
+            hint = "; moon-jax train accepts gs://" if flag == "workdir" else ""
+            raise UserError(f"--{flag} {given}: not a local path; mount it and give that path{hint}")
+    if parsed.steps is not None and parsed.steps < 1:
+        raise UserError(f"--steps {parsed.steps}: give 1 or more")
+    base = {}
+    if init:
+        base = _begun(init, parsed.workdir)
+    config = config_lib.load(name, base)
+    given = {"data.path": parsed.data, "training.steps": parsed.steps, "training.init": init}
+    config = config_lib.replace(config, {name: value for name, value in given.items() if value})
+    return config_lib.override(config, overrides)
+
+
+def _begun(init: str, workdir: str) -> dict[str, object]:
+    """The options that the model to begin from decides. A run that goes on asks its own config, and needs no folder."""
+    from moon_jax.hub import folder
+
+    store = storage.Store(workdir)
+    store.pull(["config.json"])
+    own = store.files / "config.json"
+    if own.is_file() and config_lib.read_json(own).training.init == init:
+        return folder.of_run(own)
+    run = folder.run_at(init)
+    if run:
+        return folder.of_run(run.files / "config.json")
+    return folder.settings(folder.locate(init))
+
+
+def process_count(parsed: argparse.Namespace) -> int:
+    processes = parsed.processes if parsed.processes is not None else len(os.sched_getaffinity(0))
+    if processes < 1:
+        raise UserError(f"--processes {processes}: give 1 or more")
+    return processes
+
+
+def opened(flag: str, model: str, config: config_lib.Config) -> Embedder:
+    """An embedder of any kind; one of ours on all devices."""
+    from moon_jax.embedders import registry
+
+    found = registry.open_embedder(model, config.data.max_pixels, flag)
+    return found.on_all_devices() if hasattr(found, "on_all_devices") else found
+
+
+def readable(parsed: argparse.Namespace, *flags: str) -> None:
+    """Refuses bytes that are no text: a shell hands them on as they are."""
+    for flag in flags:
+        try:
+            getattr(parsed, flag.replace("-", "_")).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--{flag}: not UTF-8; give text in that encoding") from None
+
+
+def image(flag: str, given: str) -> tuple[str, ...]:
+    """The image of a flag, as a product has it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from moon_jax.data.images import BadImage, decode
+
+    try:
+        if given:
+            decode(given, config_lib.Config().data.max_pixels)
+    except BadImage as error:
+        raise UserError(f"{flag} {error}") from None
+    return (given,) if given else ()

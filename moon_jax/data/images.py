@@ -134,13 +134,13 @@ def crop_box(width: int, height: int, area: tuple[float, float], rng: np.random.
 
 
 def patchify(
-    image: Image.Image, rule: ResizeRule, box: tuple[float, ...] | None = None, mirrored: bool = False
+    image: Image.Image, rule: ResizeRule, box: tuple[float, ...] | None = None, flipped: bool = False
 ) -> Patches:
     """Resizes (bicubic, the part in `box`) and cuts into patches."""
     left, top, right, bottom = box or (0, 0, image.width, image.height)
     high, wide = rule.size(max(1, round(bottom - top)), max(1, round(right - left)))
     pixels = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC, box=box))
-    if mirrored:
+    if flipped:
         pixels = pixels[:, ::-1]
     merge, patch = rule.merge, rule.patch
     rows, columns = high // patch, wide // patch

@@ -13,12 +13,12 @@ import grain
 import numpy as np
 
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
 from moon_jax.data import records
 from moon_jax.data import rows as rows_lib
 from moon_jax.data.images import BadImage, Patches, ResizeRule, check_shape, crop_box, decode, patchify
 from moon_jax.data.prepared import Prepared
 from moon_jax.data.text import Tokenizer, keep_words
+from moon_jax.errors import UserError
 from moon_jax.types import VIEWS, Batch, Product
 
 
@@ -29,7 +29,7 @@ class Alteration:
     keep_word: float
     least_words: int
     crop: tuple[float, float]
-    mirror: float
+    flip: float
 
 
 class Reader:
@@ -48,7 +48,7 @@ class Reader:
         if alteration is None:
             return patchify(picture, self.rule)
         box = crop_box(picture.width, picture.height, alteration.crop, rng)
-        return patchify(picture, self.rule, box, mirrored=rng.random() < alteration.mirror)
+        return patchify(picture, self.rule, box, flipped=rng.random() < alteration.flip)
 
     def read(
         self,
@@ -145,7 +145,7 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
     layout = rows_lib.Layout.of(config, reader.template)
     data, count = config.data, 3 * config.data.batch
     share = range(count) if share is None else share
-    query_alteration = Alteration(data.keep_word, 2, data.crop, data.mirror)
+    query_alteration = Alteration(data.keep_word, 2, data.crop, data.flip)
     order = grain.MapDataset.range(len(prepared.triplets)).seed(config.seed).shuffle().repeat()
 
     def read(product: Product, role: int, rng: np.random.Generator | None) -> list[rows_lib.Segment]:

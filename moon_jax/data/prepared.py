@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from moon_jax.config import UserError, printable
 from moon_jax.data.records import PAIR, TRIPLET, Records, Shard, Triplets
+from moon_jax.errors import UserError, printable
 from moon_jax.types import Product, Triplet
 
 SCHEMA = 1

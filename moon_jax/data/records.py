@@ -17,7 +17,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from moon_jax.config import UserError
+from moon_jax.errors import UserError
 from moon_jax.types import Product, Triplet
 
 NAME = "moon_jax"

@@ -40,6 +40,11 @@ def prefix_is_view(template: Template, router_term: str) -> bool:
     return not len(template.suffix) and router_term == "none"
 
 
+def row_text(config: config_lib.Config) -> int:
+    """Text tokens of a training row's product: its own title, and an enriched one where both are read."""
+    return config.data.text_tokens * (2 if config.data.augmented == "all" else 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The static sizes of a row."""
@@ -59,7 +64,7 @@ class Layout:
         data, merge = config.data, config.vision.merge
         images = data.images if with_images else 0
         visual = images * data.visual_tokens
-        text = config_lib.row_text(config) if all_views else data.text_tokens
+        text = row_text(config) if all_views else data.text_tokens
         text_only, image_only = text + template.length, visual + 2 * images + template.length
         length = image_only + text
         if all_views and images:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as BaseTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
+from moon_jax.errors import UserError
 
 PAD, VISION_START, VISION_END, IMAGE_PAD = "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"  # never used here; Qwen3-VL's processor asks for it

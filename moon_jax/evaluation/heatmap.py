@@ -26,8 +26,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-from moon_jax.config import UserError, printable
 from moon_jax.data.images import decode
+from moon_jax.errors import UserError, printable
 from moon_jax.evaluation import pictures
 from moon_jax.model import attention
 from moon_jax.serving.embedder import Embedder

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from moon_jax.data.images import decode
 from moon_jax.data.prepared import Prepared
-from moon_jax.evaluation.harness import altered
+from moon_jax.embedders.protocol import altered
 from moon_jax.evaluation.retrieval import ALTERATION, DIRECTIONS, QUERY_SETS, SEED, Encoded, search, shares_modality
 from moon_jax.types import OBJECTIVES, VIEWS, Product
 

@@ -13,22 +13,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
 from moon_jax.data.prepared import Prepared
-from moon_jax.data.shards import whole as whole_file
-from moon_jax.evaluation import harness, labels, pictures, retrieval
+from moon_jax.embedders import protocol
+from moon_jax.errors import UserError
+from moon_jax.evaluation import labels, pictures, retrieval
 from moon_jax.evaluation import metrics as measures_lib
-from moon_jax.serving.catalogue import write_vectors
-from moon_jax.training.watch import Watch
-from moon_jax.training.workdir import HALF
+from moon_jax.outputs import write_atomic
+from moon_jax.progress import Terminal
+from moon_jax.serving.bulk import write_vectors
+from moon_jax.training.workdir import PARTIAL
 from moon_jax.types import VIEWS
 
 
 def evaluate(
-    embedder: harness.Embedder,
+    embedder: protocol.Embedder,
     prepared: Prepared,
     workdir: str | Path,
-    report: Watch | None = None,
+    terminal: Terminal | None = None,
     *,
     known: int = 0,
     prompts: Sequence[str] = labels.PROMPTS,
@@ -53,13 +54,15 @@ def evaluate(
             scores there stay.
     """
     workdir = Path(workdir)
-    report = report or Watch(workdir)
+    terminal = terminal or Terminal(workdir)
     lessons = labels.known(prepared, known) if judgements is None else []
     tasks = labels.tasks(prepared, lessons)
     # What is compared otherwise than by the dot product knows no label.
     asked = [] if hasattr(embedder, "rank") or judgements is not None else tasks
     lessons = lessons if asked else []
-    with report.progress("embedding", retrieval.count(prepared, judgements) + labels.count(asked, lessons)) as advance:
+    with terminal.progress(
+        "embedding", retrieval.count(prepared, judgements) + labels.count(asked, lessons)
+    ) as advance:
         encoded = retrieval.encode(embedder, prepared, advance, judgements)
         answers = labels.encode(embedder, prepared, encoded, asked, lessons, prompts, advance)
     covered = int(encoded.present.any(axis=1).sum())
@@ -68,17 +71,17 @@ def evaluate(
         raise UserError(f"{embedder.name}: no vector of any product, such as {first!r}; are the ids the same?")
     if covered < len(prepared.val):
         left = len(prepared.val) - covered
-        report.line(f"{left:,} of {len(prepared.val):,} products have no vector, and are neither sought nor found")
+        terminal.line(f"{left:,} of {len(prepared.val):,} products have no vector, and are neither sought nor found")
     seconds = getattr(embedder, "seconds", None)
     if seconds and sum(seconds.values()):
         share = 100 * seconds["device"] / sum(seconds.values())
-        report.line(f"of the time of embedding: device {share:.1f}%, waiting for data {100 - share:.1f}%")
+        terminal.line(f"of the time of embedding: device {share:.1f}%, waiting for data {100 - share:.1f}%")
     config = getattr(embedder, "config", config_lib.Config())
     dimension = encoded.candidates.shape[-1]
     widths = (dimension, *reversed(config.objective.matryoshka))
     asked_in = len(retrieval.DIRECTIONS) * len(encoded.queries)
     category = _category(tasks, prepared)
-    with report.progress("evaluating", len(widths) * (asked_in + len(answers))) as advance:
+    with terminal.progress("evaluating", len(widths) * (asked_in + len(answers))) as advance:
         judged: dict[int, dict[str, Any]] = {}
         of_queries = []  # of all dimensions
         for width in widths:
@@ -114,7 +117,7 @@ def evaluate(
         if silent:
             which = retrieval.QUERY_SETS[name].partition(",")[0]
             told = "the model sees none of their views, or nothing that answers them"
-            report.line(f"{silent:,} of {len(asked_with.product):,} ({which}) are asked in no direction: {told}")
+            terminal.line(f"{silent:,} of {len(asked_with.product):,} ({which}) are asked in no direction: {told}")
     for old in (METRICS, QUERIES, EMBEDDINGS, COMPARED, "pictures/directions.png", "pictures/gallery.png"):
         (workdir / old).unlink(missing_ok=True)
     write_queries(workdir / QUERIES, prepared, of_queries, _name(embedder))
@@ -132,7 +135,7 @@ def evaluate(
             workdir / EMBEDDINGS, ids, encoded.candidates, encoded.present, metrics["model"], prepared.synthetic
         )
     drawn = draw(workdir, config, prepared, encoded, metrics)
-    with report.progress("drawing", len(drawn)) as advance, warnings.catch_warnings(record=True) as caught:
+    with terminal.progress("drawing", len(drawn)) as advance, warnings.catch_warnings(record=True) as caught:
         for picture in drawn:
             picture()
             advance()
@@ -141,9 +144,9 @@ def evaluate(
         if warning not in lacking:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if lacking:
-        report.line("some titles hold characters that no font here has: install Noto Sans, for Chinese Noto Sans CJK")
+        terminal.line("some titles hold characters that no font here has: install Noto Sans, for Chinese Noto Sans CJK")
     # Last: a first metrics.json says that the rest is whole.
-    whole_file(workdir / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(workdir / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     return metrics
 
 
@@ -163,7 +166,7 @@ def check_output(folder: Path) -> bool:
     """
     if folder.is_file():
         raise UserError(f"--output {folder}: is a file; give a folder")
-    own = {"data", HALF, "run.log", METRICS, QUERIES, "embeddings", "pictures", "compared", COMPARED}
+    own = {"data", PARTIAL, "run.log", METRICS, QUERIES, "embeddings", "pictures", "compared", COMPARED}
     try:
         if not folder.exists():  # it is made where something is written
             folder.mkdir(parents=True)
@@ -177,7 +180,7 @@ def check_output(folder: Path) -> bool:
     return METRICS in names
 
 
-def _name(embedder: harness.Embedder) -> str:
+def _name(embedder: protocol.Embedder) -> str:
     return getattr(embedder, "fingerprint", embedder.name)
 
 
@@ -226,7 +229,7 @@ def write_queries(
     path.with_suffix(".tmp").replace(path)
 
 
-def is_judged(folder: Path) -> bool:
+def is_evaluated(folder: Path) -> bool:
     """Whether it is the output of an evaluation, and no model's workdir, which holds one too."""
     return all((folder / name).is_file() for name in (METRICS, QUERIES)) and not (folder / "checkpoints").exists()
 

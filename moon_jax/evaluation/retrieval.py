@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from moon_jax import similarity
-from moon_jax.config import UserError
 from moon_jax.data import records
 from moon_jax.data.pipeline import Alteration
 from moon_jax.data.prepared import Prepared
+from moon_jax.embedders.protocol import Embedder
+from moon_jax.errors import UserError
 from moon_jax.evaluation import metrics
-from moon_jax.evaluation.harness import Embedder
 from moon_jax.types import VIEWS, Product
 
 QUERY_SETS = {
@@ -32,7 +32,7 @@ QUERY_SETS = {
 }
 """What is asked with, by name, and how it is said."""
 SEED = 0
-ALTERATION = Alteration(keep_word=0.5, least_words=1, crop=(0.6, 0.9), mirror=0.0)
+ALTERATION = Alteration(keep_word=0.5, least_words=1, crop=(0.6, 0.9), flip=0.0)
 """How a query is altered, and by which seed: every evaluation asks with the same queries."""
 
 DIRECTIONS = tuple((query, candidate) for query in VIEWS for candidate in VIEWS)

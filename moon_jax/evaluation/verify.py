@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
 from moon_jax.data.images import ResizeRule
 from moon_jax.data.text import Tokenizer
+from moon_jax.errors import UserError
 from moon_jax.hub.export import Trained
 from moon_jax.serving.embedder import Embedder
 from moon_jax.types import Product

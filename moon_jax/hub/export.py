@@ -20,9 +20,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
 from moon_jax.data.images import ResizeRule
 from moon_jax.data.text import Tokenizer
+from moon_jax.errors import UserError
 from moon_jax.hub import keys
 from moon_jax.hub.folder import SIDECAR
 

@@ -6,14 +6,15 @@ Read are config.json, preprocessor_config.json, sentence-transformers' files and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from moon_jax import config as config_lib
-from moon_jax import places
-from moon_jax.config import UserError
+from moon_jax import storage
+from moon_jax.errors import UserError
 
 HUB = "hf://"
 SIDECAR = "moon_jax"
@@ -49,20 +50,20 @@ OF_RUN = ("config.json", "tokenizer.json", "base.json", "metrics.json", "data/ma
 """What a run's workdir says of its model, beside the checkpoints."""
 
 
-def run_at(model: str | Path) -> places.Place | None:
+def run_at(model: str | Path) -> storage.Store | None:
     """The workdir of a run of ours with OF_RUN at hand; None for anything else.
 
     Raises:
         UserError: an address in a bucket where there is no run.
     """
-    if places.is_address(model) and not places.is_remote(model):
+    if storage.is_address(model) and not storage.is_remote(model):
         return None
-    place = places.Place(model)
-    place.pull(OF_RUN)
-    if (place.files / "config.json").is_file() and place.checkpoints.is_dir():
-        return place
-    if place.remote:
-        raise UserError(f"{place}: no run there; a Hugging Face folder must be mounted, or copied to this machine")
+    store = storage.Store(model)
+    store.pull(OF_RUN)
+    if (store.files / "config.json").is_file() and store.checkpoints.is_dir():
+        return store
+    if store.remote:
+        raise UserError(f"{store}: no run there; a Hugging Face folder must be mounted, or copied to this machine")
     return None
 
 
@@ -359,3 +360,12 @@ def check(wanted: config_lib.Config, folder: Path) -> None:
             f"config.experts.every and dense_layers: other layers than in {folder} hold experts; there they are"
             f" {theirs.experts.every} and {theirs.experts.dense_layers}"
         )
+
+
+def digest(folder: Path) -> str:
+    """A digest of a folder's weights and settings (*.safetensors, *.json), in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
+from moon_jax.errors import UserError
 from moon_jax.hub import keys
 from moon_jax.types import VIEWS
 
@@ -105,7 +105,7 @@ def noise(seed: tuple[int, ...], region: Region) -> np.ndarray:
     return out
 
 
-def redrawn(
+def reinitialized(
     source: Lazy, axis: int, share: float, seed: tuple[int, ...], units: tuple[int, ...], normal: Normal
 ) -> Lazy:
     """A matrix with `share` of its slices along `axis` drawn anew.
@@ -197,8 +197,8 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
 
     Upcycling (arXiv 2212.05055) gives every expert the dense feed-forward. The gates of a token add up to one, so the
     function is unchanged, whatever the router says; it starts from N(0, `experts.router_init`), since a zero one would
-    send every token to the first K experts. `experts.redrawn` draws part of each expert anew (arXiv 2502.19261), with
-    the mean and deviation of its matrix.
+    send every token to the first K experts. `experts.reinitialized` draws part of each expert again (arXiv 2502.19261),
+    with the mean and deviation of its matrix.
 
     Raises:
         UserError: a weight that is missing or left over, or whose shape is not the config's; names it.
@@ -239,10 +239,10 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             units = (config.seed, layer, number)
             return bank(
                 [
-                    redrawn(
+                    reinitialized(
                         transposed(part),
                         inner,
-                        config.experts.redrawn,
+                        config.experts.reinitialized,
                         (*units, *name.encode()),
                         units,
                         functools.partial(normal, name),
@@ -251,12 +251,14 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
                 ]
             )
 
-        if not config.experts.redrawn:
+        if not config.experts.reinitialized:
             return _repeated(bank([transposed(part) for part in parts]), config.experts.count)
         return stacked([expert(number) for number in range(config.experts.count)])
 
-    if config.experts.redrawn and not upcycled:
-        raise UserError(f"config.experts.redrawn: {files.folder} is not upcycled, and nothing can be drawn anew in it")
+    if config.experts.reinitialized and not upcycled:
+        raise UserError(
+            f"config.experts.reinitialized: {files.folder} is not upcycled, and nothing can be drawn anew in it"
+        )
     if upcycled and config.experts.width != config.language.mlp_width:
         raise UserError(
             f"config.experts.width: {config.experts.width}, and the weights of {files.folder} are dense;"

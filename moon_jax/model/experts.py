@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moon_jax import sharding
-from moon_jax.model import bank
+from moon_jax.model import grouped_matmul
 from moon_jax.model.attention import KEPT
 from moon_jax.types import Array
 
@@ -97,7 +97,7 @@ def _combined(y: Array, gate: Array, index: Array) -> Array:
 def _grouped(hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array) -> Array:
     """`grouped` on one device, which holds every expert that its tokens may choose."""
     place, order, sizes = sort_routes(index, keep, gate_up.shape[0])
-    y = bank.swiglu(permute(_routed(hidden, index.shape[1]), order, place), gate_up, down, sizes)
+    y = grouped_matmul.swiglu(permute(_routed(hidden, index.shape[1]), order, place), gate_up, down, sizes)
     return _combined(permute(y, place, order), gate, index)
 
 

@@ -20,13 +20,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from moon_jax import backend, interrupt, places, sharding, similarity
+from moon_jax import backend, interrupt, sharding, similarity, storage
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
 from moon_jax.data import rows as rows_lib
 from moon_jax.data.images import BadImage
 from moon_jax.data.pipeline import Alteration, Reader
 from moon_jax.data.text import Tokenizer
+from moon_jax.errors import UserError
 from moon_jax.hub import folder as folder_lib
 from moon_jax.hub import weights
 from moon_jax.hub.export import Trained
@@ -357,25 +357,25 @@ def read(
     """
     if str(model).startswith(folder_lib.HUB) or folder_lib.is_folder(Path(model)):
         return _from_folder(str(model), options or {}, track)
-    if places.is_address(model) and not places.is_remote(model):
+    if storage.is_address(model) and not storage.is_remote(model):
         raise UserError(f"{model}: {folder_lib.not_there(str(model))}; give a workdir or a Hugging Face folder")
-    return _from_workdir(folder_lib.run_at(model) or places.Place(model), options or {})
+    return _from_workdir(folder_lib.run_at(model) or storage.Store(model), options or {})
 
 
-def _from_workdir(place: places.Place, options: dict[str, Any]) -> Trained:
-    workdir = place.files
+def _from_workdir(store: storage.Store, options: dict[str, Any]) -> Trained:
+    workdir = store.files
     if not workdir.is_dir():
         raise UserError(f"{workdir}: {folder_lib.not_there(str(workdir))}; give a workdir or a Hugging Face folder")
     missing = [name for name in ("config.json", "tokenizer.json") if not (workdir / name).is_file()]
     if missing:
         within = (workdir.parent / missing[0]).is_file()
         hint = f"try {workdir.parent}" if within else "give a workdir or a Hugging Face folder"
-        raise UserError(f"{place}: no {' and no '.join(missing)} there; {hint}")
+        raise UserError(f"{store}: no {' and no '.join(missing)} there; {hint}")
     config = config_lib.replace(config_lib.read_json(workdir / "config.json"), options)
     path = workdir / "tokenizer.json"
     tokenizer = Tokenizer.load(path, config.language.vocab)
     like = jax.tree.map(checkpoints.on_one_device, abstract_params(config, tokenizer))
-    step, params = checkpoints.latest_params(place.checkpoints, like)
+    step, params = checkpoints.latest_params(store.checkpoints, like)
     base = folder_lib.read_json(workdir / "base.json")
     return Trained(
         config=config,

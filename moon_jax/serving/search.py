@@ -1,4 +1,4 @@
-"""Exact search over the vectors that catalogue.embed wrote."""
+"""Exact search over the vectors that bulk.embed wrote."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moon_jax import similarity
-from moon_jax.config import UserError
 from moon_jax.data.images import BadImage
-from moon_jax.data.shards import checksum, whole
-from moon_jax.serving import catalogue
+from moon_jax.errors import UserError
+from moon_jax.outputs import checksum, write_atomic
+from moon_jax.serving import bulk
 from moon_jax.types import VIEWS
 
 
@@ -44,15 +44,15 @@ class Index:
         """
         folder = Path(folder).expanduser()
         try:
-            self.manifest = catalogue.read_manifest(folder)
+            self.manifest = bulk.read_manifest(folder)
         except UserError as error:
             raise UserError(f"--index {error}") from None
         views = self.manifest["views"]
         if len(views) > 1 and not view:
             raise UserError(f"--index {folder}: holds {', '.join(views)} of a product; choose one by --view")
         # Of products by all they have, one view may be chosen as well.
-        if view and view not in views and not (views == [catalogue.RICHEST] and view in VIEWS):
-            raise UserError(f"--view {view}: give one of {', '.join(VIEWS if views == [catalogue.RICHEST] else views)}")
+        if view and view not in views and not (views == [bulk.RICHEST] and view in VIEWS):
+            raise UserError(f"--view {view}: give one of {', '.join(VIEWS if views == [bulk.RICHEST] else views)}")
         width = self.manifest["width"]
         ids, vectors = [], [np.zeros((0, width), self.manifest["dtype"])]
         for shard in self.manifest["shards"]:
@@ -69,7 +69,7 @@ class Index:
                 continue
             if table.schema.field("vector").type.list_size != width:
                 raise UserError(f"{path}: vectors of another width than {width}; embed again")
-            every = view in ("", catalogue.RICHEST)
+            every = view in ("", bulk.RICHEST)
             kept = np.ones(len(table), bool) if every else np.array(table["view"].to_pylist()) == view
             values = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             vectors.append(values.reshape(len(table), width)[kept])
@@ -132,12 +132,12 @@ class Index:
         except ImportError:
             raise UserError("--faiss: wants FAISS; pip install -e '.[faiss]'") from None
         index = faiss.IndexFlatIP(self.manifest["width"])
-        for start in range(0, len(self), catalogue.SHARD):
-            index.add(np.ascontiguousarray(self[start : start + catalogue.SHARD]))
+        for start in range(0, len(self), bulk.SHARD):
+            index.add(np.ascontiguousarray(self[start : start + bulk.SHARD]))
         temporary = path.with_name(f"{path.name}.tmp")
         try:
             faiss.write_index(index, str(temporary))
-            whole(path.with_name(f"{path.name}.ids.json"), json.dumps(self.ids) + "\n")
+            write_atomic(path.with_name(f"{path.name}.ids.json"), json.dumps(self.ids) + "\n")
             temporary.replace(path)
         except (OSError, RuntimeError) as error:  # FAISS's own for a file that cannot be opened
             temporary.unlink(missing_ok=True)

@@ -26,9 +26,9 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from moon_jax import config as config_lib
-from moon_jax import hosts, places
-from moon_jax.config import Unavailable, UserError
-from moon_jax.training import about as about_lib
+from moon_jax import distributed, storage
+from moon_jax.errors import Unavailable, UserError
+from moon_jax.training import provenance as about_lib
 from moon_jax.types import TrainState
 
 ITEMS = ("params", "rest")
@@ -198,7 +198,7 @@ class Checkpoints:
         for step in reversed(self._agreed()):
             items, problem = None, ""
             place = self._folder / str(step)
-            with hosts.together(), _quiet():
+            with distributed.fail_together(), _quiet():
                 try:
                     about = self._about(step)
                     about_lib.check_architecture(place, about, like)
@@ -219,7 +219,7 @@ class Checkpoints:
                             " mend that and give the same command again, or move it away to go on from the one before"
                         ) from None
             # One process may have met what the others did not read.
-            problem = next(filter(None, hosts.gather(problem)), "")
+            problem = next(filter(None, distributed.allgather(problem)), "")
             if not problem:
                 differing = [name for name, entry in about_lib.arrays(items).items() if entry != about["arrays"][name]]
                 if not differing:
@@ -245,7 +245,7 @@ class Checkpoints:
         """
         for _ in range(SETTLE):
             steps = sorted(self._manager.all_steps())
-            seen = [json.loads(said) for said in hosts.gather(json.dumps(steps[-LOOKED_AT:]))]
+            seen = [json.loads(said) for said in distributed.allgather(json.dumps(steps[-LOOKED_AT:]))]
             if all(other == seen[0] for other in seen):
                 return steps
             time.sleep(1)
@@ -273,10 +273,10 @@ class Checkpoints:
         """Moves damaged checkpoints out of the way: their steps will be saved anew."""
         if not steps:
             return
-        if hosts.first():
+        if distributed.is_primary():
             for step in steps:
-                places.move(self._folder / str(step), self._folder.parent / "damaged" / str(step))
-        hosts.gather("")  # the others wait
+                storage.move(self._folder / str(step), self._folder.parent / "damaged" / str(step))
+        distributed.allgather("")  # the others wait
         self._manager.reload()
 
     def __enter__(self) -> Checkpoints:
@@ -306,7 +306,7 @@ class Checkpoints:
 
     def _check_room(self, size: int) -> None:
         """Refuses before anything is half written."""
-        if places.is_remote(self._folder):
+        if storage.is_remote(self._folder):
             return
         free = shutil.disk_usage(self._folder).free
         if free < size:
@@ -335,7 +335,7 @@ class Checkpoints:
                         f"{self._folder}: a checkpoint could not be written: {os.strerror(code)}; older ones are whole:"
                         " mend that, and the same command goes on from the newest"
                     ) from None
-            if places.is_remote(self._folder):
+            if storage.is_remote(self._folder):
                 raise Unavailable(
                     f"{self._folder}: a checkpoint could not be written: {_cause(error)}; older ones are whole:"
                     " mend that, and the same command goes on from the newest"
@@ -356,7 +356,9 @@ def _cause(error: BaseException) -> str:
     """Why something could not be read or written, and which file: what lies at the bottom of Orbax's errors."""
     while error.__cause__:
         error = error.__cause__
-    text = re.split(r" \[[a-z_]+(?:\[\d+\])?='", places.why(error, 5000))[0]  # TensorStore appends all that it knows
+    text = re.split(r" \[[a-z_]+(?:\[\d+\])?='", storage.first_line(error, 5000))[
+        0
+    ]  # TensorStore appends all that it knows
     files = re.findall(r'local file "([^"]+)"|Failed to open: "([^"]+)"|(gs://[^ :]+)', text)
     if not files:
         return text[:200]

@@ -75,7 +75,7 @@ def model_flops(config: config_lib.Config) -> float:
         elif name == "patch_kernel":
             share = 1 / config_lib.FRAMES
         total += 2.0 * tokens * math.prod(leaf.shape) * share
-    text, language, vision = config_lib.row_text(config), config.language, config.vision
+    text, language, vision = rows_lib.row_text(config), config.language, config.vision
     alone = visual + 2 * layout.images  # an image segment
     pairs = text**2 + (alone + text) ** 2
     if not rows_lib.prefix_is_view(BARE, config.experts.router_term):

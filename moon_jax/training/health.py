@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moon_jax import config as config_lib
-from moon_jax import hosts
+from moon_jax import distributed
 from moon_jax.data.prepared import Prepared
 from moon_jax.training import optimizer
 from moon_jax.training.step import loss
@@ -87,6 +87,6 @@ def dump(
     content = {"step": step, "triplets": triplets, **jax.tree.map(told, measured)}
     if not measured:
         content["not_measured"] = reason
-    if hosts.first():
+    if distributed.is_primary():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (workdir / FILE).write_text(text, encoding="utf-8")

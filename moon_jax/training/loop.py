@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moon_jax import backend, hosts, interrupt, places, sharding
+from moon_jax import backend, distributed, interrupt, progress, sharding, storage
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
 from moon_jax.data import pipeline, text
 from moon_jax.data import rows as rows_lib
 from moon_jax.data.prepared import Prepared
+from moon_jax.errors import UserError
 from moon_jax.hub import weights
-from moon_jax.training import about, health, optimizer, watch
 from moon_jax.training import checkpoints as checkpoints_lib
+from moon_jax.training import health, optimizer, provenance, watchdog
+from moon_jax.training import metrics as metrics_lib
 from moon_jax.training import workdir as workdir_lib
 from moon_jax.training.step import initial_state, train_step
 from moon_jax.types import Batch, TrainState
@@ -31,10 +32,10 @@ from moon_jax.types import Batch, TrainState
 OWN = ("data.path", "data.threads")
 """Options that each process has for itself."""
 
-Judge = Callable[[Any], dict[str, Any]]
+Evaluate = Callable[[Any], dict[str, Any]]
 """Encoder parameters on the mesh → scores, with checkpoints.BEST among them. All processes call it."""
 
-MakeJudge = Callable[[config_lib.Config, Prepared, text.Tokenizer, jax.sharding.Mesh], Judge]
+MakeEvaluate = Callable[[config_lib.Config, Prepared, text.Tokenizer, jax.sharding.Mesh], Evaluate]
 
 
 def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh, template: text.Template = text.BARE) -> Batch:
@@ -94,21 +95,21 @@ def creation(config: config_lib.Config, abstract: TrainState, rows: Any) -> jax.
 
 
 def _begin(
-    config: config_lib.Config, opened: workdir_lib.Opened, abstract: TrainState, rows: Any, report: watch.Watch
+    config: config_lib.Config, opened: workdir_lib.Opened, abstract: TrainState, rows: Any, terminal: progress.Terminal
 ) -> TrainState:
     """The state of step 0."""
     params: dict[str, Any] = {}
     init = config.training.init
     if opened.base and opened.base.checkpoints:
-        with report.busy(f"loading {init}"):
+        with terminal.busy(f"loading {init}"):
             saved = checkpoints_lib.Checkpoints(opened.base.checkpoints)
-            found = saved.restore_params(abstract.params, report.line)
+            found = saved.restore_params(abstract.params, terminal.line)
             saved.close()
         if not found:
             raise UserError(f"--init {init}: its training has not reached a first checkpoint yet")
         params = found[1]
     elif opened.base:
-        track = functools.partial(report.track, f"loading {init}")
+        track = functools.partial(terminal.track, f"loading {init}")
         params = {"encoder": weights.load(opened.base.files, config, abstract.params["encoder"], track)}
 
     return creation(config, abstract, rows)(params)
@@ -117,8 +118,8 @@ def _begin(
 def train(
     config: config_lib.Config,
     workdir: str | Path,
-    judge: MakeJudge,
-    watching: watch.Watching = watch.Watching(),  # noqa: B008
+    make_evaluate: MakeEvaluate,
+    watch: watchdog.Watchdog = watchdog.Watchdog(),  # noqa: B008
 ) -> Prepared:
     """Trains on `config.data.path` until `config.training.steps`, from the newest checkpoint if there is one.
 
@@ -127,83 +128,87 @@ def train(
         workdir: a folder of this machine, or gs://bucket/folder; receives config.json, tokenizer.json, data/,
             checkpoints/, metrics.jsonl, speed.jsonl, tensorboard/ and run.log; without `config.data.path` also
             catalogue/, the synthetic one.
-        judge: makes what evaluates every `config.evaluation.every` steps.
-        watching: what is watched beside.
+        make_evaluate: makes what evaluates every `config.evaluation.every` steps.
+        watch: what is watched beside.
 
     Returns:
         The prepared data, for evaluation.
 
     Raises:
         UserError: the workdir holds a run of another config or of other data; the data cannot be used; the numbers have
-            not been finite for `config.training.bad_steps` steps.
+            not been finite for `config.training.max_bad_steps` steps.
         KeyboardInterrupt: a stop was asked for, and what was reached is saved.
     """
     if not isinstance(config, config_lib.Config):
         raise UserError(f"config: {config!r} is no Config; moon_jax.config.load gives one by name")
-    place = places.Place(workdir)
+    store = storage.Store(workdir)
     if jax.distributed.is_initialized():
         interrupt.RELAY.set()
     with interrupt.remembered():
-        place.pull()
+        store.pull()
         try:
-            prepared = _train(config, place, judge, watching)
+            prepared = _train(config, store, make_evaluate, watch)
         except BaseException:
             with contextlib.suppress(UserError):  # what ended the run is told, not what came after
-                place.push()
+                store.push()
             raise
-        place.push()
+        store.push()
     return prepared
 
 
-def _train(config: config_lib.Config, place: places.Place, judge: MakeJudge, watching: watch.Watching) -> Prepared:
+def _train(
+    config: config_lib.Config, store: storage.Store, make_evaluate: MakeEvaluate, watch: watchdog.Watchdog
+) -> Prepared:
     """Opens the workdir, makes or restores the state, compiles, and takes the steps."""
     held_by_all = {name: value for name, value in config_lib.leaves(config).items() if name not in OWN}
-    hosts.same("config", held_by_all)
+    distributed.require_equal("config", held_by_all)
     mesh, steps, options = sharding.make_mesh(config.mesh), config.training.steps, config.training
     with contextlib.ExitStack() as until_the_end:
         until_the_end.enter_context(jax.set_mesh(mesh))
-        with hosts.together():
-            workdir_lib.check(config, place)
+        with distributed.fail_together():
+            workdir_lib.check(config, store)
             sharding.check(config, mesh)
             held = sharding.share(mesh, 3 * config.data.batch)
             # Parameters do not depend on the template, which the tokenizer alone can read.
             abstract = abstract_state(config, abstract_batch(config, mesh).rows, mesh)
             optimizer.check(options, abstract.params)
-        report = watch.Watch(place.files)
-        opened = workdir_lib.open_run(config, place, report)
+        terminal = progress.Terminal(store.files)
+        opened = workdir_lib.open_run(config, store, terminal)
         prepared = opened.prepared
-        with hosts.together():
-            until_the_end.enter_context(workdir_lib.alone(place))
-        checkpoints = until_the_end.enter_context(checkpoints_lib.Checkpoints(place.checkpoints, options))
-        restored = checkpoints.restore(abstract, {"data": prepared.fingerprint}, report.line)
+        with distributed.fail_together():
+            until_the_end.enter_context(workdir_lib.locked(store))
+        checkpoints = until_the_end.enter_context(checkpoints_lib.Checkpoints(store.checkpoints, options))
+        restored = checkpoints.restore(abstract, {"data": prepared.fingerprint}, terminal.line)
         start, state = restored or (0, None)
         if start >= steps:
-            report.line(f"{place} is trained already: its newest checkpoint is of step {start}")
+            terminal.line(f"{store} is trained already: its newest checkpoint is of step {start}")
             return prepared
         if restored:
-            report.line(f"resuming {place} at step {start} of {steps}")
+            terminal.line(f"resuming {store} at step {start} of {steps}")
         reader = pipeline.Reader(config, opened.tokenizer)
         placed = abstract_batch(config, mesh, reader.template)
         began = time.monotonic()
-        with report.busy("compiling the training step"):
+        with terminal.busy("compiling the training step"):
             compiled = lower_step(config, abstract, placed).compile(compiler_options=backend.compiler_options())
         compiling = time.monotonic() - began
         if state is None:
-            state = _begin(config, opened, abstract, placed.rows, report)
+            state = _begin(config, opened, abstract, placed.rows, terminal)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
         drawn = "" if restored or options.init else ", drawn at random,"
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        report.table(optimizer.table(options, abstract.params))
-        report.line(
+        terminal.table(optimizer.table(options, abstract.params))
+        terminal.line(
             f"{parameters:,} parameters{drawn} on {mesh.size} {jax.devices()[0].platform} device(s){processes};"
             f" compiled in {compiling:.1f} s"
         )
-        judging = judge(config, prepared, opened.tokenizer, mesh) if config.evaluation.every else None
+        evaluate = make_evaluate(config, prepared, opened.tokenizer, mesh) if config.evaluation.every else None
         batches = pipeline.from_step(pipeline.batches(prepared, reader, held), start, config.data.threads)
         put = functools.partial(sharding.place, mesh, held=held)
-        run = Run(config, place, prepared, checkpoints, compiled, put, judging)
-        state = _steps(run, state, start, batches, report, watching)
-    report.line(f"training step compiled {watch.COMPILED['train_step']} time(s); bad steps: {int(state.bad_steps)}")
+        run = Run(config, store, prepared, checkpoints, compiled, put, evaluate)
+        state = _steps(run, state, start, batches, terminal, watch)
+    terminal.line(
+        f"training step compiled {backend.COMPILATIONS['train_step']} time(s); bad steps: {int(state.bad_steps)}"
+    )
     return prepared
 
 
@@ -212,38 +217,43 @@ class Run:
     """What a run's steps work with, the same from the first to the last."""
 
     config: config_lib.Config
-    place: places.Place
+    store: storage.Store
     prepared: Prepared
     checkpoints: checkpoints_lib.Checkpoints
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
     put: Callable[[Batch], Batch]  # a batch on the devices
-    judge: Judge | None
+    evaluate: Evaluate | None
 
 
 def _steps(
-    run: Run, state: TrainState, start: int, batches: Iterator[Batch], report: watch.Watch, watching: watch.Watching
+    run: Run,
+    state: TrainState,
+    start: int,
+    batches: Iterator[Batch],
+    terminal: progress.Terminal,
+    watch: watchdog.Watchdog,
 ) -> TrainState:
     """Steps, logs, evaluates and saves, until the last step or a stop that is asked for."""
-    config, options, place, steps = run.config, run.config.training, run.place, run.config.training.steps
-    described = about.describe(config, run.prepared.fingerprint)
-    times = watch.Times(config, jax.device_count(), start)
+    config, options, store, steps = run.config, run.config.training, run.store, run.config.training.steps
+    described = provenance.describe(config, run.prepared.fingerprint)
+    times = metrics_lib.Times(config, jax.device_count(), start)
     batch, metrics, note = None, None, ""
 
     def bad_in_a_row(step: int) -> int:
         """Waits for the newest step; ends the run where its numbers have been bad for too long."""
         count = 0 if metrics is None else int(metrics["bad_in_a_row"])
-        if count >= options.bad_steps:
-            health.dump(config, place.files, state, batch, run.put(batch), run.prepared, step)
+        if count >= options.max_bad_steps:
+            health.dump(config, store.files, state, batch, run.put(batch), run.prepared, step)
             raise UserError(
-                f"step {step}: no finite loss, gradient or update for {options.bad_steps} steps in a row; they changed"
-                f" nothing; {place}/{health.FILE} tells the last one's triplets and norms; try a lower learning rate"
+                f"step {step}: no finite loss, gradient or update for {options.max_bad_steps} steps in a row, all"
+                f" skipped; {store}/{health.FILE} lists the last one's triplets and norms; try a lower learning rate"
             )
         return count
 
-    # A stop that is asked for between here and there waits for the place where what was reached is saved.
-    progress = report.progress("training", steps, start, interruptible=False)
-    watched = watching.over(place.files, start, steps, report.line)
-    with contextlib.closing(watch.MetricLog(place.files, start)) as log, progress as advance, watched as alive:
+    # A stop that is asked for between here and there waits for the store where what was reached is saved.
+    bar = terminal.progress("training", steps, start, interruptible=False)
+    watched = watch.over(store.files, start, steps, terminal.line)
+    with contextlib.closing(metrics_lib.MetricLog(store.files, start)) as log, bar as advance, watched as alive:
         for step in range(start, steps):
             alive(step, metrics)
             with times.of("data"):
@@ -254,36 +264,36 @@ def _steps(
                 batch = following
                 state, metrics = run.step(state, run.put(batch))
             done = step + 1
-            evaluated = run.judge is not None and done % config.evaluation.every == 0
+            evaluated = run.evaluate is not None and done % config.evaluation.every == 0
             line, best = None, {}
             if done % options.log_every == 0 or done == steps or evaluated:
                 with times.of("device"):
-                    line = watch.describe(done, jax.device_get(metrics), config)
+                    line = metrics_lib.line(done, jax.device_get(metrics), config)
                 line |= {"synthetic": run.prepared.synthetic}
                 note = f"loss {line['total']:.3f} at {done}" if line["finite"] else f"step {done} not finite, skipped"
             if evaluated:
                 with times.of("evaluation"):
-                    scores = run.judge(state.params["encoder"])
+                    scores = run.evaluate(state.params["encoder"])
                 line |= {"evaluation": scores}
                 best = {checkpoints_lib.BEST: scores[checkpoints_lib.BEST]}
                 note += f", {checkpoints_lib.BEST} {scores[checkpoints_lib.BEST]:.1f}"
             if line:  # before the save: a run that comes back to it finds the line
                 log.write(line, times.line(done))
-            stopping = hosts.stopping(done)
+            stopping = distributed.should_stop(done)
             ending = stopping or done == steps
             due = done % options.save_every == 0 or (evaluated and options.keep_best)
             with times.of("checkpoint"):
                 # Where numbers have gone bad, what led there may fill the newest checkpoints: those before shall stay.
                 if (due or ending) and (bad_in_a_row(done) == 0 or ending):
-                    if hosts.first():
-                        place.push()  # first: a run that comes back to the checkpoint finds the lines before it
+                    if distributed.is_primary():
+                        store.push()  # first: a run that comes back to the checkpoint finds the lines before it
                     run.checkpoints.save(state, done, described, best)
                 run.checkpoints.check()
             if stopping:
                 run.checkpoints.close()
-                report.line(f"saved at step {done} of {steps}")
+                terminal.line(f"saved at step {done} of {steps}")
                 interrupt.check()
             advance(note=note)
     run.checkpoints.close()
-    report.line(times.summary())
+    terminal.line(times.summary())
     return state

@@ -15,7 +15,7 @@ import optax
 from rich.table import Table
 
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
+from moon_jax.errors import UserError
 
 UNDECAYED = ("scale", "bias", "patch_bias", "router_term")
 
@@ -38,8 +38,8 @@ def is_decayed(path: tuple[Any, ...]) -> bool:
 
 
 def rates(config: config_lib.Training) -> list[tuple[str, float]]:
-    """Patterns of parameter paths with the factors of their learning rates (`training.rates`)."""
-    pairs = (rate.rpartition("=") for rate in config.rates)
+    """Patterns of parameter paths with the factors of their learning rates (`training.learning_rate_factors`)."""
+    pairs = (rate.rpartition("=") for rate in config.learning_rate_factors)
     return [(pattern, float(factor)) for pattern, _, factor in pairs]
 
 
@@ -155,7 +155,7 @@ def check(config: config_lib.Training, params: Any) -> None:
     for pattern, _ in rates(config):
         if not fnmatch.filter(names, pattern):
             close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
-            raise UserError(f"config.training.rates: {pattern} fits no parameter; the closest is {close}")
+            raise UserError(f"config.training.learning_rate_factors: {pattern} matches no parameter; closest: {close}")
 
 
 def table(config: config_lib.Training, params: Any) -> Table:

@@ -26,7 +26,8 @@ from rich.table import Table
 
 from moon_jax import backend, sharding
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
+from moon_jax.data import rows as rows_lib
+from moon_jax.errors import UserError
 from moon_jax.training import hlo, loop
 from moon_jax.training.chips import CHIPS, model_flops
 from moon_jax.training.step import initial_state
@@ -326,7 +327,7 @@ def _measure(compiled: Any, config: config_lib.Config, state: Any, batch: Any, b
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     rows = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), batch)
     product = np.arange(len(rows.product), dtype=np.int32)
-    full = full_rows(rows.rows, config_lib.row_text(config))
+    full = full_rows(rows.rows, rows_lib.row_text(config))
     rows = rows.replace(rows=full, weight=np.ones_like(rows.weight), product=product)
     given = jax.device_put(rows, jax.tree.map(lambda leaf: leaf.sharding, batch))
     create = jax.jit(lambda: nn.unbox(initial_state(config, rows.rows)), out_shardings=shardings)

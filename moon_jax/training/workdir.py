@@ -19,56 +19,58 @@ from pathlib import Path
 from etils import epath
 
 from moon_jax import config as config_lib
-from moon_jax import hosts, interrupt, places
-from moon_jax.config import Unavailable, UserError
-from moon_jax.data import outputs, prepare, sources, synthetic, text
+from moon_jax import distributed, interrupt, outputs, progress, storage
 from moon_jax.data import prepared as prepared_lib
+from moon_jax.data import text
+from moon_jax.errors import Unavailable, UserError
 from moon_jax.hub import folder, weights
-from moon_jax.training import checkpoints, watch
+from moon_jax.ingest import prepare, sources, synthetic
+from moon_jax.ingest.files import Source
+from moon_jax.training import checkpoints
 
 LOCK_SECONDS = 5
 """So long a run waits for one before it to end."""
 
-FREE = ("data.path", "data.threads", "mesh.", "training.save_every", "training.keep", "training.bad_steps")
+FREE = ("data.path", "data.threads", "mesh.", "training.save_every", "training.keep", "training.max_bad_steps")
 """Options that may change when a run goes on, by how they begin: no number of the run follows from them."""
 
 
-def check(config: config_lib.Config, place: places.Place) -> None:
+def check(config: config_lib.Config, store: storage.Store) -> None:
     """Refuses a workdir that belongs to another config or to anything else, or that cannot be written.
 
     What FREE names may change; the data itself is held to by its fingerprint.
     """
-    workdir = place.files
+    workdir = store.files
     path = workdir / "config.json"
     there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=there) as probe:
             probe.write(b"0")
     except OSError as error:
-        raise UserError(f"--workdir {place}: {there}: {error.strerror}; give a folder that can be written") from None
+        raise UserError(f"--workdir {store}: {there}: {error.strerror}; give a folder that can be written") from None
     if not path.exists():
         others = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
-        others += ["checkpoints"] if place.remote and place.checkpoints.is_dir() else []
+        others += ["checkpoints"] if store.remote and store.checkpoints.is_dir() else []
         ours = lambda name: name in ("catalogue", "run.log") or name.endswith(".tmp") or name.startswith(".")  # noqa: E731
         others = sorted(name for name in others if not ours(name))
         if others:
-            raise UserError(f"--workdir {place}: holds no run but {others[0]}; give a folder that is new or empty")
+            raise UserError(f"--workdir {store}: holds no run but {others[0]}; give a folder that is new or empty")
         return
     held = config_lib.leaves(config_lib.read_json(path))
     if bool(held["data.path"]) != bool(config.data.path):
         what = f"--data {held['data.path']}" if held["data.path"] else "the synthetic catalogue, without --data"
-        raise UserError(f"--workdir {place}: holds a run on {what}; give the same, or take another workdir")
+        raise UserError(f"--workdir {store}: holds a run on {what}; give the same, or take another workdir")
     for name, value in config_lib.leaves(config).items():
         if held[name] != value and not name.startswith(FREE):
             further = name == "training.steps" and value > held[name]
-            remedy = f"to train further, --init {place} in another workdir" if further else "take another workdir"
+            remedy = f"to train further, --init {store} in another workdir" if further else "take another workdir"
             raise UserError(
-                f"--workdir {place}: holds a run with config.{name} = {held[name]!r}, not {value!r}; {remedy}"
+                f"--workdir {store}: holds a run with config.{name} = {held[name]!r}, not {value!r}; {remedy}"
             )
 
 
 @contextlib.contextmanager
-def alone(place: places.Place) -> Iterator[None]:
+def locked(store: storage.Store) -> Iterator[None]:
     """Within it no other run of this machine, or of one that shares the folder, may work in the workdir.
 
     The lock is the system's, on a file of the folder, and falls when the process ends, however it does. In a bucket and
@@ -77,18 +79,18 @@ def alone(place: places.Place) -> Iterator[None]:
     Raises:
         Unavailable: another run is at work there.
     """
-    if place.remote or not hosts.first():
+    if store.remote or not distributed.is_primary():
         yield
         return
-    place.files.mkdir(parents=True, exist_ok=True)
-    with (place.files / ".lock").open("a") as file:
+    store.files.mkdir(parents=True, exist_ok=True)
+    with (store.files / ".lock").open("a") as file:
         for patience in reversed(range(LOCK_SECONDS)):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not patience:
                     raise Unavailable(
-                        f"--workdir {place}: another process trains there; wait for it, end it, or take another workdir"
+                        f"--workdir {store}: another process trains there; wait for it, end it, or take another workdir"
                     ) from None
                 time.sleep(1)
             except OSError:
@@ -123,14 +125,14 @@ class Base:
     checkpoints: epath.Path | None = None  # of another run
 
 
-def base_of(config: config_lib.Config, place: places.Place, report: watch.Watch) -> Base | None:
+def base_of(config: config_lib.Config, store: storage.Store, terminal: progress.Terminal) -> Base | None:
     """The model of `training.init`, where a run is to begin from it; None where there is none, or the run goes on.
 
     Raises:
         UserError: no such folder, or its model is not of the config's sizes.
     """
     init = config.training.init
-    if not init or checkpoints.steps(place.checkpoints):
+    if not init or checkpoints.steps(store.checkpoints):
         return None
     run = folder.run_at(init)
     if run:
@@ -143,7 +145,7 @@ def base_of(config: config_lib.Config, place: places.Place, report: watch.Watch)
     for name in ("language.pooling", "data.template"):
         mine, other = (config_lib.leaves(one)[name] for one in (config, theirs))
         if mine != other:
-            report.line(f"config.{name} is {mine!r}; {init} was trained with {other!r}")
+            terminal.line(f"config.{name} is {mine!r}; {init} was trained with {other!r}")
     return base
 
 
@@ -156,27 +158,27 @@ class Opened:
     base: Base | None
 
 
-def open_run(config: config_lib.Config, place: places.Place, report: watch.Watch) -> Opened:
+def open_run(config: config_lib.Config, store: storage.Store, terminal: progress.Terminal) -> Opened:
     """Reads and verifies the data, and makes the workdir the run's. All processes call this.
 
     Raises:
         UserError: the data cannot be used, is not the run's or not the same in all processes; the base is of no use.
     """
-    workdir = place.files
-    with hosts.together():
+    workdir = store.files
+    with distributed.fail_together():
         if config.data.tokenizer:
             text.Tokenizer.load(config.data.tokenizer)  # one that cannot be read is told before the data is
-        base = base_of(config, place, report)
-        if hosts.first():
-            render(config, place, report)
-    _share(place)
-    with hosts.together():
-        prepared = prepare_data(config, place, report)
-    hosts.same("--data", {"fingerprint": prepared.fingerprint})
-    with hosts.together():
-        if hosts.first():
+        base = base_of(config, store, terminal)
+        if distributed.is_primary():
+            render(config, store, terminal)
+    _share(store)
+    with distributed.fail_together():
+        prepared = prepare_data(config, store, terminal)
+    distributed.require_equal("--data", {"fingerprint": prepared.fingerprint})
+    with distributed.fail_together():
+        if distributed.is_primary():
             claim(config, workdir)
-            prepared = keep_data(prepared, workdir / "data", place)
+            prepared = keep_data(prepared, workdir / "data", store)
             write_tokenizer(config, workdir, prepared, base)
             if base and not base.checkpoints:
                 about = {"model": config.training.init, "licence": folder.licence(base.files)}
@@ -185,23 +187,23 @@ def open_run(config: config_lib.Config, place: places.Place, report: watch.Watch
                 (workdir / "base.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             elif base and (base.files / "base.json").is_file():  # what that run began from, this one began from
                 shutil.copyfile(base.files / "base.json", workdir / "base.json")
-    _share(place)
-    with hosts.together():
+    _share(store)
+    with distributed.fail_together():
         path = workdir / "tokenizer.json"
         if not path.is_file():
-            raise UserError(f"--workdir {place}: not the folder that process 0 writes; give one that all hosts share")
+            raise UserError(f"--workdir {store}: not the folder that process 0 writes; give one that all hosts share")
         tokenizer = text.Tokenizer.load(path, config.language.vocab)
     return Opened(prepared, tokenizer, base)
 
 
-def _share(place: places.Place) -> None:
+def _share(store: storage.Store) -> None:
     """What the first process wrote is there for all."""
-    with hosts.together():
-        if hosts.first():
-            place.push()
-    with hosts.together():
-        if not hosts.first():
-            place.pull()
+    with distributed.fail_together():
+        if distributed.is_primary():
+            store.push()
+    with distributed.fail_together():
+        if not distributed.is_primary():
+            store.pull()
 
 
 def write_tokenizer(
@@ -225,40 +227,40 @@ def write_tokenizer(
             temporary.replace(path)
 
 
-HALF = ".data"
+PARTIAL = ".data"
 """Where the workdir's data/ is prepared, until the workdir is the run's."""
 
 CATALOGUE = "catalogue/synthetic.parquet"
 
 
-def render(config: config_lib.Config, place: places.Place, report: watch.Watch) -> None:
+def render(config: config_lib.Config, store: storage.Store, terminal: progress.Terminal) -> None:
     """Renders the synthetic catalogue, where no data is given and it does not stand yet."""
     if config.data.path:
         return
-    path = place.files / CATALOGUE
-    report.line(f"no --data given: a synthetic catalogue of rendered products, {place}/{CATALOGUE}")
+    path = store.files / CATALOGUE
+    terminal.line(f"no --data given: a synthetic catalogue of rendered products, {store}/{CATALOGUE}")
     if not synthetic.stands(path, config.data.synthetic, config.seed):
-        track = functools.partial(report.track, "rendering")
+        track = functools.partial(terminal.track, "rendering")
         synthetic.write(path, config.data.synthetic, config.seed, config.data.threads, track)
 
 
-def prepare_data(config: config_lib.Config, place: places.Place, report: watch.Watch) -> prepared_lib.Prepared:
+def prepare_data(config: config_lib.Config, store: storage.Store, terminal: progress.Terminal) -> prepared_lib.Prepared:
     """The data of a run: what was prepared before, or what is prepared now, in the workdir.
 
     A process that is not the first, or whose workdir is a copy, prepares for itself alone.
     """
-    path, own = config.data.path or str(place.files / CATALOGUE), place.files / "data"
+    path, own = config.data.path or str(store.files / CATALOGUE), store.files / "data"
     if prepared_lib.is_prepared(path):
         prepared = prepared_lib.open_prepared(path)
     else:
-        with report.busy("opening the catalogue"):
+        with terminal.busy("opening the catalogue"):
             options = prepare.Options.of(config)
             opened = sources.open_source(path, options.columns)
-        mine = hosts.first() and not place.remote
-        folder = (_home(place.files, opened, options) if mine else None) or places.temporary()
+        mine = distributed.is_primary() and not store.remote
+        folder = (_home(store.files, opened, options) if mine else None) or storage.temporary_folder()
         try:
             pool = functools.partial(interrupt.thread_pool, config.data.threads)
-            prepared = prepare.prepare(opened, folder, options, pool, config.data.threads, report.progress)
+            prepared = prepare.prepare(opened, folder, options, pool, config.data.threads, terminal.progress)
         except UserError:
             # Of data that is of no use nothing stays, and no workdir that there was none before.
             if folder != own:
@@ -268,7 +270,7 @@ def prepare_data(config: config_lib.Config, place: places.Place, report: watch.W
             raise
     manifest = prepared.manifest
     kind = "synthetic products" if prepared.synthetic else "products"
-    report.line(
+    terminal.line(
         f"{len(prepared.train):,} {kind} to train on, {len(prepared.val):,} to find"
         f" ({manifest['without_text']:,} without text, {manifest['without_image']:,} without image),"
         f" {manifest['splits']['train_queries'] + manifest['splits']['val_queries']:,} queries of the catalogue's own;"
@@ -277,19 +279,21 @@ def prepare_data(config: config_lib.Config, place: places.Place, report: watch.W
     added, mode = manifest.get("augmented"), config.data.augmented
     if added:
         counts = f"{added['text']['added']:,} enriched titles, {added['image']['added']:,} expanded images"
-        report.line(f"augmented by {counts}; config.data.augmented = {mode!r} says what a step reads of them")
+        terminal.line(f"augmented by {counts}; config.data.augmented = {mode!r} says what a step reads of them")
     elif mode != config_lib.Config().data.augmented:
-        report.line(f"config.data.augmented is {mode!r}, and nothing was added to this data: moon-jax augment does it")
+        terminal.line(
+            f"config.data.augmented is {mode!r}, and nothing was added to this data: moon-jax augment does it"
+        )
     if prepared.quarantined:
-        report.line(f"what was left out is listed in {place}/data/quarantine.jsonl")
+        terminal.line(f"what was left out is listed in {store}/data/quarantine.jsonl")
     if len(prepared.val) <= 10:
-        report.line(f"only {len(prepared.val)} products to find: R@10 says nothing; give a larger catalogue")
+        terminal.line(f"only {len(prepared.val)} products to find: R@10 says nothing; give a larger catalogue")
     return prepared
 
 
-def _home(workdir: Path, opened: sources.Opened, options: prepare.Options) -> Path | None:
+def _home(workdir: Path, opened: Source, options: prepare.Options) -> Path | None:
     """Where in the workdir this source is, or shall be, prepared; None where other data stands."""
-    own, half = workdir / "data", workdir / HALF
+    own, half = workdir / "data", workdir / PARTIAL
     if (own / prepared_lib.MANIFEST).exists():
         return own if prepared_lib.is_prepared(own) and prepare.is_of(own, opened, options) else None
     if prepare.is_of(half, opened, options) or prepare.is_of(half / outputs.WORK, opened, options):
@@ -317,7 +321,7 @@ def keep_data(prepared: prepared_lib.Prepared, folder: Path, workdir: object) ->
         if held["fingerprint"] != prepared.fingerprint:
             raise UserError(f"{workdir}: holds other data than is given now; take another folder, or remove this one")
         return prepared
-    if prepared.folder == folder.with_name(HALF):
+    if prepared.folder == folder.with_name(PARTIAL):
         shutil.rmtree(folder, ignore_errors=True)
         prepared.folder.rename(folder)
         return prepared_lib.open_prepared(folder)

@@ -19,10 +19,10 @@ from PIL import Image
 
 from moon_jax.augment import candidates, chat, engines, pipeline, text
 from moon_jax.augment.options import Options
-from moon_jax.config import Unavailable, UserError
 from moon_jax.data import text as text_lib
-from moon_jax.data import workers
+from moon_jax.errors import Unavailable, UserError
 from moon_jax.hub import export
+from moon_jax.ingest import workers
 from moon_jax.types import Product
 from tests.augment.server import free_port, served
 from tests.conftest import SCHEMA, prepared_from, random_params, records, tiny

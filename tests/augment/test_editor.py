@@ -15,9 +15,9 @@ from PIL import Image
 
 from moon_jax.augment import candidates, editor, engines, pipeline
 from moon_jax.augment.options import Options
-from moon_jax.config import UserError
-from moon_jax.data import workers
 from moon_jax.data.images import decode
+from moon_jax.errors import UserError
+from moon_jax.ingest import workers
 from tests.conftest import prepared_from
 
 reference = pytest.importorskip("tests.reference", reason="torch and transformers are not installed")

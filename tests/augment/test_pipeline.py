@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moon_jax import outputs
 from moon_jax.augment import candidates, engines, images, pipeline, text
 from moon_jax.augment.options import Options
-from moon_jax.config import Unavailable, UserError
-from moon_jax.data import outputs, prepare, workers
 from moon_jax.data import prepared as prepared_lib
 from moon_jax.data.images import decode
+from moon_jax.errors import Unavailable, UserError
+from moon_jax.ingest import prepare, workers
 from moon_jax.types import Product
 from tests.conftest import SCHEMA, jpeg, prepared_from, records
 
@@ -65,7 +66,7 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(pipeline.harness, "open_embedder", lambda model, max_pixels: Fake())
+    monkeypatch.setattr(pipeline.registry, "open_embedder", lambda model, max_pixels: Fake())
     return Fake()
 
 
@@ -236,10 +237,10 @@ def test_a_try_that_was_killed_leaves_nothing_in_the_way(tmp_path):
     output = tmp_path / "o"
     (output / outputs.WORK / "units").mkdir(parents=True)
     (output / outputs.WORK / f"{outputs.SOURCE}.tmp").write_text("{")
-    with outputs.claimed(output, "told", ("units",)) as work:
+    with outputs.claim(output, "told", ("units",)) as work:
         for path in (work / "units" / "7.3.tmp", output / "shard.9.tmp"):
             path.write_text("half")
-    with outputs.claimed(output, "told", ("units",)):
+    with outputs.claim(output, "told", ("units",)):
         assert not list(output.rglob("*.tmp"))
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moon_jax.config import UserError
+from moon_jax import progress
 from moon_jax.data import pipeline
+from moon_jax.errors import UserError
 from moon_jax.evaluation import report
 from moon_jax.serving import embedder as serving
-from moon_jax.training import watch
 from moon_jax.types import VIEWS, Product, Triplet
 from tests.conftest import random_params, tiny
 
@@ -136,7 +136,7 @@ def test_evaluation_reads_nothing_that_was_added(prepared, tokenizer, tmp_path, 
     for number, data in enumerate((prepared, poisoned)):
         workdir = tmp_path / str(number)
         workdir.mkdir()
-        metrics = report.evaluate(embedder, data, workdir, watch.Watch())
+        metrics = report.evaluate(embedder, data, workdir, progress.Terminal())
         found.append((metrics, (workdir / "embeddings" / "val.parquet").read_bytes()))
     assert found[0][0]["retrieval"] == found[1][0]["retrieval"] and found[0][0]["labels"] == found[1][0]["labels"]
     assert found[0][1] == found[1][1]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moon_jax.config import UserError
-from moon_jax.data import pipeline, prepare, records
+from moon_jax.data import pipeline, records
+from moon_jax.errors import UserError
+from moon_jax.ingest import prepare
 from moon_jax.types import Product, Triplet
 from tests.conftest import prepared_from, tiny
 

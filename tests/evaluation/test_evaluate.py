@@ -9,8 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from moon_jax import cli, config
-from moon_jax.config import UserError
-from moon_jax.evaluation import baselines, harness, labels, report
+from moon_jax.embedders import registry
+from moon_jax.embedders.bm25 import BM25
+from moon_jax.embedders.colours import Colours
+from moon_jax.embedders.vectors import Vectors
+from moon_jax.errors import UserError
+from moon_jax.evaluation import labels, report
 from moon_jax.serving.embedder import Embedder
 from tests.conftest import random_params, tiny
 
@@ -81,7 +85,7 @@ def test_every_query_is_written(first):
 
 def test_two_models_are_compared_on_the_queries_of_both(first, prepared, tmp_path):
     folder, _ = first
-    report.evaluate(baselines.BM25(10**6), prepared, tmp_path)
+    report.evaluate(BM25(10**6), prepared, tmp_path)
     found = report.compare(folder, tmp_path)
     (scores,) = found.values()
     assert set(scores) == {"t→t", "t→mm", "mm→t", "mm→mm"}
@@ -120,18 +124,18 @@ def test_scores_of_another_evaluation_are_not_taken_for_these(first, prepared, t
         report.compare(folder, tmp_path)
     (tmp_path / "embeddings").mkdir()
     (tmp_path / "embeddings" / "val.parquet").write_bytes(b"old")
-    report.evaluate(baselines.BM25(10**6), prepared, tmp_path)
+    report.evaluate(BM25(10**6), prepared, tmp_path)
     assert not (tmp_path / "embeddings" / "val.parquet").exists()
     assert pq.read_schema(tmp_path / "queries.parquet").metadata[b"model"] == b"BM25"
     vectors = tmp_path / "v"
     vectors.mkdir()
     products = [prepared.products[index] for index in (*prepared.train, *prepared.val)]
-    colours, present = baselines.Colours(10**6).encode_views(products)
+    colours, present = Colours(10**6).encode_views(products)
     seen = [number for number, there in enumerate(present[:, 1]) if there]
     rows = {"id": [products[n].id for n in seen], "view": ["i"] * len(seen), "vector": colours[seen, 1].tolist()}
     pq.write_table(pa.table(rows), vectors / "x.parquet")
     # Of images alone labels are learned, and nothing is found.
-    assert report.evaluate(harness.Vectors(vectors), prepared, tmp_path, known=20)["retrieval"] == {}
+    assert report.evaluate(Vectors(vectors), prepared, tmp_path, known=20)["retrieval"] == {}
     assert pq.read_table(tmp_path / "queries.parquet").num_rows == 0
     assert report.compare(tmp_path, folder) == {}
 
@@ -143,7 +147,7 @@ def test_other_candidates_do_not_compare(first, prepared, tmp_path, capsys):
     (tmp_path / "v").mkdir()
     some = set(sorted(set(table["id"].to_pylist()))[:3])
     pq.write_table(table.filter([i in some for i in table["id"].to_pylist()]), tmp_path / "v" / "x.parquet")
-    found = report.evaluate(harness.Vectors(tmp_path / "v"), prepared, tmp_path / "o")
+    found = report.evaluate(Vectors(tmp_path / "v"), prepared, tmp_path / "o")
     assert "products have no vector, and are neither sought nor found" in capsys.readouterr().out
     (name,) = found["retrieval"]
     few, all_ = (entry["retrieval"][name]["t→i"]["candidates"] for entry in (found, metrics))
@@ -161,7 +165,7 @@ def test_other_candidates_do_not_compare(first, prepared, tmp_path, capsys):
 def test_vectors_of_nobody_are_one_line(prepared, tmp_path, ids, said):
     pq.write_table(pa.table({"id": ids, "view": ["t"], "vector": [[1.0, 0.0]]}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match=said):
-        report.evaluate(harness.Vectors(tmp_path), prepared, tmp_path / "o")
+        report.evaluate(Vectors(tmp_path), prepared, tmp_path / "o")
 
 
 def test_a_workdir_to_compare_with_is_a_model(first, model, tokenizer, prepared, tmp_path, monkeypatch):
@@ -176,9 +180,9 @@ def test_a_workdir_to_compare_with_is_a_model(first, model, tokenizer, prepared,
 
     def open_embedder(name, pixels, flag):
         opened.append((flag, name))
-        return baselines.BM25(pixels) if name == "bm25" else Embedder(settings, params, tokenizer, "f00d", 1)
+        return BM25(pixels) if name == "bm25" else Embedder(settings, params, tokenizer, "f00d", 1)
 
-    monkeypatch.setattr(harness, "open_embedder", open_embedder)
+    monkeypatch.setattr(registry, "open_embedder", open_embedder)
     given = ["evaluate", "--model", "bm25", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
     assert cli.main([*given, "--known", "0", "--compare", str(other)]) == 0
     assert opened == [("--model", "bm25"), ("--compare", str(other))]
@@ -188,7 +192,7 @@ def test_a_workdir_to_compare_with_is_a_model(first, model, tokenizer, prepared,
 def test_given_vectors_are_judged_where_nothing_must_be_altered(first, prepared, tmp_path):
     """The vectors that an evaluation left behind give its scores again; labels by what was not struck."""
     folder, metrics = first
-    vectors = harness.Vectors(folder / "embeddings")
+    vectors = Vectors(folder / "embeddings")
     again = report.evaluate(vectors, prepared, tmp_path, known=20)
     (name,) = metrics["retrieval"]
     assert set(again["retrieval"][name]) == {"t→i", "i→t"}
@@ -282,13 +286,13 @@ def test_vectors_that_nothing_can_be_asked_of_are_a_mistake(first, prepared, tmp
     table = pq.read_table(first[0] / "embeddings" / "val.parquet")
     pq.write_table(table.filter(pa.compute.equal(table["view"], "mm")), tmp_path / "mm.parquet")
     with pytest.raises(UserError, match=r"nothing to be asked: vectors of mm alone.*embed --views t,i,mm"):
-        report.evaluate(harness.Vectors(tmp_path), prepared, tmp_path / "o", known=0)
+        report.evaluate(Vectors(tmp_path), prepared, tmp_path / "o", known=0)
     assert not (tmp_path / "o" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_model_that_is_damaged_is_not_scored(prepared, tmp_path, which):
-    class Damaged(baselines.Colours):
+    class Damaged(Colours):
         calls = 0
 
         def encode_views(self, *args, **more):
@@ -310,7 +314,7 @@ def test_as_many_candidates_are_not_the_same_ones(first, prepared, tmp_path):
         (tmp_path / name).mkdir()
         some = table.filter(pa.compute.is_in(table["id"], pa.array(kept)))
         pq.write_table(some, tmp_path / name / "x.parquet")
-        report.evaluate(harness.Vectors(tmp_path / name), prepared, tmp_path / f"judged {name}", known=0)
+        report.evaluate(Vectors(tmp_path / name), prepared, tmp_path / f"judged {name}", known=0)
     assert report.compare(tmp_path / "judged a", tmp_path / "judged c")
     assert report.compare(tmp_path / "judged a", tmp_path / "judged b") == {}
 
@@ -318,7 +322,7 @@ def test_as_many_candidates_are_not_the_same_ones(first, prepared, tmp_path):
 def test_the_command_hands_on_what_is_known_and_how_it_is_asked(model, tokenizer, prepared, tmp_path, monkeypatch):
     settings, params = model
     embedder = Embedder(settings, params, tokenizer, "f00d", 1)
-    monkeypatch.setattr(harness, "open_embedder", lambda name, pixels, flag: embedder)
+    monkeypatch.setattr(registry, "open_embedder", lambda name, pixels, flag: embedder)
     given = ["evaluate", "--model", "m", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
     prompts = ["a photo of {}", "{}"]
     assert cli.main([*given, "--known", "20", "--prompt", prompts[0], "--prompt", prompts[1]]) == 0

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from moon_jax import cli
-from moon_jax.config import UserError
 from moon_jax.data.images import ResizeRule
+from moon_jax.errors import UserError
 from moon_jax.evaluation import heatmap, pictures, verify
 from moon_jax.serving import embedder as serving
 from moon_jax.serving.embedder import Embedder

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moon_jax.evaluation import baselines, pictures, retrieval, screen
+from moon_jax.embedders.bm25 import BM25
+from moon_jax.evaluation import pictures, retrieval, tables
 from moon_jax.types import OBJECTIVES, VIEWS
 
 
@@ -40,7 +41,7 @@ METRICS = {
 
 def printed(metrics):
     console = Console(file=io.StringIO(), width=120)
-    for table in screen.tables(metrics):
+    for table in tables.scores(metrics):
         console.print(table)
     return console.file.getvalue()
 
@@ -73,7 +74,7 @@ def test_what_nothing_was_judged_in_takes_no_room():
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     assert rows == [["i", "3.0 / 4.0 / 5.0", "4.0 / 5.0 / 6.0"]] and "none" not in text and "→ i " not in text
     console = Console(file=io.StringIO(), width=120)
-    for table in screen.details(scores):
+    for table in tables.details(scores):
         console.print(table)
     rows = [[c.strip() for c in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines() if "│" in line]
     assert rows[0][:2] == ["i→t", "5.0 [too few]"] and rows[1][:2] == ["i→mm", "6.0 [0.0, 100]"]
@@ -91,7 +92,7 @@ def test_sentences_say_what_the_lines_say(tmp_path):
     line = {"step": 10, "total": 5.0, "omega": weights, "phi_below_threshold": 0.25, "experts": experts}
     write = json.dumps
     (tmp_path / "metrics.jsonl").write_text(f"{write(line)}\n{write(line | {'step': 20, 'total': 2.0})}\n")
-    said = screen.learned(METRICS, tmp_path)
+    said = tables.learned(METRICS, tmp_path)
     assert said == [
         "text finds an image (t→i) among the first ten of 50 in 12.0% of 40 queries (by chance 0.5%)",
         "an image finds text (i→t) among the first ten of 50 in 32.0% of 40 queries (by chance 0.5%)",
@@ -101,7 +102,7 @@ def test_sentences_say_what_the_lines_say(tmp_path):
         "the filter weighs 25% of the last batch's triplets down",
         "text and image tokens share 50% of their expert use",
     ]
-    assert screen.learned({"retrieval": {}, "labels": {}}, tmp_path / "nowhere") == []
+    assert tables.learned({"retrieval": {}, "labels": {}}, tmp_path / "nowhere") == []
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_an_altered_query_is_shown_as_it_was_asked(monkeypatch, prepared, tmp_pa
         cell(axes, product, view, pixels, label, *args, **more)
 
     monkeypatch.setattr(pictures, "_cell", watched)
-    encoded = retrieval.encode(baselines.BM25(10**6), prepared)
+    encoded = retrieval.encode(BM25(10**6), prepared)
     pictures.gallery(tmp_path / "g.png", encoded, prepared, 10**6, retrieval.SEED, "")
     place = {prepared.products[index].id: place for place, index in enumerate(prepared.val)}
     asked = [(product, label) for product, label in shown if label.startswith("query")]

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 
 import moon_jax
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
-from moon_jax.evaluation import harness, verify
+from moon_jax.embedders.sentence_transformers import SentenceTransformer
+from moon_jax.errors import UserError
+from moon_jax.evaluation import verify
 from moon_jax.hub import export, keys
 from moon_jax.serving import embedder as serving
 from tests.conftest import random_params, tiny
@@ -159,7 +160,7 @@ def test_sentence_transformers_embed_alike(case):
     for theirs in (model.encode(items), np.concatenate([model.encode([item]) for item in items])):
         np.testing.assert_allclose(np.linalg.norm(theirs, axis=1), 1, atol=1e-5)
         assert ((ours * theirs).sum(1) >= 0.9999).all()
-    judged = harness.SentenceTransformer(folder, 10**6)
+    judged = SentenceTransformer(folder, 10**6)
     assert judged.sees == ("t", "i")
     assert ((ours * judged.encode([serving.as_product(item) for item in ITEMS])).sum(1) >= 0.9999).all()
 

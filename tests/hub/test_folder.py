@@ -10,7 +10,7 @@ import pytest
 
 import moon_jax
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
+from moon_jax.errors import UserError
 from moon_jax.hub import folder
 from tests.conftest import ROOT
 from tests.hub.test_published import PUBLISHED
@@ -305,7 +305,7 @@ def test_a_model_that_is_not_there(monkeypatch, tmp_path, model, message):
 HUB = """
 import huggingface_hub.constants as constants
 from moon_jax.hub import folder
-from moon_jax.config import UserError
+from moon_jax.errors import UserError
 found = folder.locate("hf://owner/name")
 print(sorted(path.name for path in found.iterdir()))
 try:

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from moon_jax import config as config_lib
 from moon_jax import sharding
-from moon_jax.config import UserError
 from moon_jax.data import rows as rows_lib
+from moon_jax.errors import UserError
 from moon_jax.hub import keys, weights
 from moon_jax.model.encoder import Encoder
 from moon_jax.serving.embedder import abstract_params
@@ -36,7 +36,7 @@ def cases():
     a, b = rng.normal(size=(2, 6, 8)).astype(np.float32)
     bank = rng.normal(size=(3, 6, 8)).astype(np.float32)
     kernel = rng.normal(size=(5, 3, 2, 4, 4)).astype(np.float32)
-    drawn = weights.redrawn(lazy_of(a), 1, 0.5, (0, 1), (2,), lambda: (0.0, 1.0))
+    drawn = weights.reinitialized(lazy_of(a), 1, 0.5, (0, 1), (2,), lambda: (0.0, 1.0))
     return {
         "transposed": (weights.transposed(lazy_of(a)), a.T),
         "pair": (weights.pair(lazy_of(bank)), np.stack([bank[..., :4], bank[..., 4:]], 1)),
@@ -46,7 +46,7 @@ def cases():
             weights.stacked([weights.stacked([weights.transposed(lazy_of(a)), weights.transposed(lazy_of(b))])]),
             np.stack([a.T, b.T])[None],
         ),
-        "redrawn": (drawn, whole(drawn)),
+        "reinitialized": (drawn, whole(drawn)),
         "noise": (weights.Lazy((600, 530), lambda region: weights.noise((1, 2), region)), NOISE),
     }
 
@@ -69,18 +69,18 @@ def test_noise_is_normal_and_does_not_repeat():
     assert (weights.noise((1, 3), (slice(0, 9), slice(0, 9))) != NOISE[:9, :9]).all()
 
 
-def test_redrawn_changes_that_share_of_the_units_and_nothing_else():
+def test_reinitialized_changes_that_share_of_the_units_and_nothing_else():
     rng = np.random.default_rng(0)
     matrix = rng.normal(3.0, 0.5, size=(40, 60)).astype(np.float32)
     normal = lambda: weights.statistics(lazy_of(matrix))  # noqa: E731
-    columns = whole(weights.redrawn(lazy_of(matrix), 1, 0.5, (7,), (3,), normal))
-    rows = whole(weights.redrawn(lazy_of(matrix.T), 0, 0.5, (8,), (3,), normal))
+    columns = whole(weights.reinitialized(lazy_of(matrix), 1, 0.5, (7,), (3,), normal))
+    rows = whole(weights.reinitialized(lazy_of(matrix.T), 0, 0.5, (8,), (3,), normal))
     changed = (columns != matrix).any(0)
     assert changed.sum() == 30 and (columns != matrix)[:, changed].all()
     # Equal `units` choose the same: an expert's gate, up and down lose the same inner units.
     np.testing.assert_array_equal((rows != matrix.T).any(1), changed)
     assert abs(columns[:, changed].mean() - 3.0) < 0.1 and abs(columns[:, changed].std() - 0.5) < 0.05
-    np.testing.assert_array_equal(columns, whole(weights.redrawn(lazy_of(matrix), 1, 0.5, (7,), (3,), normal)))
+    np.testing.assert_array_equal(columns, whole(weights.reinitialized(lazy_of(matrix), 1, 0.5, (7,), (3,), normal)))
 
 
 def write(folder, config, params):
@@ -195,12 +195,12 @@ def test_an_upcycled_model_is_the_dense_one_at_step_0(tmp_path, tokenizer, diffe
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(embed(config), expected, atol=1e-6)
     if config.experts.count > 1:  # and part of it drawn anew, it is another one
-        other = embed(config_lib.replace(config, {"experts.redrawn": 0.5}))
+        other = embed(config_lib.replace(config, {"experts.reinitialized": 0.5}))
         assert np.abs(other - expected).max() > 1e-2
 
 
 def test_upcycling_is_seeded_and_the_same_on_any_mesh(tmp_path, tokenizer):
-    sizes = dict(experts__width=tiny().language.mlp_width, experts__redrawn=0.5)
+    sizes = dict(experts__width=tiny().language.mlp_width, experts__reinitialized=0.5)
     dense = tiny(**sizes, experts__count=0)
     write(tmp_path, dense, random_params(dense, tokenizer))
     config = tiny(**sizes, mesh__expert=4, mesh__tensor=2)
@@ -216,7 +216,7 @@ def test_upcycling_is_seeded_and_the_same_on_any_mesh(tmp_path, tokenizer):
     # Experts differ from one another, each in half of its inner units, the same ones in gate, up and down.
     gate_up, down = np.asarray(experts["gate_up"]), np.asarray(experts["down"])
     assert (experts["router"][0] != experts["router"][1]).all()  # nor are layers
-    plain = load(tmp_path, config_lib.replace(config, {"experts.redrawn": 0.0}), tokenizer)
+    plain = load(tmp_path, config_lib.replace(config, {"experts.reinitialized": 0.0}), tokenizer)
     plain = plain["decoder"]["periods"]["layer_0"]["experts"]
     fresh, also = np.moveaxis((gate_up != plain["gate_up"]).any(-2), -2, 0)  # [layers, E, F], of gate and of up
     assert (fresh.sum(-1) == config.experts.width // 2).all()
@@ -291,9 +291,9 @@ def test_upcycling_needs_the_width_of_the_dense_feed_forward(tmp_path, tokenizer
 
 
 def test_nothing_is_drawn_anew_where_nothing_is_upcycled(tmp_path, tokenizer):
-    config = tiny(experts__redrawn=0.5)
+    config = tiny(experts__reinitialized=0.5)
     write(tmp_path, config, random_params(config, tokenizer))
-    with pytest.raises(UserError, match=r"config.experts.redrawn: .* is not upcycled"):
+    with pytest.raises(UserError, match=r"config.experts.reinitialized: .* is not upcycled"):
         load(tmp_path, config, tokenizer)
 
 

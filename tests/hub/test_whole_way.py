@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import moon_jax
 from moon_jax import cli
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
+from moon_jax.errors import UserError
 from moon_jax.evaluation import verify
 from moon_jax.hub import export
 from moon_jax.serving import embedder as serving

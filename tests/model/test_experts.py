@@ -10,8 +10,8 @@ import pytest
 
 from moon_jax import backend, sharding
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
-from moon_jax.model import bank, experts, router
+from moon_jax.errors import UserError
+from moon_jax.model import experts, grouped_matmul, router
 
 T, D, F = 64, 8, 12
 CASES = ("balanced", "skewed", "one expert", "none valid")
@@ -180,7 +180,7 @@ def both(count, per_token, case, platform, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_the_bank_of_a_tpu_equals_the_oracle(case, monkeypatch):
     """In Pallas's interpreter."""
-    monkeypatch.setattr(bank, "INTERPRET", True)
+    monkeypatch.setattr(grouped_matmul, "INTERPRET", True)
     check(*both(8, 2, case, "tpu", monkeypatch))
 
 
@@ -199,14 +199,14 @@ def test_a_gpu_without_its_kernel_is_one_line(monkeypatch):
 @pytest.mark.parametrize("sizes", [(0, 0, 0), (40, 0, 0), (0, 0, 40), (13, 1, 26), (3, 30, 0)])
 def test_the_bank_touches_no_row_of_nobody(sizes, monkeypatch):
     """Whatever stands behind the last group, in the rows or in what is passed back, gradients do not see it."""
-    monkeypatch.setattr(bank, "BLOCK", 16)
+    monkeypatch.setattr(grouped_matmul, "BLOCK", 16)
     rng = np.random.default_rng(0)
     x, cotangent = rng.normal(size=(2, 40, D)).astype(np.float32)
     gate_up, down = rng.normal(size=(3, 2, D, F)).astype(np.float32), rng.normal(size=(3, F, D)).astype(np.float32)
     total = sum(sizes)
     expert = np.repeat(np.arange(3), sizes)
     x[total:], cotangent[total:] = 1e3, 1e3
-    y, pull = jax.vjp(lambda *arrays: bank.swiglu(*arrays, jnp.array(sizes, jnp.int32)), x, gate_up, down)
+    y, pull = jax.vjp(lambda *arrays: grouped_matmul.swiglu(*arrays, jnp.array(sizes, jnp.int32)), x, gate_up, down)
 
     def plain(x, gate_up, down):
         x = x[:total, None]

@@ -11,10 +11,10 @@ import sys
 import threading
 
 from moon_jax import cli
-from moon_jax.training import watch
+from moon_jax.training import metrics as metrics_lib
 
 phase, count, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-of, entered = watch.Times.of, 0
+of, entered = metrics_lib.Times.of, 0
 
 
 def strike():
@@ -31,7 +31,7 @@ def deadly(self, name):
         yield
 
 
-watch.Times.of = deadly
+metrics_lib.Times.of = deadly
 if phase == "any":
     strike()
 sys.exit(cli.main(sys.argv[4:]))

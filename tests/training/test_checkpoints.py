@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from moon_jax import config as config_lib
-from moon_jax import places, sharding
-from moon_jax.config import Unavailable, UserError
-from moon_jax.training import about
+from moon_jax import sharding, storage
+from moon_jax.errors import Unavailable, UserError
 from moon_jax.training import checkpoints as lib
+from moon_jax.training import provenance
 from moon_jax.types import TrainState
 from tests.conftest import tiny
 
@@ -53,7 +53,7 @@ def training(**options):
 
 def write(workdir, steps, options=None, scores=()):
     workdir.mkdir(exist_ok=True)
-    opened = lib.Checkpoints(places.Place(workdir).checkpoints, options or training())
+    opened = lib.Checkpoints(storage.Store(workdir).checkpoints, options or training())
     for step in steps:
         opened.save(state(step), step, ABOUT, dict(scores).get(step))
     opened.close()
@@ -62,7 +62,7 @@ def write(workdir, steps, options=None, scores=()):
 def restore(workdir, expected=None, abstract=None):
     """Step and state, and what was told."""
     told = []
-    opened = lib.Checkpoints(places.Place(workdir).checkpoints, training())
+    opened = lib.Checkpoints(storage.Store(workdir).checkpoints, training())
     try:
         return opened.restore(abstract or like(state(0)), expected or {"data": "catalogue"}, told.append), told
     finally:
@@ -79,7 +79,7 @@ def two(tmp_path_factory):
 def test_what_is_restored_is_what_was_saved(two):
     (step, found), told = restore(two)
     assert step == 7 and equal(found, state(7)) and not told
-    reader = lib.Checkpoints(places.Place(two).checkpoints)
+    reader = lib.Checkpoints(storage.Store(two).checkpoints)
     step, params = reader.restore_params(like(state(0).params), told.append)
     assert step == 7 and equal(params, state(7).params) and not told
     about = json.loads((two / "checkpoints" / "7" / "about" / "metadata").read_text())
@@ -93,7 +93,7 @@ def test_parameters_may_be_read_in_another_dtype(two):
     half = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), like(state(0).params)
     )
-    step, params = lib.latest_params(places.Place(two).checkpoints, half)
+    step, params = lib.latest_params(storage.Store(two).checkpoints, half)
     assert step == 7 and equal(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state(7).params))
 
 
@@ -185,7 +185,7 @@ def test_all_damaged_is_one_line(two, tmp_path):
     assert "\n" not in str(error.value) and "7, 5" in str(error.value)
     assert not (workdir / "damaged").exists()  # else the next start would begin anew, without a word
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match="no checkpoint is whole"):
-        lib.latest_params(places.Place(workdir).checkpoints, like(state(0).params))
+        lib.latest_params(storage.Store(workdir).checkpoints, like(state(0).params))
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_a_reader_skips_and_moves_nothing(two, tmp_path):
     shutil.copytree(two, workdir)
     shutil.rmtree(workdir / "checkpoints" / "7" / "params")
     with pytest.warns(UserWarning, match="checkpoints/7: a damaged checkpoint"):
-        step, params = lib.latest_params(places.Place(workdir).checkpoints, like(state(0).params))
+        step, params = lib.latest_params(storage.Store(workdir).checkpoints, like(state(0).params))
     assert step == 5 and equal(params, state(5).params) and (workdir / "checkpoints" / "7").is_dir()
 
 
@@ -265,7 +265,7 @@ def test_a_step_that_was_set_aside_is_saved_anew(two, tmp_path):
     workdir = tmp_path / "w"
     shutil.copytree(two, workdir)
     truncate(next((workdir / "checkpoints" / "7" / "params" / "d").iterdir()))
-    opened = lib.Checkpoints(places.Place(workdir).checkpoints, training())
+    opened = lib.Checkpoints(storage.Store(workdir).checkpoints, training())
     assert opened.restore(like(state(0)), {"data": "catalogue"}, lambda _: None)[0] == 5
     opened.save(state(7), 7, ABOUT)
     opened.close()
@@ -287,7 +287,7 @@ def test_processes_that_see_other_checkpoints_wait_and_then_refuse(two, monkeypa
     seen = [["[5]"], ["[5]"], ["[5, 7]"]]
     monkeypatch.setattr(lib.time, "sleep", lambda _: None)
     monkeypatch.setattr(lib.hosts, "gather", lambda said: [said, *(seen.pop(0) if seen else ["[5, 7]"])])
-    opened = lib.Checkpoints(places.Place(two).checkpoints)
+    opened = lib.Checkpoints(storage.Store(two).checkpoints)
     assert opened._agreed() == [5, 7] and not seen
     monkeypatch.setattr(lib.hosts, "gather", lambda said: [said, "[5]"])
     with pytest.raises(Unavailable, match=r"process 1 sees checkpoints \[5\] and process 0 \[5, 7\]; give all"):
@@ -297,7 +297,7 @@ def test_processes_that_see_other_checkpoints_wait_and_then_refuse(two, monkeypa
 def test_an_error_of_the_users_waits_for_a_save_under_way(tmp_path):
     """Which would be lost with the process."""
     (tmp_path / "w").mkdir()
-    with pytest.raises(UserError), lib.Checkpoints(places.Place(tmp_path / "w").checkpoints, training()) as opened:
+    with pytest.raises(UserError), lib.Checkpoints(storage.Store(tmp_path / "w").checkpoints, training()) as opened:
         opened.save(state(3), 3, ABOUT)
         raise UserError("numbers went bad")
     assert (tmp_path / "w" / "checkpoints" / "3").is_dir()
@@ -311,7 +311,7 @@ def test_the_digest_does_not_depend_on_the_devices_and_sees_every_bit():
     )
     kernel = spread.params["encoder"]["kernel"]
     assert len(kernel.sharding.device_set) == 8
-    digest = jax.jit(about.digest)
+    digest = jax.jit(provenance.digest)
     assert np.array_equal(digest(kernel), digest(made.params["encoder"]["kernel"]))
     for array, unsigned in (
         (made.params["encoder"]["scale"], np.uint16),
@@ -340,7 +340,7 @@ def test_saved_on_one_mesh_restored_on_another(tmp_path):
     meshes = [sharding.make_mesh(config_lib.Mesh(data=d, fsdp=f), jax.devices()[: d * f]) for d, f in ((2, 2), (8, 1))]
     workdir = tmp_path / "w"
     workdir.mkdir()
-    opened = lib.Checkpoints(places.Place(workdir).checkpoints, training())
+    opened = lib.Checkpoints(storage.Store(workdir).checkpoints, training())
     opened.save(state(3, placed(meshes[0])), 3, ABOUT)
     opened.close()
     (step, found), told = restore(workdir, abstract=like(state(0, placed(meshes[1]))))

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from moon_jax import sharding
-from moon_jax.config import UserError
 from moon_jax.data import pipeline
-from moon_jax.training import about, loop
+from moon_jax.errors import UserError
+from moon_jax.training import loop, provenance
 from moon_jax.training import optimizer as lib
 from moon_jax.training import step as step_lib
 from tests.conftest import tiny
@@ -103,7 +103,7 @@ def test_whatever_an_optimizer_keeps_is_placed_and_can_be_saved(batch, name):
     state = loop.abstract_state(config, batch.rows, sharding.make_mesh(config.mesh))
     assert all(leaf.sharding is not None for leaf in jax.tree.leaves(state))
     for leaf in jax.tree.leaves(state.opt_state):
-        assert jax.eval_shape(about.digest, leaf).shape == (2,)
+        assert jax.eval_shape(provenance.digest, leaf).shape == (2,)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,9 @@ def test_an_optimizer_that_will_not_do_is_one_line(name, message):
 
 
 def test_rates_by_path(params):
-    options = tiny(training__rates=("encoder/vision/layers/*=0", "encoder/vision/*=0.5", "*/router=3")).training
+    options = tiny(
+        training__learning_rate_factors=("encoder/vision/layers/*=0", "encoder/vision/*=0.5", "*/router=3")
+    ).training
     peaks = {
         "/".join(lib._names(path)): lib.peak(options, path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
     }
@@ -132,14 +134,14 @@ def test_rates_by_path(params):
     assert peaks["encoder/token_embedding"] == pytest.approx(1e-3) and peaks["alignment/dual"] == 1e-2
     lib.check(options, params)
     with pytest.raises(UserError, match=r"rates: encoder/visoin/\* fits no parameter; the closest is encoder/vision/"):
-        lib.check(tiny(training__rates=("encoder/visoin/*=0",)).training, params)
-    with pytest.raises(UserError, match=r"training.rates must be of the form PATTERN=FACTOR"):
-        tiny(training__rates=("encoder/vision/*",))
+        lib.check(tiny(training__learning_rate_factors=("encoder/visoin/*=0",)).training, params)
+    with pytest.raises(UserError, match=r"training.learning_rate_factors must be of the form PATTERN=FACTOR"):
+        tiny(training__learning_rate_factors=("encoder/vision/*",))
 
 
 def test_the_table_says_what_trains(params):
     console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(lib.table(tiny(training__rates=(FROZEN,)).training, params))
+    console.print(lib.table(tiny(training__learning_rate_factors=(FROZEN,)).training, params))
     text = console.export_text()
     vision = sum(leaf.size for leaf in jax.tree.leaves(params["encoder"]["vision"]))
     assert re.search(rf"│ encoder/vision +│ {vision:,} │ +frozen │ +- │", text)
@@ -149,7 +151,9 @@ def test_the_table_says_what_trains(params):
 
 
 def test_frozen_parameters_stay_and_have_no_state(batch):
-    config = tiny(training__rates=(FROZEN,), language__layers=1, vision__depth=1, experts__dispatch="dense")
+    config = tiny(
+        training__learning_rate_factors=(FROZEN,), language__layers=1, vision__depth=1, experts__dispatch="dense"
+    )
     make = jax.jit(lambda: nn.unbox(step_lib.initial_state(config, batch.rows)))
     state = make()
     before = jax.device_get(state.params)
@@ -174,7 +178,7 @@ def test_a_frozen_vision_tower_stores_no_activations(remat):
     patches = 28  # a size that no other axis has
 
     def stored(rates):
-        config = tiny(training__remat=remat, training__rates=rates, data__visual_tokens=patches // 4)
+        config = tiny(training__remat=remat, training__learning_rate_factors=rates, data__visual_tokens=patches // 4)
         batch = loop.abstract_batch(config, sharding.make_mesh(config.mesh))
         assert batch.rows.patches.shape[1] == patches
         params = nn.unbox(jax.eval_shape(functools.partial(step_lib.initial_state, config), batch.rows)).params

@@ -9,7 +9,7 @@ import pytest
 
 from moon_jax import cli, sharding
 from moon_jax import config as config_lib
-from moon_jax.config import UserError
+from moon_jax.errors import UserError
 from moon_jax.model.encoder import composition
 from moon_jax.training import chips, hlo, loop, plan
 from tests.conftest import tiny
@@ -271,7 +271,7 @@ def test_a_step_on_this_machine_is_compiled_read_and_timed(here):
 
 
 def test_the_table_and_its_numbers(here):
-    console = loop.watch.Console(width=100, record=True)
+    console = loop.progress.Console(width=100, record=True)
     console.print(plan.table([here]))
     text = console.export_text()
     assert "data=2 expert=2 tensor=2" in text and f"{here.parameters:,}" in text and "step, measured" in text

@@ -17,10 +17,10 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 import moon_jax
-from moon_jax import cli, flags
-from moon_jax.commands import making
-from moon_jax.config import UserError
+from moon_jax import cli
+from moon_jax.commands import export
 from moon_jax.data import records
+from moon_jax.errors import UserError
 from moon_jax.types import VIEWS
 from tests.conftest import COLOURS, environment, jpeg, overrides, tiny
 
@@ -332,7 +332,7 @@ def test_its_export_tells_data_and_scores(finished, tmp_path, capsys):
         moon_jax.load(tmp_path / "served").encode(items), moon_jax.load(finished[0]).encode(items)
     )
     with pytest.raises(UserError, match="a model is exported as it was trained"):
-        making.run_export(flags.parse(["export", "--model", "m", "--output", "o"])[0], ["--config.seed=1"])
+        export.run(cli.parse(["export", "--model", "m", "--output", "o"])[0], ["--config.seed=1"])
 
 
 def test_no_model_is_one_line(finished, tmp_path):

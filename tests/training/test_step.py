@@ -14,8 +14,8 @@ import pytest
 import moon_jax
 from moon_jax import config as config_lib
 from moon_jax import sharding
-from moon_jax.config import UserError
 from moon_jax.data import pipeline
+from moon_jax.errors import UserError
 from moon_jax.model import experts, router
 from moon_jax.model.encoder import Encoder
 from moon_jax.training import loop

@@ -18,10 +18,11 @@ import pytest
 
 import moon_jax
 from moon_jax import config as config_lib
-from moon_jax import hosts, interrupt, places, sharding
-from moon_jax.config import UserError
+from moon_jax import distributed, interrupt, sharding, storage
 from moon_jax.data.prepared import open_prepared
-from moon_jax.training import checkpoints, watch
+from moon_jax.errors import UserError
+from moon_jax.training import checkpoints
+from moon_jax.training import metrics as metrics_lib
 from tests.conftest import ROOT, environment, tiny
 
 STEPS = 12
@@ -89,7 +90,7 @@ def like(catalogue, tokenizer):
 
 
 def trained(workdir, like):
-    return checkpoints.latest_params(places.Place(workdir).checkpoints, like)
+    return checkpoints.latest_params(storage.Store(workdir).checkpoints, like)
 
 
 def same_parameters(like, a, b):
@@ -116,7 +117,7 @@ def test_it_tells_what_trains_and_where_time_goes(undisturbed):
     lines = [json.loads(line) for line in (workdir / "speed.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line in lines:
-        assert 0 < sum(line[phase] for phase in watch.PHASES) <= line["seconds"] * 1.01
+        assert 0 < sum(line[phase] for phase in metrics_lib.PHASES) <= line["seconds"] * 1.01
         assert line["host_bytes"] > 1e8
     # What an evaluation found stands in the line of its step, and its checkpoint is kept.
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -250,10 +251,10 @@ def test_two_runs_of_one_workdir_are_one_too_many(catalogue, tmp_path, monkeypat
     from moon_jax.training import workdir as workdir_lib
 
     monkeypatch.setattr(workdir_lib, "LOCK_SECONDS", 1)
-    place = places.Place(tmp_path / "w")
-    with workdir_lib.alone(place):
+    place = storage.Store(tmp_path / "w")
+    with workdir_lib.locked(place):
         asking = "import sys\nfrom moon_jax import places\nfrom moon_jax.training import workdir\n"
-        asking += "workdir.LOCK_SECONDS = 1\nwith workdir.alone(places.Place(sys.argv[1])): pass"
+        asking += "workdir.LOCK_SECONDS = 1\nwith workdir.locked(storage.Store(sys.argv[1])): pass"
         code, _, err = finish(start([sys.executable, "-c", asking, place]))
         assert code == 1 and "another process trains there" in err
     code, _, err = finish(start([sys.executable, "-c", asking, place]))
@@ -368,7 +369,7 @@ def test_a_workdir_in_a_bucket(catalogue, undisturbed, like, bucket, tmp_path):
     workdir, local = f"{bucket}/run", undisturbed[0]
     _kill(catalogue, workdir, [("checkpoint", 8, 0.05)])
     assert same_parameters(like, local, workdir)
-    place = places.Place(workdir)
+    place = storage.Store(workdir)
     place.pull()
     for name in ("metrics.jsonl", "data/manifest.json", "tokenizer.json", "config.json"):
         assert (place.files / name).read_bytes() == (local / name).read_bytes(), name
@@ -406,7 +407,7 @@ def test_eight_four_one_and_eight_devices_are_one_run(catalogue, tmp_path, monke
     for leg, (devices, axes) in enumerate([(8, dict(fsdp=2, expert=2)), (4, dict(fsdp=4)), (1, {}), (8, {})]):
         on(monkeypatch, devices)
         last = 3 * (leg + 1)
-        monkeypatch.setattr(hosts, "stopping", functools.partial(_stop_at, last if last < STEPS else None))
+        monkeypatch.setattr(distributed, "stopping", functools.partial(_stop_at, last if last < STEPS else None))
         legs = config_lib.replace(config, {f"mesh.{axis}": size for axis, size in axes.items()})
         try:
             moon_jax.train(legs, tmp_path / "legs")
@@ -437,7 +438,7 @@ def test_numbers_that_stay_bad_end_the_run(catalogue, tmp_path, monkeypatch):
         training__optimizer="sgd",
         training__learning_rate=1e30,
         training__clip=1e30,
-        training__bad_steps=3,
+        training__max_bad_steps=3,
         training__steps=30,
         training__min_warmup=1,
         training__warmup=0.0,

@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moon_jax import config as config_lib
-from moon_jax import hosts, places, sharding
+from moon_jax import distributed, sharding, storage
 from moon_jax.training import checkpoints
 from tests.training.test_checkpoints import ABOUT, like, state, training, truncate
 
-hosts.start()
+distributed.initialize()
 workdir = Path(sys.argv[1])
 mesh = sharding.make_mesh(config_lib.Mesh(data=1, fsdp=2))
 
@@ -32,18 +32,18 @@ def placed(number):
     return jax.tree.map(put, state(number))
 
 
-opened = checkpoints.Checkpoints(places.Place(workdir).checkpoints, training())
+opened = checkpoints.Checkpoints(storage.Store(workdir).checkpoints, training())
 for step in (5, 7):
     opened.save(placed(step), step, ABOUT)
 opened.close()
-hosts.gather("")
-if hosts.first():
+distributed.allgather("")
+if distributed.is_primary():
     parts = (workdir / "checkpoints" / "7" / "params" / "ocdbt.process_1" / "d").iterdir()
     truncate(max(parts, key=lambda path: path.stat().st_size))
-hosts.gather("")
+distributed.allgather("")
 
 told = []
-opened = checkpoints.Checkpoints(places.Place(workdir).checkpoints, training())
+opened = checkpoints.Checkpoints(storage.Store(workdir).checkpoints, training())
 step, found = opened.restore(like(placed(0)), {"data": "catalogue"}, told.append)
 whole = np.asarray(state(5).params["encoder"]["kernel"])
 kernel = found.params["encoder"]["kernel"]

@@ -1,0 +1,70 @@
+"""moon-jax prepare: turns a catalogue or a click log into prepared data."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shlex
+
+from moon_jax import config as config_lib
+from moon_jax import interrupt
+from moon_jax.commands.shared import expand, hush, process_count
+
+HELP = "turn a catalogue or a click log into data for training"
+
+DESCRIPTION = """\
+Turns a catalogue, with or without a click log, into prepared data: sharded records, triplets as indices, a split, a
+manifest, and a quarantine of unusable records. --data is a file or folder of Parquet, JSONL, CSV, TSV or tar
+(webdataset) files, a dataset saved by Hugging Face's datasets, hf://datasets/owner/name, or tfds://name. docs/data.md
+describes the formats. The same command again resumes.
+
+examples:
+  moon-jax prepare --data catalogue/ --output prepared
+  moon-jax prepare --data mbe.jsonl --columns mbe --fetch img.alicdn.com --output prepared
+  moon-jax prepare --data fashion200k/ --columns fashion200k --output prepared --config.prepare.longest_side=512
+  moon-jax prepare --data products.csv --columns mine.json --output prepared
+  moon-jax train --config quickstart --data prepared --workdir runs/first
+
+Images are downloaded only from hosts that --fetch names (*.example.com includes subdomains), and never from addresses
+of a private network; hf:// downloads from the hub.
+"""
+
+AFTER_STOP = "goes on from here"
+"""What the same command does after it was interrupted."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="a file, a folder, hf://datasets/owner/name or tfds://name")
+    parser.add_argument("--output", required=True, help="a folder: new, empty, or left by an interrupted prepare")
+    parser.add_argument("--columns", default="own", help="a column map: own (default), mbe, mbe2, … or a .json file")
+    parser.add_argument("--fetch", action="append", default=[], metavar="HOST", help="download image URLs of this host")
+    parser.add_argument("--processes", type=int, help="worker processes (default: one per core)")
+
+
+def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    """Prepares the data and prints a summary."""
+    expand(parsed, ("hf://", "tfds://"))
+    count = process_count(parsed)
+    config = config_lib.override(config_lib.Config(), overrides)
+    from moon_jax import progress
+    from moon_jax.ingest import prepare, workers
+
+    interrupt.check()
+    hush()
+    options = prepare.Options.of(config, parsed.columns, parsed.fetch)
+    terminal = progress.Terminal()
+    pool = functools.partial(workers.pool, count)
+    prepared = prepare.prepare(parsed.data, parsed.output, options, pool, count, terminal.progress)
+    manifest = prepared.manifest
+    for kind, name in (("product", "products"), ("query", "queries"), ("log", "rows of logs")):
+        if manifest["read"][kind]:
+            terminal.line(f"{manifest['read'][kind]:,} {name} read, {manifest['kept'][kind]:,} kept")
+    terminal.line(prepared.summary() or "0 left out")
+    terminal.line(
+        f"{manifest['splits']['train']:,} training products, {len(prepared.val):,} held out;"
+        f" {len(prepared.triplets):,} triplets, {len(prepared.val_queries):,} evaluation queries"
+    )
+    train = shlex.join(
+        ["moon-jax", "train", "--config", "quickstart", "--data", parsed.output, "--workdir", "runs/first"]
+    )
+    terminal.line(f"prepared in {parsed.output}; to train: {train}")

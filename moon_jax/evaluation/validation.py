@@ -1,0 +1,42 @@
+"""Training that is judged while it goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moon_jax import config as config_lib
+from moon_jax.data.prepared import Prepared
+from moon_jax.data.text import Tokenizer
+from moon_jax.evaluation import retrieval
+from moon_jax.serving.embedder import Embedder
+from moon_jax.training import loop, watchdog
+from moon_jax.training.checkpoints import BEST
+
+
+def make_evaluate(
+    config: config_lib.Config, prepared: Prepared, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> loop.Evaluate:
+    """What measures R@10 in percent for every direction, on the products to be found, and the mean of them all."""
+    embedder = Embedder(config, None, tokenizer, fingerprint="", step=0, mesh=mesh)
+
+    def scores(params: Any) -> dict[str, Any]:
+        encoded = retrieval.encode(embedder.of(params), prepared)
+        judged = retrieval.directions(encoded)
+        found = {
+            f"{name} {direction}": round(float(measures["R@10"].mean()), 4) for name, direction, _, measures in judged
+        }
+        return {BEST: round(float(np.mean([*found.values()])), 4), "directions": found}
+
+    return scores
+
+
+def train(config: config_lib.Config, workdir: str | Path, watch: watchdog.Watchdog = watchdog.Watchdog()) -> Prepared:  # noqa: B008
+    """Trains `config` in `workdir`, from its newest checkpoint if there is one: `moon-jax train` from Python.
+
+    Args, returns, raises: see `loop.train`.
+    """
+    return loop.train(config, workdir, make_evaluate, watch)
