@@ -1,4 +1,4 @@
-"""The main job, small: the whole method from scratch in minutes on two CPU cores."""
+"""A small config: the whole method, trained from scratch in minutes on two CPU cores."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,8 @@
-"""Shared by all tests: eight simulated devices, a persistent compilation cache, tiny configs, a tiny catalogue."""
+"""Shared by all tests: eight simulated devices, a persistent compilation cache, tiny configs, a tiny catalogue.
+
+`pytest` runs on the CPU, also where there is an accelerator. `pytest --gpu` runs the tests marked `gpu`, and only them,
+on the accelerator that JAX finds.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,14 @@ ROOT = Path(__file__).parent.parent
 QUICK = "--xla_backend_optimization_level=0"
 # Collectives one by one: see backend.compiler_options.
 FLAGS = f"--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false {QUICK}"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
-os.environ["JAX_PLATFORMS"] = "cpu"
+# Here rather than in a hook, since JAX reads them when it is imported; the variable reaches the processes of xdist.
+ON_GPU = "--gpu" in sys.argv or bool(os.environ.get("MOON_JAX_TEST_GPU"))
+if ON_GPU:
+    os.environ["MOON_JAX_TEST_GPU"] = "1"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes share the device's memory
+else:
+    os.environ.setdefault("XLA_FLAGS", FLAGS)
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -33,6 +43,29 @@ from moon_jax.ingest.synthetic import SCHEMA  # noqa: E402
 CACHE = ROOT / ".jax_cache" / f"{sys.version_info.major}.{sys.version_info.minor}"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="run the tests marked gpu, and only them, on an accelerator")
+    parser.addoption("--kills", type=int, default=2, help="random kills in each test that kills at random moments")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if ON_GPU and jax.default_backend() == "cpu":
+        raise pytest.UsageError("--gpu: JAX finds no accelerator here; install '.[cuda]' on a machine with a GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the tests marked gpu for --gpu, and the others for a run without it."""
+    wanted = [item for item in items if (item.get_closest_marker("gpu") is not None) == ON_GPU]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `kill_seed` runs once for each of --kills seeds."""
+    if "kill_seed" in metafunc.fixturenames:
+        metafunc.parametrize("kill_seed", range(1, metafunc.config.getoption("kills") + 1))
 
 
 def environment(devices: int = 1) -> dict[str, str]:

@@ -140,7 +140,7 @@ def test_a_file_of_another_format(capsys, tmp_path):
     assert "products.xlsx: none of .parquet, .jsonl" in told
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_bad_records_are_left_out_listed_and_counted(capsys, tmp_path):
     folder, workdir = tmp_path / "data", tmp_path / "w"
     folder.mkdir()
@@ -319,7 +319,7 @@ def run(catalogue, workdir, prefix, *more):
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_full_disk(catalogue, tmp_path):
     """A file system of 400 KB: a checkpoint of this model is larger."""
     full = tmp_path / "full"
@@ -397,7 +397,7 @@ def start(catalogue, workdir, *more):
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("delay", [0.3, 1.5, 3.0, pytest.param(6.0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("delay", [0.3, 1.5, 3.0, pytest.param(6.0, marks=pytest.mark.slow)])
 def test_ctrl_c_is_never_lost(catalogue, tmp_path, delay):
     process = start(catalogue, tmp_path / "w")
     time.sleep(delay)

@@ -1,7 +1,7 @@
-"""Pictures of a run, for the workdir, a README or a notebook: one style, readable without colour.
+"""Pictures of a run, for the workdir, a README or a notebook, in one style.
 
-Colours are Okabe and Ito's, which people of any colour vision tell apart, and the maps `cividis`, `YlOrRd` and `PuOr`,
-which they read as well; whatever colour says is said by text, line style or frame, too.
+They are readable with any colour vision: the palette is Okabe and Ito's, the colour maps are `cividis`, `YlOrRd` and
+`PuOr`, and text, line style or frame repeats whatever a colour shows.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ INK, FAINT, HIT, MISS = "#222222", "#9A9A9A", "#009E73", "#D55E00"
 
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei",
          "Malgun Gothic", "Noto Sans Arabic", "Noto Sans Devanagari", "Arial Unicode MS")  # fmt: skip
-"""Titles come in any script: a character is drawn in the first of these that is installed and has it."""
+"""Titles come in any script: each character is drawn in the first installed font that has it."""
 
 
 @contextlib.contextmanager
 def sheet(path: Path, title: str, footer: str, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure in our style, written to `path` as PNG when it is done."""
+    """A figure in the common style; written to `path` as PNG on exit."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     style = {
         "font.family": [name for name in FONTS if name in installed],
         "font.size": 10,
         "text.color": INK,
-        "text.parse_math": False,  # a title's dollar signs are dollars
+        "text.parse_math": False,  # a dollar sign in a title is a dollar sign
         "axes.edgecolor": FAINT,
         "axes.labelcolor": INK,
         "axes.spines.top": False,
@@ -70,7 +70,7 @@ def sheet(path: Path, title: str, footer: str, size: tuple[float, float]) -> Ite
 
 
 def _objective_lines(axes: Axes, lines: Sequence[dict[str, Any]], key: str) -> None:
-    """One curve per objective, named at its end; names are moved apart where curves meet."""
+    """One curve per objective, labelled at its end; labels are moved apart if curves end close together."""
     steps = [line["step"] for line in lines]
     ends = []
     for name, colour, dash in zip(OBJECTIVES, COLOURS, DASHES, strict=True):
@@ -80,15 +80,15 @@ def _objective_lines(axes: Axes, lines: Sequence[dict[str, Any]], key: str) -> N
     low, high = axes.get_ylim()
     axes.set_ylim(min(0.0, low), high)
     ends = sorted(end for end in ends if np.isfinite(end[0]))
-    gap, places = 0.062 * (high - min(0.0, low)), []
+    gap, heights = 0.062 * (high - min(0.0, low)), []
     for value, _, _ in ends:
-        places.append(max(value, places[-1] + gap) if places else value)
-    shift = np.mean([place - value for place, (value, _, _) in zip(places, ends, strict=True)]) if ends else 0.0
-    for place, (value, name, colour) in zip(places, ends, strict=True):
+        heights.append(max(value, heights[-1] + gap) if heights else value)
+    shift = np.mean([height - value for height, (value, _, _) in zip(heights, ends, strict=True)]) if ends else 0.0
+    for height, (value, name, colour) in zip(heights, ends, strict=True):
         axes.annotate(
             name,
             (steps[-1], value),
-            (8, place - shift),
+            (8, height - shift),
             xycoords="data",
             textcoords=("offset points", "data"),
             color=colour,
@@ -100,32 +100,32 @@ def _objective_lines(axes: Axes, lines: Sequence[dict[str, Any]], key: str) -> N
 
 
 def training(path: Path, lines: Sequence[dict[str, Any]], footer: str) -> None:
-    """The loss of each objective, and its weight ω, over the steps."""
-    with sheet(path, "What was learned, objective by objective", footer, (11, 4.2)) as figure:
+    """The loss and the weight ω of each objective, by training step."""
+    with sheet(path, "Training: loss and weight of each objective", footer, (11, 4.2)) as figure:
         left, right = figure.subplots(1, 2)
         _objective_lines(left, lines, "loss")
         left.set_title("loss of each objective (dashed: intra-product)")
         _objective_lines(right, lines, "omega")
         right.axhline(1 / len(OBJECTIVES), color=FAINT, linestyle=":", linewidth=1)
-        right.set_title(f"its weight ω (dotted: uniform, 1/{len(OBJECTIVES)})")
+        right.set_title(f"weight ω of each objective (dotted: uniform, 1/{len(OBJECTIVES)})")
 
 
 def phi(path: Path, lines: Sequence[dict[str, Any]], threshold: float, footer: str) -> None:
-    """How φ is distributed over the triplets, step by step and at the end."""
+    """The distribution of φ over the triplets, by training step and at the last one."""
     known = [line for line in lines if line["phi_histogram"]]
     if not known:
         return
     counts = np.array([line["phi_histogram"] for line in known], np.float64)
     shares = 100 * counts / counts.sum(axis=1, keepdims=True)
     bins = counts.shape[1]
-    with sheet(path, "Which triplets count: the confidence φ", footer, (11, 4.2)) as figure:
+    with sheet(path, "Triplet filtering: distribution of the confidence φ", footer, (11, 4.2)) as figure:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
         steps = np.array([line["step"] for line in known], np.float64)
         edges = np.concatenate([[0.0], (steps[1:] + steps[:-1]) / 2, [steps[-1]]])
-        root = PowerNorm(0.5, vmin=0, vmax=100)  # most of φ lies at 1: the few triplets below shall be seen
+        root = PowerNorm(0.5, vmin=0, vmax=100)  # most φ are near 1; the root scale shows the few triplets below
         drawn = left.pcolormesh(edges, np.linspace(0, 1, bins + 1), shares.T, cmap="cividis", norm=root)
         figure.colorbar(drawn, ax=left, label="share of triplets, % (root scale)", pad=0.02)
-        left.set_title("over the steps")
+        left.set_title("by training step")
         left.set_xlabel("step")
         left.set_ylabel("φ")
         right.barh((np.arange(bins) + 0.5) / bins, shares[-1], height=0.9 / bins, color=COLOURS[0])
@@ -133,12 +133,12 @@ def phi(path: Path, lines: Sequence[dict[str, Any]], threshold: float, footer: s
         right.set_xlabel("share of triplets, %")
         for axes in (left, right):
             axes.axhline(threshold, color="#D55E00", linestyle="--", linewidth=1.5)
-        right.text(right.get_xlim()[1], threshold - 0.01, f"below {threshold:g}: weighed down ", ha="right", va="top",
+        right.text(right.get_xlim()[1], threshold - 0.01, f"below {threshold:g}: down-weighted ", ha="right", va="top",
                    color="#B04A00", fontsize=9)  # fmt: skip
 
 
 def _matrix(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], **colours: Any) -> Any:
-    """A heatmap with its ticks named."""
+    """A heatmap with labelled ticks."""
     drawn = axes.imshow(values, aspect="auto", **colours)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
@@ -148,7 +148,7 @@ def _matrix(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequen
 
 
 def experts(path: Path, line: dict[str, Any], footer: str) -> None:
-    """Which experts text tokens and image tokens use, layer by layer, at the step of `line`."""
+    """Which experts text tokens and image tokens use in each layer, at the step of `line`."""
     if not line["experts"]:
         return
     shares = 100 * np.array([[[e["text"] or 0, e["image"] or 0] for e in layer] for layer in line["experts"]])
@@ -156,29 +156,29 @@ def experts(path: Path, line: dict[str, Any], footer: str) -> None:
     even = 100 / count
     reach = max(np.abs(shares - even).max(), 1.0)
     norm = TwoSlopeNorm(even, even - reach, even + reach)
-    with sheet(path, "Who computes what: experts by modality", footer, (11, 2.4 + 0.42 * layers)) as figure:
+    with sheet(path, "Which experts handle text and images", footer, (11, 2.4 + 0.42 * layers)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         for panel, modality, values in zip(panels, ("text", "image"), np.moveaxis(shares, -1, 0), strict=True):
             names = [f"layer {n}" for n in range(layers)], [str(n) for n in range(count)]
             drawn = _matrix(panel, values, *names, cmap="PuOr", norm=norm)
-            panel.set_title(f"{modality} tokens, step {line['step']} (white: the even share, {even:.0f}%)")
+            panel.set_title(f"{modality} tokens, step {line['step']} (white: equal share, {even:.0f}%)")
             panel.set_xlabel("expert")
             if layers * count <= 128:
                 for (layer, expert), value in np.ndenumerate(values):
                     ink = "white" if abs(value - even) > 0.65 * reach else INK
                     panel.text(expert, layer, f"{value:.0f}", ha="center", va="center", color=ink)
-        figure.colorbar(drawn, ax=panels, label="share of its gate, %", pad=0.02)
+        figure.colorbar(drawn, ax=panels, label="share of routing weight, %", pad=0.02)
 
 
 def directions(path: Path, results: dict[str, dict[str, dict[str, float]]], footer: str) -> None:
-    """R@10 of every direction, a matrix for each set of queries."""
-    with sheet(path, "Who finds whom: R@10 by direction", footer, (4.9 * len(results) + 0.6, 4.6)) as figure:
+    """R@10 of every direction, one matrix per set of queries."""
+    with sheet(path, "What finds what: R@10 by direction", footer, (4.9 * len(results) + 0.6, 4.6)) as figure:
         panels = figure.subplots(1, len(results), squeeze=False)[0]
         for panel, (name, scores) in zip(panels, results.items(), strict=True):
             values = np.array([[scores.get(f"{q}→{c}", {}).get("R@10", np.nan) for c in VIEWS] for q in VIEWS])
             drawn = _matrix(panel, values, VIEWS, [f"→ {view}" for view in VIEWS], cmap="cividis", vmin=0, vmax=100)
             sizes = max(entry["candidates"] for entry in scores.values())
-            panel.set_title(_fold(f"{QUERY_SETS[name]}; {sizes:,} to find", 56, 2))
+            panel.set_title(_fold(f"{QUERY_SETS[name]}; {sizes:,} candidates", 56, 2))
             panel.set_ylabel("query")
             for (row, column), value in np.ndenumerate(values):
                 entry = scores.get(f"{VIEWS[row]}→{VIEWS[column]}")
@@ -192,16 +192,16 @@ def directions(path: Path, results: dict[str, dict[str, dict[str, float]]], foot
 
 
 FOUND, SHOWN = 5, 10
-"""Results of a query, and queries in all."""
+"""Results shown for each query, and total number of queries."""
 
-SAYS = {"t": "text", "i": "image", "mm": "text + image"}
+VIEW_NAMES = {"t": "text", "i": "image", "mm": "text + image"}
 
 
 def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, seed: int, footer: str) -> None:
-    """SHOWN queries of two directions with their first five results, hits framed; drawn by `seed`, not chosen.
+    """SHOWN queries from two directions with their top FOUND results; hits are framed. `seed` draws the queries at random.
 
-    The directions are those without altered queries, t→i, and photos of the catalogue's own or i→t, where there are
-    such; an altered query is shown as it was asked.
+    It prefers directions without altered queries: t→i, and the catalogue's own image queries or i→t, if they exist. An
+    altered query is shown as altered.
     """
     first = next(iter(encoded.queries))
     wanted = [(first, "t", "i")]
@@ -217,13 +217,14 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
     rng = np.random.default_rng(seed)
     drawn = [min(shown, len(task[-1].queries)) for task in tasks]
     size = (7.6 * len(tasks), 1.75 * max(drawn) + 1.0)
-    footer += " · a faint caption is not seen by the view that is asked"
-    with sheet(path, "What is found: queries, drawn at random", footer, size) as figure:
+    footer += " · faint captions: text that the view does not include"
+    title = f"{words(sum(drawn))} random queries and their top-{FOUND} results"
+    with sheet(path, title, footer, size) as figure:
         halves = figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0]
         for half, (name, query, candidate, task) in zip(halves, tasks, strict=True):
-            title = f"{query} → {candidate}: {SAYS[query]} finds {SAYS[candidate]}"
-            right = "judged relevant" if name == "judged" else "the right title"
-            title += f" (framed ✓: {right}, among {len(task.candidates):,}"
+            title = f"{query} → {candidate}: {VIEW_NAMES[query]} finds {VIEW_NAMES[candidate]}"
+            right = "relevant by your qrels" if name == "judged" else "same title"
+            title += f" (framed ✓: {right}; {len(task.candidates):,} candidates"
             title += "; seen in training)" if name == "products_trained_on" else ")"
             half.suptitle(title, x=0.01, ha="left", fontsize=11)
             chosen = np.sort(rng.permutation(len(task.queries))[:shown])
@@ -236,13 +237,13 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
                 index = int(task.query_product[number])
                 asked, label = prepared.products[index], "query"
                 if shares_modality(query, candidate) and name.startswith("products"):
-                    place = int(np.flatnonzero(encoded.product == index)[0])
-                    asked = altered(asked, ALTERATION, np.random.default_rng((SEED, place)), max_pixels)
+                    position = int(np.flatnonzero(encoded.product == index)[0])
+                    asked = altered(asked, ALTERATION, np.random.default_rng((SEED, position)), max_pixels)
                     label = "query, altered"
                 _cell(row[0], asked, query, max_pixels, label, shows_picture=query != "t")
-                for place, (index, hit) in enumerate(zip(ranked, right.tolist(), strict=True), start=1):
+                for rank, (index, hit) in enumerate(zip(ranked, right.tolist(), strict=True), start=1):
                     product = prepared.products[task.candidate_product[index]]
-                    _cell(row[place], product, candidate, max_pixels, f"{place} ✓" if hit else str(place), hit)
+                    _cell(row[rank], product, candidate, max_pixels, f"{rank} ✓" if hit else str(rank), hit)
 
 
 def _cell(
@@ -254,7 +255,7 @@ def _cell(
     hit: bool = False,
     shows_picture: bool = True,
 ) -> None:
-    """A product as its picture with its title below (faint where `view` leaves it out), or as its title alone."""
+    """A product's image with its title below (faint if `view` excludes the text), or its title alone."""
     axes.axis("on")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -276,7 +277,7 @@ def _cell(
 
 
 def _fold(text: str, width: int, most: int) -> str:
-    """At most `most` lines of `width` characters."""
+    """Wraps the text into at most `most` lines of `width` characters."""
     lines = textwrap.wrap(" ".join(text.split())[:400], width, max_lines=most, placeholder=" …")
     return "\n".join(lines)
 
@@ -287,20 +288,20 @@ def additions(
     max_pixels: int,
     footer: str,
 ) -> None:
-    """Products beside what co-augmentation made of them; what it left out is crossed.
+    """Products with their co-augmented images and titles; those that were left out are crossed out.
 
     Args:
-        shown: of each, the product, its images (label, bytes, whether added), and its titles (text, whether added).
+        shown: for each product: the product, its images (label, bytes, whether added), its titles (text, whether added).
     """
     columns = 1 + max((len(images) for _, images, _ in shown), default=0)
-    rows, title = -(-len(shown) // 2), "Co-augmentation: products drawn at random, and what was made of them"
+    rows, title = -(-len(shown) // 2), "Co-augmentation of random products (✗: left out)"
     with sheet(path, title, footer, (max(8.0, 3.0 * columns + 0.6), 2.3 * rows + 0.8)) as figure:
         for part, (product, images, titles) in zip(
             figure.subfigures(rows, 2, squeeze=False).ravel(), shown, strict=False
         ):
-            told = [_fold(product.text or "no title", 26 * columns, 2)]
-            told += [f"{'+' if added else '✗'} {_fold(made, 26 * columns, 3)}" for made, added in titles]
-            part.supxlabel("\n".join(told), x=0.02, ha="left", fontsize=7)
+            captions = [_fold(product.text or "no title", 26 * columns, 2)]
+            captions += [f"{'+' if added else '✗'} {_fold(made, 26 * columns, 3)}" for made, added in titles]
+            part.supxlabel("\n".join(captions), x=0.02, ha="left", fontsize=7)
             cells = part.subplots(1, columns, squeeze=False)[0]
             for axes in cells[1 + len(images) :]:
                 axes.axis("off")

@@ -1,4 +1,4 @@
-"""Scores on the terminal: tables, sentences, and a run's last screen."""
+"""Scores on the terminal: tables, one-line results, and the summary at the end of a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.text import Text
 from moon_jax.data.prepared import Prepared
 from moon_jax.errors import printable
 from moon_jax.evaluation import metrics as measures_lib
-from moon_jax.evaluation import report, retrieval
+from moon_jax.evaluation import pictures, report, retrieval
 from moon_jax.evaluation.metrics import RANKS
 from moon_jax.types import OBJECTIVES, VIEWS
 
 WIDTH = 78
-"""Least width of a table, in characters: a title above a narrow one would be folded word by word."""
+"""Minimum width of a table in characters; the title of a narrower table would wrap after every word."""
 
 
 def _percent(value: float) -> str:
@@ -30,29 +30,29 @@ NONE = "none"
 
 
 def _filled(table: Table, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
-    """The rows, without the columns that hold nothing but NONE; numbers stand at the right."""
-    kept = [place for place in range(len(columns)) if any(row[place] != NONE for row in rows)]
-    for place in kept:
-        table.add_column(columns[place], justify="right" if place else "left", no_wrap=place > 0)
+    """Adds the rows, without columns that contain only NONE; numbers are right-aligned."""
+    kept = [index for index in range(len(columns)) if any(row[index] != NONE for row in rows)]
+    for index in kept:
+        table.add_column(columns[index], justify="right" if index else "left", no_wrap=index > 0)
     for row in rows:
-        table.add_row(*(row[place] for place in kept))
+        table.add_row(*(row[index] for index in kept))
     return table
 
 
-def _most(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of a task's views the one that most products have."""
+def _commonest(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The scores of the view that most products have."""
     return max((entry for entry in entries if entry), key=lambda entry: entry["products"])
 
 
 def scores(metrics: dict[str, Any]) -> Iterator[Table]:
-    """The scores as tables for the terminal."""
+    """Retrieval and label scores as tables."""
     mark = "synthetic catalogue; " if metrics["synthetic"] else ""
     for name, scores in metrics["retrieval"].items():
         sizes = {entry["candidates"] for entry in scores.values()}
-        among = f"{max(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
+        count = f"{max(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
         table = Table(
             min_width=WIDTH,
-            title=f"{mark}R@1 / R@5 / R@10 in percent: {retrieval.QUERY_SETS[name]}; {among} candidates",
+            title=f"{mark}R@1 / R@5 / R@10 in percent: {retrieval.QUERY_SETS[name]}; {count} candidates",
         )
         rows = []
         for query in VIEWS:
@@ -61,7 +61,10 @@ def scores(metrics: dict[str, Any]) -> Iterator[Table]:
             rows += [(query, *cells)] if any(entries) else []
         yield _filled(table, ("query", *(f"→ {view}" for view in VIEWS)), rows)
     if metrics["labels"]:
-        title = "accuracy / macro F1 in percent, nearest label text (*: label words struck; leak: texts with theirs)"
+        title = (
+            "accuracy / macro F1 in percent, nearest label text (*: label words removed; leak: % of titles that contain"
+            " their own label)"
+        )
         seen = "; products seen in training" if "products_trained_on" in metrics["retrieval"] else ""
         table = Table(min_width=WIDTH, title=mark + title + seen)
         rows = []
@@ -74,9 +77,9 @@ def scores(metrics: dict[str, Any]) -> Iterator[Table]:
                 for entry in entries
             ]
             task = Text(printable(f"{name.removeprefix('attribute ')} ({scores['labels']})"))
-            rows.append((task, *cells, _percent(_most(entries)["majority"]), _percent(scores["leak"])))
+            rows.append((task, *cells, _percent(_commonest(entries)["majority"]), _percent(scores["leak"])))
         if rows:
-            yield _filled(table, ("(labels)", "i", "t*", "mm*", "majority", "leak"), rows)
+            yield _filled(table, ("task (labels)", "i", "t*", "mm*", "majority", "leak"), rows)
     for width, found in metrics["widths"].items():
         for name, scores in found["retrieval"].items():
             cells = ", ".join(f"{direction} {_percent(entry['R@10'])}" for direction, entry in scores.items())
@@ -87,12 +90,12 @@ def scores(metrics: dict[str, Any]) -> Iterator[Table]:
 
 
 def details(metrics: dict[str, Any]) -> Iterator[Table]:
-    """What `tables` leaves out: other measures than R@k, and what is told by neighbours and the probe."""
+    """What `scores` leaves out: measures other than R@k, and labels predicted by nearest neighbours and the probe."""
     mark = "synthetic catalogue; " if metrics["synthetic"] else ""
     for name, scores in metrics["retrieval"].items():
-        title = f"{mark}in percent, [interval of 95% by the bootstrap over queries]: {retrieval.QUERY_SETS[name]}"
+        title = f"{mark}percent, [95% bootstrap interval over queries]: {retrieval.QUERY_SETS[name]}"
         table = Table(min_width=WIDTH, title=Text(title))
-        for column in ("", "R@10", "MRR", "nDCG@10", "mAP", "queries", "among"):
+        for column in ("", "R@10", "MRR", "nDCG@10", "mAP", "queries", "candidates"):
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for direction, entry in scores.items():
             low, high = map(_percent, entry["interval"]["R@10"])
@@ -101,29 +104,29 @@ def details(metrics: dict[str, Any]) -> Iterator[Table]:
             counts = f"{entry['queries']:,}", f"{entry['candidates']:,}"
             table.add_row(direction, Text(f"{_percent(entry['R@10'])} {interval}"), *cells, *counts)
         yield table
-    taught = {name: scores for name, scores in metrics["labels"].items() if scores["known"]}
-    if taught:
-        title = f"{mark}accuracy in percent of neighbours / a linear probe, which know some products to train on"
-        table = Table(min_width=WIDTH, title=f"{title} (*: label words struck)")
+    fitted = {name: scores for name, scores in metrics["labels"].items() if scores["known"]}
+    if fitted:
+        title = f"{mark}accuracy in percent, nearest neighbours / linear probe, fitted on training products"
+        table = Table(min_width=WIDTH, title=f"{title} (*: label words removed)")
         rows = []
-        for name, scores in taught.items():
+        for name, scores in fitted.items():
             entries = [scores.get(view, {}) for view in ("i", "t", "mm")]
             cells = [
                 f"{_percent(entry['neighbours'])} / {_percent(entry['probe'])}" if "probe" in entry else NONE
                 for entry in entries
             ]
             if any("probe" in entry for entry in entries):
-                most, task = _most(entries), Text(printable(name.removeprefix("attribute ")))
-                counts = f"{scores['known']:,}", f"{most['products']:,}"
-                rows.append((task, *cells, _percent(most["majority"]), *counts))
+                common, task = _commonest(entries), Text(printable(name.removeprefix("attribute ")))
+                counts = f"{scores['known']:,}", f"{common['products']:,}"
+                rows.append((task, *cells, _percent(common["majority"]), *counts))
         if rows:
-            yield _filled(table, ("", "i", "t*", "mm*", "majority", "known", "products"), rows)
+            yield _filled(table, ("", "i", "t*", "mm*", "majority", "fitted on", "evaluated"), rows)
 
 
 def differences(compared: dict[str, Any], ours: str, theirs: str) -> Iterator[Table]:
-    """A table of `compare` for each set of queries."""
+    """The result of `report.compare`, one table per set of queries."""
     for name, scores in compared.items():
-        title = f"{ours} minus {theirs}, in percent, [interval of 95% by a paired bootstrap] (*: not 0):"
+        title = f"{ours} minus {theirs}, percentage points, [95% paired bootstrap interval] (*: significant):"
         table = Table(min_width=WIDTH, title=Text(printable(f"{title} {retrieval.QUERY_SETS[name]}")))
         for column in ("", "R@10", "MRR", "queries"):
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -137,74 +140,76 @@ def differences(compared: dict[str, Any], ours: str, theirs: str) -> Iterator[Ta
 
 
 def not_compared(compared: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """The directions that `differences` leaves out, of those in `metrics`, set by set."""
-    told = []
+    """The directions in `metrics` that `differences` leaves out, by set of queries."""
+    parts = []
     for name, scores in metrics["retrieval"].items():
         left = [direction for direction in scores if direction not in compared.get(name, {})]
         if left:
-            told.append(f"{', '.join(left)} ({retrieval.QUERY_SETS[name].partition(',')[0]})")
-    return "; ".join(told)
+            parts.append(f"{', '.join(left)} ({retrieval.QUERY_SETS[name].partition(',')[0]})")
+    return "; ".join(parts)
 
 
-def learned(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
-    """What scores and training lines say about the model, in sentences."""
-    said, lines = [], report.lines_of(Path(workdir))
-    seen = "; these were seen in training" if "products_trained_on" in metrics["retrieval"] else ""
+def results(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
+    """The main scores and the end of the training log, one line each."""
+    found, lines = [], report.lines_of(Path(workdir))
+    seen = "; seen in training" if "products_trained_on" in metrics["retrieval"] else ""
     for name, scores in metrics["retrieval"].items():
         cross = [direction for direction in ("t→i", "i→t", "i→mm") if direction in scores]
         cross = cross[:2] if name != "queries" else cross[-1:]
         for direction in cross:
             entry = scores[direction]
-            query, candidate = ({"t": "text", "i": "an image", "mm": "both"}[view] for view in direction.split("→"))
-            said.append(
-                f"{query} finds {candidate} ({direction}) among the first ten of {entry['candidates']:,} in"
-                f" {entry['R@10']:.1f}% of {entry['queries']:,} {'own ' if name == 'queries' else ''}queries"
-                f" (by chance {entry['chance@10']:.1f}%){seen if name == 'products_trained_on' else ''}"
+            query, candidate = (pictures.VIEW_NAMES[view] for view in direction.split("→"))
+            kind = "catalogue queries" if name == "queries" else "queries"
+            found.append(
+                f"{query} to {candidate} ({direction}): R@10 {entry['R@10']:.1f}% (chance {entry['chance@10']:.1f}%),"
+                f" {entry['queries']:,} {kind}, {entry['candidates']:,} candidates{seen if name == 'products_trained_on' else ''}"
             )
     shown = {name: scores["i"] for name, scores in metrics["labels"].items() if "i" in scores}
-    # Fewer say nothing.
+    # Fewer than 20 products are too few to report.
     shown = {name: entry for name, entry in shown.items() if entry["products"] >= 20 and "accuracy" in entry}
     if shown:
         name, best = max(shown.items(), key=lambda item: item[1]["accuracy"] - item[1]["majority"])
         what = name.removeprefix("attribute ")
-        said.append(
-            f"seen in the image alone, {what} is right for {best['accuracy']:.1f}% of products"
-            f" (always telling the commonest: {best['majority']:.1f}%){seen}"
+        found.append(
+            f"{what} from the image alone: correct for {best['accuracy']:.1f}% of products"
+            f" (majority-class baseline: {best['majority']:.1f}%){seen}"
         )
     if lines:
         first, last = lines[0], lines[-1]
         weights = {name: last["omega"][name] for name in OBJECTIVES}
         heavy, light = max(weights, key=weights.get), min(weights, key=weights.get)
         if len(lines) > 1 and first["total"] is not None and last["total"] is not None:
-            said.append(f"the loss went from {first['total']:.2f} at step {first['step']} to {last['total']:.2f}")
-        weighs = (
-            f"the objective that weighs most is {heavy} (ω {weights[heavy]:.2f}), least {light} ({weights[light]:.2f})"
-        )
-        said.append(weighs if last["experts"] else f"without experts every objective weighs ω {weights[heavy]:.2f}")
+            found.append(
+                f"loss: {first['total']:.2f} at step {first['step']}, {last['total']:.2f} at step {last['step']}"
+            )
+        extremes = f"highest {heavy} ({weights[heavy]:.2f}), lowest {light} ({weights[light]:.2f})"
+        uniform = f"all {weights[heavy]:.2f} (no experts)"
+        found.append(f"objective weights ω: {extremes if last['experts'] else uniform}")
         if last["phi_below_threshold"] is not None:
-            said.append(f"the filter weighs {100 * last['phi_below_threshold']:.0f}% of the last batch's triplets down")
+            share = 100 * last["phi_below_threshold"]
+            found.append(f"the filter down-weights {share:.0f}% of the triplets in the last batch")
         if last["experts"]:
             text, image = (
                 np.array([[e[m] or 0 for e in layer] for layer in last["experts"]]) for m in ("text", "image")
             )
             overlap = np.minimum(text, image).sum(axis=1).mean()
-            said.append(f"text and image tokens share {100 * overlap:.0f}% of their expert use")
-    return said
+            found.append(f"expert usage of text and image tokens overlaps by {100 * overlap:.0f}%")
+    return found
 
 
 def summary(
     metrics: dict[str, Any], workdir: Path, prepared: Prepared, again: Sequence[str]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Headings with their lines: what was learned, where things are, what to try next.
+    """Headings with their lines: results, files, next steps.
 
     Args:
-        again: the command that was given, as words, without its workdir.
+        again: the words of the command that was run, without its workdir.
     """
-    mark = " (on a synthetic catalogue)" if prepared.synthetic else ""
-    yield "what was learned" + mark, learned(metrics, workdir)
-    places = {
+    mark = " (synthetic catalogue)" if prepared.synthetic else ""
+    yield "Results" + mark, results(metrics, workdir)
+    files = {
         "catalogue": "catalogue/synthetic.parquet" if prepared.synthetic else "",
-        "left out": "data/quarantine.jsonl" if prepared.quarantined else "",
+        "quarantined": "data/quarantine.jsonl" if prepared.quarantined else "",
         "model": "checkpoints",
         "pictures": "pictures",
         "scores": "metrics.json",
@@ -213,17 +218,17 @@ def summary(
         "embeddings": "embeddings/val.parquet",
         "log": "run.log",
     }
-    yield "where things are", [f"{what + ':':13}{workdir / place}" for what, place in places.items() if place]
+    yield "Files", [f"{what + ':':13}{workdir / path}" for what, path in files.items() if path]
     quote, lines = shlex.quote, report.lines_of(workdir)
     dense = bool(lines) and not lines[-1]["experts"]
     without_experts = shlex.join([*again, "--workdir", f"{workdir}-dense", "--config.experts.count=0"])
-    tries = {
+    commands = {
         "your catalogue": f"moon-jax quickstart --data YOUR_FOLDER --workdir {quote(str(workdir.parent / 'own'))}"
         if prepared.synthetic
         else "",
-        "no experts": "" if dense else without_experts,
-        "to serve it": shlex.join(["moon-jax", "export", "--model", str(workdir), "--output", f"{workdir}-served"]),
-        "in Python": f"import moon_jax; moon_jax.load({str(workdir)!r}).encode('red mug')",
-        "the curves": f"pip install tensorboard; tensorboard --logdir {quote(str(workdir / 'tensorboard'))}",
+        "dense model": "" if dense else without_experts,
+        "export": shlex.join(["moon-jax", "export", "--model", str(workdir), "--output", f"{workdir}-served"]),
+        "Python": f"import moon_jax; moon_jax.load({str(workdir)!r}).encode('red mug')",
+        "TensorBoard": f"pip install tensorboard; tensorboard --logdir {quote(str(workdir / 'tensorboard'))}",
     }
-    yield "what to try next", [f"{what + ':':16}{line}" for what, line in tries.items() if line]
+    yield "Next steps", [f"{what + ':':16}{line}" for what, line in commands.items() if line]

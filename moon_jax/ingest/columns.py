@@ -1,16 +1,16 @@
 """Column maps: how the columns of a source become the fields of a product, a query or a log. Data files, not code.
 
-A map is a JSON file of `maps/`, or one's own. For each kind of file (`product`, `query` and `log`; for an evaluation
-`asked` and `judgement`) it names a field's source: a column; a list of columns, whose values are joined;
-or an object with `column` and what is done to its text:
+A map is a JSON file, either in `maps/` or supplied by the user. For each kind of file (`product`, `query` and `log`;
+for evaluation `asked` and `judgement`) it gives the source of each field: a column, a list of columns (their values
+are joined), or an object with `column` and the operations on its text:
 
-    "split": SEPARATOR                        a list
-    "take": [FIRST, LAST + 1]                 of that list
-    "pairs": SEPARATOR                        a map, from the list's parts; "values": SEPARATOR where a name has several
-    "format": "images/{}.jpg"                 the text in the place of {}
+    "split": SEPARATOR                        splits it into a list
+    "take": [FIRST, LAST + 1]                 takes a slice of that list
+    "pairs": SEPARATOR                        makes a map of its parts; "values": SEPARATOR if a name has several values
+    "format": "images/{}.jpg"                 inserts the text at {}
 
-`events` says what an event of a log weighs. `files`, `format` and `header` say which files of a folder are read, as
-what, and how their columns are called, where names and suffixes do not.
+`events` gives the weight of each event type in a log. `files`, `format` and `header` give the files to read, their
+format and their column names, if file names, suffixes and header rows do not.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ FIELDS = {
     "asked": ("query_id", "title", "images"),
     "judgement": ("query_id", "product_id", "grade"),
 }
-"""What a map may say of each kind of file."""
+"""The fields that a map may set, by kind of file."""
 
-NEEDED = {
+REQUIRED = {
     "product": (("product_id",), ("title", "images")),
     "query": (("query_id",), ("product_id",), ("title", "images")),
     "log": (("product_id",), ("query", "query_image")),
     "asked": (("query_id",), ("title", "images")),
     "judgement": (("query_id",), ("product_id",), ("grade",)),
 }
-"""Of each tuple one field must have a column."""
+"""At least one field of each tuple must have a column."""
 
-ALIKE = 0.8
-"""difflib's ratio, from which a column's name is a field's name mistyped."""
+TYPO_RATIO = 0.8
+"""From this difflib ratio on, a column name counts as a mistyped field name."""
 
 FORMATS = ("parquet", "jsonl", "csv", "tsv", "tar", "arrow")
 OPERATIONS = {"split", "take", "pairs", "values", "format"}
@@ -55,7 +55,7 @@ class Source:
     """Where a field comes from."""
 
     columns: tuple[str, ...]
-    several: bool = False  # written as a list: what is there is joined
+    joined: bool = False  # written as a list: the values present are joined
     split: str = ""
     take: tuple[int, int] | None = None
     pairs: str = ""
@@ -63,11 +63,11 @@ class Source:
     format: str = ""
 
     def read(self, row: Mapping[str, Any]) -> Any:
-        """The field's value in a row; None where no column has one."""
+        """The field's value in a row; None if no column has one."""
         found = [row[column] for column in self.columns if row.get(column) is not None]
         if not found:
             return None
-        if self.several:
+        if self.joined:
             parts = [part for value in found for part in (value if isinstance(value, list) else [value])]
             return [part for part in parts if part != ""]
         [value] = found
@@ -90,7 +90,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class ColumnMap:
-    """A map, read and checked."""
+    """A parsed and validated map."""
 
     name: str
     kinds: dict[str, dict[str, Source]]  # kind of file → field → source
@@ -100,67 +100,67 @@ class ColumnMap:
     header: tuple[str, ...] = ()
 
     def columns(self, kind: str) -> set[str]:
-        """All columns that files of this kind are asked for."""
+        """All columns that are read from files of this kind."""
         return {column for source in self._of(kind, "").values() for column in source.columns}
 
     def apply(self, kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row of a file as a record of our own names, without what is not there."""
+        """A row of a file as a record with our field names; absent fields are left out."""
         made = {field: source.read(row) for field, source in self._of(kind, "").items()}
         return {field: value for field, value in made.items() if value is not None}
 
     def check(self, kind: str, columns: Iterable[str], where: str) -> None:
         """
         Raises:
-            UserError: a column without which no record can be read is missing, or one seems mistyped.
+            UserError: a required column is missing, or a column name looks mistyped.
         """
-        sources, there = self._of(kind, where), sorted(columns)
-        spare = [column for column in there if column not in self.columns(kind)]
+        sources, present = self._of(kind, where), sorted(columns)
+        spare = [column for column in present if column not in self.columns(kind)]
 
-        def guess(names: Iterable[str], cutoff: float) -> tuple[str, str] | None:
-            rated = [
+        def closest(names: Iterable[str], cutoff: float) -> tuple[str, str] | None:
+            ratios = [
                 (difflib.SequenceMatcher(None, name.casefold(), column.casefold()).ratio(), name, column)
                 for name in names
                 for column in spare
                 if not _extends(name, column)
             ]
-            ratio, name, column = max(rated, default=(0.0, "", ""))
+            ratio, name, column = max(ratios, default=(0.0, "", ""))
             return (name, column) if ratio >= cutoff else None
 
-        for fields in NEEDED[kind]:
+        for fields in REQUIRED[kind]:
             names = [column for field in fields if field in sources for column in sources[field].columns]
-            if not set(names) & set(there):
-                close = guess(names, 0.5)
+            if not set(names) & set(present):
+                close = closest(names, 0.5)
                 raise UserError(
-                    f"{where}: no column {' or '.join(names) or fields[0]}; its columns are {', '.join(there)};"
-                    f" rename {close[1] if close else 'the one that holds it'}, or name it in a file for --columns"
+                    f"{where}: no column {' or '.join(names) or fields[0]}; the columns are {', '.join(present)};"
+                    f" rename {close[1] if close else 'the matching one'}, or map it with --columns FILE.json"
                 )
         for field, source in sources.items():
-            if set(source.columns) & set(there):
+            if set(source.columns) & set(present):
                 continue
-            close = guess([*source.columns, field], ALIKE)
+            close = closest([*source.columns, field], TYPO_RATIO)
             if close:
                 raise UserError(
-                    f"{where}: no column {close[0]}, but {close[1]}; rename it to {close[0]}, or name it in a file for"
-                    " --columns"
+                    f"{where}: no column {close[0]}, but there is {close[1]}; rename it to {close[0]}, or map it with"
+                    " --columns FILE.json"
                 )
 
     def _of(self, kind: str, where: str) -> dict[str, Source]:
         if kind not in self.kinds:
-            raise UserError(f"{where}: the column map {self.name} says nothing of {kind!r} files; add it")
+            raise UserError(f"{where}: the column map {self.name} has no {kind!r} section; add one")
         return self.kinds[kind]
 
 
 def _extends(name: str, column: str) -> bool:
-    """Whether one of them is the other with more behind it, as category_id or country: another word, no mistake."""
+    """Whether one name extends the other, like category_id or country: a different word, not a typo."""
     short, long = sorted((name.casefold(), column.casefold()), key=len)
     return long.startswith(short) and len(long) - len(short) > 1
 
 
 def load(name: str = "own") -> ColumnMap:
-    """A map by the name of a file of `maps/`, or by path.
+    """Loads a map by the name of a file in `maps/`, or by path.
 
     Raises:
-        UserError: no such map, or one that is not written as this module says.
+        UserError: there is no such map, or it is not valid.
     """
     path = Path(name) if name.endswith(".json") else SHIPPED / f"{name}.json"
     if not path.is_file():
@@ -171,57 +171,57 @@ def load(name: str = "own") -> ColumnMap:
     try:
         return _parsed(json.loads(path.read_text(encoding="utf-8")), name)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"--columns {name}: {error}; docs/data.md says how a column map is written") from None
+        raise UserError(f"--columns {name}: {error}; docs/data.md describes column maps") from None
 
 
 def _parsed(written: dict[str, Any], name: str) -> ColumnMap:
     known = {"about", "files", "format", "header", "events", *FIELDS}
-    _refuse_others(written, known, "")
+    _refuse_unknown(written, known, "")
     kinds = {}
     for kind in FIELDS:
         if kind in written:
-            _refuse_others(written[kind], FIELDS[kind], f"{kind}.")
-            kinds[kind] = {field: _source(said, f"{kind}.{field}") for field, said in written[kind].items()}
+            _refuse_unknown(written[kind], FIELDS[kind], f"{kind}.")
+            kinds[kind] = {field: _source(value, f"{kind}.{field}") for field, value in written[kind].items()}
     if not kinds:
-        raise ValueError(f"says nothing of {' or '.join(FIELDS)} files")
+        raise ValueError(f"has no section; add one of {', '.join(FIELDS)}")
     if written.get("format", "") not in ("", *FORMATS):
-        raise ValueError(f"format {written['format']!r} is none of {', '.join(FORMATS)}")
+        raise ValueError(f"format {written['format']!r} is not one of {', '.join(FORMATS)}")
     events = {str(event): float(weight) for event, weight in (written.get("events") or {}).items()}
     if not all(0 <= weight < float("inf") for weight in events.values()):
-        raise ValueError("events must weigh 0 or more")
+        raise ValueError("event weights must be finite and at least 0")
     default = {} if "events" in written or name == "own" else load().events
     files, header = written.get("files", ()), written.get("header", ())
     for names in (files, header):
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-            raise ValueError("files and header are lists of texts")
+            raise ValueError("files and header must be lists of non-empty strings")
     if any(Path(pattern).is_absolute() or ".." in Path(pattern).parts for pattern in files):
-        raise ValueError("files are patterns below the source's folder")
+        raise ValueError("files must be patterns inside the source's folder")
     return ColumnMap(name, kinds, events or default, tuple(files), written.get("format", ""), tuple(header))
 
 
-def _source(said: Any, where: str) -> Source:
-    if isinstance(said, str):
-        return Source((said,))
-    if isinstance(said, list) and said and all(isinstance(column, str) for column in said):
-        return Source(tuple(said), several=True)
-    if not isinstance(said, dict) or not isinstance(said.get("column"), str):
-        raise ValueError(f"{where} is neither a column, a list of columns, nor an object with a column")
-    _refuse_others(said, {"column", *OPERATIONS}, f"{where}.")
-    take = said.get("take")
+def _source(value: Any, where: str) -> Source:
+    if isinstance(value, str):
+        return Source((value,))
+    if isinstance(value, list) and value and all(isinstance(column, str) for column in value):
+        return Source(tuple(value), joined=True)
+    if not isinstance(value, dict) or not isinstance(value.get("column"), str):
+        raise ValueError(f"{where} must be a column, a list of columns, or an object with a column")
+    _refuse_unknown(value, {"column", *OPERATIONS}, f"{where}.")
+    take = value.get("take")
     if take is not None and not (isinstance(take, list) and len(take) == 2 and all(isinstance(n, int) for n in take)):
-        raise ValueError(f"{where}.take is not [first, last + 1]")
-    if not all(isinstance(said.get(operation, ""), str) for operation in OPERATIONS - {"take"}):
-        raise ValueError(f"{where}: split, pairs, values and format are texts")
-    if (take or said.get("pairs")) and not said.get("split"):
-        raise ValueError(f"{where}: take and pairs want split")
-    if "{}" not in said.get("format", "{}"):
-        raise ValueError(f"{where}.format has no {{}} for the text")
-    rest = {operation: said[operation] for operation in OPERATIONS - {"take"} if operation in said}
-    return Source((said["column"],), take=tuple(take) if take else None, **rest)
+        raise ValueError(f"{where}.take must be [first, last + 1]")
+    if not all(isinstance(value.get(operation, ""), str) for operation in OPERATIONS - {"take"}):
+        raise ValueError(f"{where}: split, pairs, values and format must be strings")
+    if (take or value.get("pairs")) and not value.get("split"):
+        raise ValueError(f"{where}: take and pairs need split")
+    if "{}" not in value.get("format", "{}"):
+        raise ValueError(f"{where}.format must contain {{}} for the text")
+    rest = {operation: value[operation] for operation in OPERATIONS - {"take"} if operation in value}
+    return Source((value["column"],), take=tuple(take) if take else None, **rest)
 
 
-def _refuse_others(written: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def _refuse_unknown(written: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     for key in written:
         if key not in known:
             close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
-            raise ValueError(f"{where}{key} is not understood; the closest is {close[0]}")
+            raise ValueError(f"{where}{key} is unknown; the closest known key is {close[0]}")

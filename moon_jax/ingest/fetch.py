@@ -1,9 +1,10 @@
-"""Images by URL, from hosts that the user named and from nowhere else.
+"""Downloads images by URL, only from hosts that the user named.
 
-A URL is asked for only if its host is allowed, over http or https, and only at addresses of the public internet: each
-connection asks a resolver that gives no others, so neither a name that points inwards nor one that changes between
-check and use (DNS rebinding) gets through; redirects are followed by hand, and every hop is held to the same. Answers
-are bounded in time and in size, tried again where that may help, and kept by URL in a cache that later runs share.
+A URL is requested only over http or https, only if its host is allowed, and only at addresses of the public internet.
+Every connection uses a resolver that returns public addresses only, so neither a name that points inside the network
+nor one that changes between check and use (DNS rebinding) gets through. Redirects are followed explicitly, and each
+hop is checked the same way. Responses are limited in time and size, retried after transient errors, and cached by URL
+for later runs.
 """
 
 from __future__ import annotations
@@ -31,47 +32,46 @@ try:
     from aiohttp.abc import AbstractResolver, ResolveResult
     from aiohttp.resolver import ThreadedResolver
 except ImportError:
-    raise UserError("--fetch: images by URL want aiohttp; pip install -e '.[fetch]'") from None
+    raise UserError("--fetch: needs aiohttp; pip install -e '.[fetch]'") from None
 
 SECONDS = 30.0
-"""For one try, from connecting to the last byte."""
+"""Limit of one attempt in seconds, from connecting to the last byte."""
 
 LARGEST = 32 << 20
-"""Bytes of an image."""
+"""Limit of one image, in bytes."""
 
 TRIES, WAIT = 4, 0.5
-"""Tries, and the seconds before the second one; each wait is twice the last, and up to half longer by chance."""
+"""Attempts, and the seconds before the second one. Each wait doubles, plus up to 50% random jitter."""
 
 REDIRECTS = 5
 
-AGAIN = {408, 425, 429, 500, 502, 503, 504}
-"""What a server says that may answer later."""
+RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+"""HTTP status codes that are worth a retry."""
 
 LONGEST_WAIT = 60.0
-"""Seconds; a server that asks for more patience (Retry-After) is given up."""
-
+"""Seconds. If Retry-After asks for a longer wait, the URL is given up."""
 
 UNICAST = ipaddress.ip_network("2000::/3")
-"""The public internet's part of IPv6."""
+"""Global unicast: the public part of IPv6."""
 
-CARRIERS = [ipaddress.ip_network(network) for network in ("2001::/32", "2002::/16", "3fff::/20")]
-"""Teredo and 6to4, whose addresses carry others, and one for documentation."""
+EXCLUDED = [ipaddress.ip_network(network) for network in ("2001::/32", "2002::/16", "3fff::/20")]
+"""Teredo and 6to4, which embed other addresses, and a range reserved for documentation."""
 
 
 def is_public(address: str) -> bool:
-    """Whether this is an address of the public internet: not private, loopback, link-local, reserved or multicast, nor
-    an IPv6 address that carries such a one.
+    """Whether an address is on the public internet: not private, loopback, link-local, reserved or multicast, nor an
+    IPv6 address that embeds one of these.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 6 and ip.ipv4_mapped:
         ip = ip.ipv4_mapped
-    if ip.version == 6 and (ip not in UNICAST or any(ip in network for network in CARRIERS)):
+    if ip.version == 6 and (ip not in UNICAST or any(ip in network for network in EXCLUDED)):
         return False
     return ip.is_global and not ip.is_multicast
 
 
 def is_allowed(host: str, hosts: Sequence[str]) -> bool:
-    """Whether a host is one of `hosts`, or a subdomain of one that is written *.example.com."""
+    """Whether a host is in `hosts`, or is a subdomain of an entry written as *.example.com."""
     host = host.rstrip(".").casefold()
     for allowed in hosts:
         allowed = allowed.rstrip(".").casefold()
@@ -81,7 +81,7 @@ def is_allowed(host: str, hosts: Sequence[str]) -> bool:
 
 
 class PublicResolver(AbstractResolver):
-    """Gives the public addresses of a name, and fails where it has others: what is inside is not asked."""
+    """Resolves a name to its public addresses; fails if any address is not public, so no private host is contacted."""
 
     def __init__(self, public: Callable[[str], bool]):
         self.inner, self.public = ThreadedResolver(), public
@@ -92,7 +92,7 @@ class PublicResolver(AbstractResolver):
         found = await self.inner.resolve(host, port, family)
         for result in found:
             if not self.public(result["host"]):
-                raise Refused(f"{host} is at {result['host']}, no address of the public internet")
+                raise Refused(f"{host} resolves to {result['host']}, which is not a public address")
         return found
 
     async def close(self) -> None:
@@ -100,26 +100,26 @@ class PublicResolver(AbstractResolver):
 
 
 class Refused(Exception):
-    """Will not be asked for, now or later."""
+    """A permanent failure: the URL is not requested again in this run."""
 
 
-class Passing(Exception):
-    """May go well at another time."""
+class Transient(Exception):
+    """A failure that a retry may fix."""
 
-    def __init__(self, told: str, wait: float = 0.0):
-        super().__init__(told)
+    def __init__(self, message: str, wait: float = 0.0):
+        super().__init__(message)
         self.wait = wait
 
 
 def cache() -> Path:
-    """The folder of what was fetched: $MOON_JAX_CACHE, else moon_jax in the user's cache folder."""
-    given = os.environ.get("MOON_JAX_CACHE")
+    """The folder of downloaded images: $MOON_JAX_CACHE, or else moon_jax/fetched in the user's cache folder."""
+    override = os.environ.get("MOON_JAX_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(home) / "moon_jax" / "fetched"
+    return Path(override) if override else Path(home) / "moon_jax" / "fetched"
 
 
 def path_of(url: str) -> Path:
-    """Where a URL's answer is kept."""
+    """The cache path of a URL's response."""
     name = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
     return cache() / name[:2] / name
 
@@ -127,15 +127,15 @@ def path_of(url: str) -> Path:
 def fetch(
     urls: Iterable[str], hosts: Sequence[str], connections: int = 8, public: Callable[[str], bool] = is_public
 ) -> dict[str, Path | BadRecord]:
-    """Fetches what is not in the cache.
+    """Downloads the URLs that are not in the cache.
 
     Args:
-        hosts: that may be asked.
-        connections: to one host at a time.
-        public: whether an address may be asked.
+        hosts: the allowed hosts.
+        connections: the maximum number of simultaneous connections to one host.
+        public: whether an address may be contacted.
 
     Returns:
-        For each URL the file of its answer, or why there is none.
+        For each URL the path of the cached response, or the reason for its absence.
     """
     return asyncio.run(_fetch(list(urls), hosts, connections, public))
 
@@ -147,8 +147,8 @@ async def _fetch(
         limit=0, limit_per_host=connections, resolver=PublicResolver(public), use_dns_cache=False
     )
     timeout = aiohttp.ClientTimeout(total=SECONDS)
-    # No cookies, no proxies of the environment, no passwords of ~/.netrc.
-    # Nothing is unpacked: a few bytes could become gigabytes.
+    # No cookies, no proxies from the environment, no passwords from ~/.netrc.
+    # Nothing is decompressed: a few bytes could become gigabytes.
     async with aiohttp.ClientSession(
         connector=connector,
         timeout=timeout,
@@ -157,31 +157,32 @@ async def _fetch(
         auto_decompress=False,
         headers={"Accept": "image/*", "Accept-Encoding": "identity"},
     ) as session:
-        # URLs wait here, not as open requests, whose time would run.
-        rooms = collections.defaultdict(lambda: asyncio.Semaphore(connections))
+        # URLs wait here and not as open requests, which would time out.
+        slots = collections.defaultdict(lambda: asyncio.Semaphore(connections))
 
         async def one(url: str) -> Path | BadRecord:
             path = path_of(url)
             if path.is_file():
                 return path
-            async with rooms[url.partition("://")[2].partition("/")[0]]:
+            async with slots[url.partition("://")[2].partition("/")[0]]:
                 try:
-                    return _keep(path, await _tried(session, url, hosts, public))
-                except (Refused, Passing) as error:
+                    return _store(path, await _get_with_retries(session, url, hosts, public))
+                except (Refused, Transient) as error:
                     return BadRecord("image not fetched", f"{url[:200]}: {error}")
 
         return dict(zip(urls, await asyncio.gather(*map(one, urls)), strict=True))
 
 
-def _keep(path: Path, content: bytes) -> Path:
-    """
+def _store(path: Path, content: bytes) -> Path:
+    """Writes a response into the cache.
+
     Raises:
-        Refused: it is no image.
+        Refused: it is not an image.
     """
     try:
         Image.open(io.BytesIO(content), formats=FORMATS)
-    except Exception:  # Pillow's are of nearly any kind
-        raise Refused("the answer is no image") from None
+    except Exception:  # Pillow raises nearly any type
+        raise Refused("the response is not an image") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
@@ -189,43 +190,43 @@ def _keep(path: Path, content: bytes) -> Path:
     return path
 
 
-async def _tried(
+async def _get_with_retries(
     session: aiohttp.ClientSession, url: str, hosts: Sequence[str], public: Callable[[str], bool]
 ) -> bytes:
     for attempt in range(TRIES):
         try:
-            return await _asked(session, url, hosts, public)
-        except Passing as error:
+            return await _get(session, url, hosts, public)
+        except Transient as error:
             if attempt == TRIES - 1 or error.wait > LONGEST_WAIT:
                 raise
             wait = WAIT * 2**attempt * random.uniform(1, 1.5)
             await asyncio.sleep(max(error.wait, wait))
-    raise AssertionError("the last try returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
-async def _asked(
+async def _get(
     session: aiohttp.ClientSession, url: str, hosts: Sequence[str], public: Callable[[str], bool]
 ) -> bytes:
     for _ in range(REDIRECTS + 1):
         _check(url, hosts, public)
         try:
-            async with session.get(url, allow_redirects=False) as answer:
-                if answer.status in (301, 302, 303, 307, 308) and answer.headers.get("Location"):
-                    url = urljoin(url, answer.headers["Location"])
+            async with session.get(url, allow_redirects=False) as response:
+                if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
+                    url = urljoin(url, response.headers["Location"])
                     continue
-                if answer.status in AGAIN:
-                    raise Passing(f"the server answers {answer.status}", _patience(answer.headers.get("Retry-After")))
-                if answer.status != 200:
-                    raise Refused(f"the server answers {answer.status}")
-                return await _body(answer)
+                if response.status in RETRY_STATUSES:
+                    raise Transient(f"HTTP status {response.status}", _retry_after(response.headers.get("Retry-After")))
+                if response.status != 200:
+                    raise Refused(f"HTTP status {response.status}")
+                return await _body(response)
         except aiohttp.ClientConnectorError as error:
             if isinstance(error.__cause__, Refused):
                 raise error.__cause__ from None
-            raise Passing(_said(error)) from None
+            raise Transient(_summary(error)) from None
         except (aiohttp.InvalidURL, ValueError) as error:
-            raise Refused(_said(error)) from None
+            raise Refused(_summary(error)) from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Passing(_said(error)) from None
+            raise Transient(_summary(error)) from None
     raise Refused(f"more than {REDIRECTS} redirects")
 
 
@@ -236,34 +237,34 @@ def _check(url: str, hosts: Sequence[str], public: Callable[[str], bool]) -> Non
     except ValueError as error:
         raise Refused(str(error)) from None
     if parts.scheme not in ("http", "https"):
-        raise Refused(f"{parts.scheme}:// is not fetched, http:// and https:// are")
+        raise Refused(f"{parts.scheme}:// is not supported; use http:// or https://")
     if parts.username is not None or parts.password is not None:
-        raise Refused("names a user")
+        raise Refused("the URL contains a user name or password")
     if not is_allowed(host, hosts):
-        raise Refused(f"--fetch does not name {host[:100] or 'its host'}")
+        raise Refused(f"{host[:100] or 'its empty host'} is not allowed by --fetch")
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return  # a name: the resolver is asked
+        return  # a name: the resolver checks its addresses
     if not public(str(address)):
-        raise Refused(f"{address} is no address of the public internet")
+        raise Refused(f"{address} is not a public address")
 
 
-async def _body(answer: aiohttp.ClientResponse) -> bytes:
-    if (answer.content_length or 0) > LARGEST:
-        raise Refused(f"{answer.content_length} bytes, at most {LARGEST} are read")
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    if (response.content_length or 0) > LARGEST:
+        raise Refused(f"{response.content_length} bytes; the limit is {LARGEST}")
     content = bytearray()
-    async for part in answer.content.iter_chunked(1 << 16):
+    async for part in response.content.iter_chunked(1 << 16):
         content += part
         if len(content) > LARGEST:
             raise Refused(f"more than {LARGEST} bytes")
     return bytes(content)
 
 
-def _patience(header: str | None) -> float:
-    """Seconds of a Retry-After header; a date, which few send, counts as none."""
+def _retry_after(header: str | None) -> float:
+    """Seconds of a Retry-After header. A date, which few servers send, counts as 0."""
     return float(header) if header and header.isdigit() else 0.0
 
 
-def _said(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

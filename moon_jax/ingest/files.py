@@ -1,8 +1,8 @@
-"""What a source is made of: its files, what their names say of them, and chunks of their records.
+"""The files of a source, what their names mean, and chunks of their records.
 
-A file whose name has the word train is for training; one with val, valid, validation, dev or test is for evaluation,
-all of them together. Any other file of products is a catalogue without a split. Files whose names begin with `queries`
-hold queries, those whose first word is `log` or `logs` hold logs. Words end at `-`, `_` and `.`.
+A file with the word train in its name is for training. Files with val, valid, validation, dev or test are for
+evaluation, all of them together. Any other file of products is a catalogue without a split. Files whose names start
+with `queries` hold queries; files whose first word is `log` or `logs` hold logs. Words end at `-`, `_` and `.`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ SUFFIXES = {
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file of a source, and what it holds."""
+    """A file of a source and its contents."""
 
     path: Path
-    name: str  # relative to the source, as the quarantine tells it
+    name: str  # relative to the source, as the quarantine lists it
     kind: str  # product, query or log
     split: str  # train, val, or empty
     format: str
-    root: Path  # to which paths of images are relative
+    root: Path  # image paths are relative to it
 
     @property
     def size(self) -> int:
@@ -50,39 +50,39 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Consecutive records of a file, as they stand there: whoever works on them parses them."""
+    """Consecutive records of a file, unparsed: the worker that gets them parses them."""
 
     file: File
-    start: int  # number of the first one: line of a JSONL file, else row, counted from 1
+    start: int  # number of the first record: the line in a JSONL file, else the row; counted from 1
     payload: list[bytes] | list[dict[str, Any] | BadRecord] | pa.RecordBatch
-    labels: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # column → names of its numbers
-    size: int = 0  # bytes of the source read since the last chunk, about
+    labels: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # column → names of its class numbers
+    size: int = 0  # approximate bytes of the source read since the last chunk
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source whose files are known."""
+    """A source with its list of files."""
 
-    name: str  # as it was given
+    name: str  # as the user gave it
     files: list[File]
     chunks: Callable[[], Iterator[Chunk]]
-    synthetic: bool = False  # a file says that it was rendered
+    synthetic: bool = False  # a file's metadata says that it was rendered
     signature: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "signature", self.sign())
 
     def sign(self) -> list[tuple[str, int, int]]:
-        """What the files are now. Equal signatures: with all likelihood, equal files."""
+        """Name, size and modification time (ns) of each file. Equal signatures almost certainly mean equal files."""
         try:
             return [(file.name, file.size, file.path.stat().st_mtime_ns) for file in self.files]
         except OSError as error:
             raise UserError(f"--data {self.name}: {error.filename}: {error.strerror}") from None
 
 
-def describe(path: Path, name: str, told: str, format: str, root: Path) -> File:
-    """What a file holds, by the words of `told`: its name, with its folders where a library names those."""
-    words = re.split(r"[-_./]", told.lower())
+def describe(path: Path, name: str, label: str, format: str, root: Path) -> File:
+    """Infers kind and split of a file from the words of `label`: its name, with its folders if a library named them."""
+    words = re.split(r"[-_./]", label.lower())
     kind = "query" if words[0].startswith("queries") else "log" if words[0] in ("log", "logs") else "product"
     held_out = bool(set(words) & {"val", "valid", "validation", "dev", "test"})
     train = bool(set(words) & {"train", "training"})
@@ -91,15 +91,15 @@ def describe(path: Path, name: str, told: str, format: str, root: Path) -> File:
 
 
 def confined(folder: Path, path: str) -> Path:
-    """A path of a record, below `folder`, wherever its links lead.
+    """Resolves a record's path, including links, and ensures that it is inside `folder`.
 
     Raises:
-        BadRecord: it is none, or leads elsewhere.
+        BadRecord: it is not a path, or leads outside `folder`.
     """
     try:
         resolved = Path(os.path.realpath(folder / path))
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadRecord("bad image", f"{path!r} is no path ({error})") from None
+        raise BadRecord("bad image", f"{path!r} is not a path ({error})") from None
     if not resolved.is_relative_to(os.path.realpath(folder)):
-        raise BadRecord("bad image", f"{path} lies outside the catalogue's folder")
+        raise BadRecord("bad image", f"{path} is outside the catalogue's folder")
     return resolved

@@ -1,4 +1,4 @@
-"""Records of a source → products, queries and events: every field is checked, and what is wrong has a reason."""
+"""Turns the records of a source into products, queries and events; checks every field and gives a reason for errors."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from moon_jax.data.records import title_group
 from moon_jax.types import Product
 
 LONGEST_TEXT = 65_536
-"""Characters; a longer title is a mistake in the catalogue, not a title."""
+"""Characters; a longer title is an error in the catalogue."""
 
 MOST_IMAGES, MOST_ATTRIBUTES, MOST_CATEGORIES = 256, 1024, 64
-"""Of one product."""
+"""Limits of one product."""
 
 MOST_EVENTS = 10**12
-"""The largest count of a row of a log."""
+"""The largest `count` in a row of a log."""
 
 LARGEST_IMAGE = 256 << 20
-"""Bytes of an encoded image."""
+"""Limit of an encoded image, in bytes."""
 
 REASONS = (
     "not readable",
@@ -38,11 +38,11 @@ REASONS = (
     "unknown product",
     "bad event",
 )
-"""The closed list of reasons for quarantine."""
+"""The complete list of reasons for quarantine."""
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used: one of REASONS and a detail. Raised, or in the place of the record."""
+    """An unusable record: one of REASONS and a detail. Either raised, or passed on in place of the record."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
@@ -55,20 +55,20 @@ class Event:
 
     query: Product  # text, images or both
     product: str  # id
-    weight: float  # of the event, times its count; 0 of an impression
+    weight: float  # the event's weight times its count; 0 for an impression
     time: float | None  # seconds
     position: int | None
     session: str
 
 
 def _text(value: Any, name: str) -> str | None:
-    """A stripped string, None where there is none."""
-    if value is None or value != value:  # NaN, which pandas writes where nothing is
+    """A stripped string, or None if it is missing or empty."""
+    if value is None or value != value:  # NaN is pandas' missing value
         return None
     if not isinstance(value, str):
         raise BadRecord("bad text", f"{name} is of type {type(value).__name__}, not text")
     if len(value) > LONGEST_TEXT:
-        raise BadRecord("text too long", f"{name} has {len(value)} characters, at most {LONGEST_TEXT} are read")
+        raise BadRecord("text too long", f"{name} has {len(value)} characters; the limit is {LONGEST_TEXT}")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -77,8 +77,11 @@ def _text(value: Any, name: str) -> str | None:
 
 
 def label(value: Any, name: str) -> str:
-    """An id, a brand, a category or an attribute: text, or a number or date written as such; 7.0, which pandas makes of
-    7 where others are missing, is 7.
+    """An id, a brand, a category or an attribute as text. Numbers and dates are converted; 7.0 becomes 7, because pandas
+    turns integers into floats if values are missing.
+
+    Raises:
+        BadRecord: it has another type, or is not valid text.
     """
     if value is None or value != value:
         return ""
@@ -97,7 +100,7 @@ def _identity(record: Mapping[str, Any], field: str) -> str:
 
 
 def _images(value: Any) -> tuple[Any, ...]:
-    """Bytes, or a path or URL as text, each."""
+    """The images of a record, each as bytes, or as a path or URL."""
     found = []
     for image in value if isinstance(value, list) else [value]:
         if isinstance(image, dict):
@@ -105,15 +108,15 @@ def _images(value: Any) -> tuple[Any, ...]:
         if image is None or image != image:
             continue
         if not isinstance(image, str | bytes):
-            raise BadRecord("bad image", f"a {type(image).__name__} where bytes or a path belongs")
+            raise BadRecord("bad image", f"an image is of type {type(image).__name__}, not bytes or a path")
         found.append(image)
     if len(found) > MOST_IMAGES:
-        raise BadRecord("bad image", f"{len(found)} images, at most {MOST_IMAGES} are read")
+        raise BadRecord("bad image", f"{len(found)} images; the limit is {MOST_IMAGES}")
     return tuple(found)
 
 
 def to_product(record: Mapping[str, Any], id_field: str = "product_id") -> Product:
-    """A record of our own names (columns.FIELDS) as a Product; its images are bytes, or texts: paths or URLs.
+    """A record with our field names (columns.FIELDS) as a Product; its images are bytes, or paths or URLs as text.
 
     Raises:
         BadRecord: with the reason for quarantine.
@@ -137,7 +140,7 @@ def to_product(record: Mapping[str, Any], id_field: str = "product_id") -> Produ
         (len(pairs), MOST_ATTRIBUTES, "attributes"),
     ):
         if count > most:
-            raise BadRecord("text too long", f"{name} has {count} entries, at most {most} are read")
+            raise BadRecord("text too long", f"{name} has {count} entries; the limit is {most}")
     path = [label(part, "category") for part in ([category] if isinstance(category, str) else category)]
     return Product(
         text=title,
@@ -154,10 +157,10 @@ def to_product(record: Mapping[str, Any], id_field: str = "product_id") -> Produ
 
 
 def to_event(record: Mapping[str, Any], weights: Mapping[str, float]) -> Event:
-    """A record of a log.
+    """A record of a log as an Event.
 
     Args:
-        weights: what each event weighs. A record that names none counts as 1.
+        weights: the weight of each event type. A record without an event type has weight 1.
 
     Raises:
         BadRecord: with the reason for quarantine.
@@ -167,10 +170,10 @@ def to_event(record: Mapping[str, Any], weights: Mapping[str, float]) -> Event:
         raise BadRecord("no text and no image")
     product, event = _identity(record, "product_id"), record.get("event")
     if event is not None and (not isinstance(event, str) or event not in weights):
-        raise BadRecord("bad event", f"event {str(event)[:80]!r} is none of {', '.join(weights)}")
+        raise BadRecord("bad event", f"event {str(event)[:80]!r} is not one of {', '.join(weights)}")
     count = _number(record.get("count"), "count", 1.0)
     if not 0 <= count <= MOST_EVENTS:
-        raise BadRecord("bad event", f"count is {count}")
+        raise BadRecord("bad event", f"count {count} is not between 0 and {MOST_EVENTS}")
     position = record.get("position")
     position = None if position is None or position != position else _number(position, "position", 0.0)
     return Event(
@@ -184,7 +187,7 @@ def to_event(record: Mapping[str, Any], weights: Mapping[str, float]) -> Event:
 
 
 def _number(value: Any, name: str, default: float) -> float:
-    """A finite number; CSV has it as text."""
+    """A finite number, or text of one (CSV)."""
     if value is None:
         return default
     try:
@@ -192,12 +195,12 @@ def _number(value: Any, name: str, default: float) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number) or isinstance(value, bool):
-        raise BadRecord("bad event", f"{name} {str(value)[:80]!r} is no number")
+        raise BadRecord("bad event", f"{name} {str(value)[:80]!r} is not a number")
     return number
 
 
 def _time(value: Any) -> float | None:
-    """Seconds, from a number, a date, or ISO 8601. A time without zone is UTC."""
+    """Seconds, from a number, a date, or ISO 8601. A time without a zone is UTC."""
     if value is None or value != value:
         return None
     try:
@@ -209,7 +212,7 @@ def _time(value: Any) -> float | None:
             zone = value.tzinfo or datetime.UTC
             return value.replace(tzinfo=zone).timestamp()
     except (ValueError, OverflowError):
-        raise BadRecord("bad event", f"time {str(value)[:80]!r} is no ISO 8601 time and no number") from None
+        raise BadRecord("bad event", f"time {str(value)[:80]!r} is neither an ISO 8601 time nor a number") from None
     return _number(value, "time", 0.0)
 
 
@@ -222,23 +225,23 @@ def _is_number(text: str) -> bool:
 
 
 class Missing(BadRecord):
-    """An image's file that is not there, or may not be read: at another time it may."""
+    """An image file that is missing or unreadable; a later attempt may succeed."""
 
 
-def read_file(path: Path, told: str) -> bytes:
-    """The bytes of an image's file.
+def read_file(path: Path, name: str) -> bytes:
+    """The bytes of an image file; `name` is its path in messages.
 
     Raises:
-        BadRecord: it is missing, may not be read, is no plain file, or is too large.
+        BadRecord: it is missing, unreadable, not a regular file, or too large.
     """
     try:
-        # Asked first: opening a pipe waits for whoever writes to it.
-        described = path.stat()
-        if not stat.S_ISREG(described.st_mode):
-            raise BadRecord("bad image", f"{told}: no plain file")
-        if described.st_size > LARGEST_IMAGE:
-            raise BadRecord("bad image", f"{told}: {described.st_size} bytes, at most {LARGEST_IMAGE} are read")
+        # Checked before opening: opening a named pipe blocks until a writer opens it.
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BadRecord("bad image", f"{name}: not a regular file")
+        if status.st_size > LARGEST_IMAGE:
+            raise BadRecord("bad image", f"{name}: {status.st_size} bytes; the limit is {LARGEST_IMAGE}")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise Missing("bad image", f"{told}: {reason}") from None
+        raise Missing("bad image", f"{name}: {reason}") from None

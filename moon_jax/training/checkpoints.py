@@ -1,6 +1,7 @@
-"""Checkpoints of a TrainState with Orbax. Parameters are an item of their own, so that a reader needs nothing else.
+"""Orbax checkpoints of a TrainState. Parameters are a separate item, so that readers can load them alone.
 
-A checkpoint also holds what it says of itself (about.py). What is read counts only if it is bit for bit what was saved.
+A checkpoint also holds its metadata (provenance.py), with a digest of every array. Restoring verifies the digests: what
+is restored is bit for bit what was saved.
 """
 
 from __future__ import annotations
@@ -28,28 +29,28 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from moon_jax import config as config_lib
 from moon_jax import distributed, storage
 from moon_jax.errors import Unavailable, UserError
-from moon_jax.training import provenance as about_lib
+from moon_jax.training import provenance
 from moon_jax.types import TrainState
 
 ITEMS = ("params", "rest")
 
-SETTLE = 60
-"""Seconds after which all processes must see the same checkpoints."""
+SETTLE_SECONDS = 60
+"""How long to wait until all processes see the same checkpoints."""
 
-LOOKED_AT = 100
-"""So many of the newest are compared."""
+COMPARED = 100
+"""How many of the newest checkpoints the processes compare."""
 
 BEST = "R@10"
-"""What `training.keep_best` goes by: the mean of R@10 over all directions, in percent."""
+"""The score that `training.keep_best` ranks by: the mean of R@10 over all directions, in percent."""
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what was saved; says why."""
+    """A checkpoint that differs from what was saved; the message says why."""
 
 
-class _Remembering:
-    """A save under way whose failure is remembered: Orbax tells it only after all processes have waited for each other,
-    and one that failed is waited for in vain.
+class _RecordingFuture:
+    """A pending save that records its failure at once. Orbax reports a failure only after all processes have
+    synchronised, and a process that failed never arrives there.
     """
 
     def __init__(self, future: Any, failures: list[Exception]):
@@ -64,19 +65,19 @@ class _Remembering:
 
 
 def _handler(failures: list[Exception]) -> ocp.StandardCheckpointHandler:
-    """Orbax's own, with failures remembered. Its type stays: arguments are registered by type."""
+    """Orbax's handler, recording failures. Not a subclass: Orbax registers arguments by the handler's type."""
     handler = ocp.StandardCheckpointHandler()
     async_save = handler.async_save
 
-    async def remembering(*arguments: Any, **options: Any) -> list[_Remembering]:
-        return [_Remembering(future, failures) for future in await async_save(*arguments, **options) or ()]
+    async def recording(*arguments: Any, **options: Any) -> list[_RecordingFuture]:
+        return [_RecordingFuture(future, failures) for future in await async_save(*arguments, **options) or ()]
 
-    handler.async_save = remembering
+    handler.async_save = recording
     return handler
 
 
 class _Best:
-    """Orbax's policy for what is kept, after scores that outlive a restart."""
+    """A preservation policy that keeps the best checkpoints; unlike Orbax's own, its scores survive a restart."""
 
     def __init__(self, count: int, scores: dict[int, float]):
         self._count, self._scores = count, scores
@@ -94,20 +95,20 @@ def _split(state: TrainState) -> dict[str, Any]:
 
 
 def _as_saved(like: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-    """Abstract arrays in the dtypes that they were saved with: a digest is of bits, before any cast."""
+    """Abstract arrays in their saved dtypes: digests are of the saved bits, so no cast may come first."""
 
     def one(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        dtype = jnp.dtype(about["arrays"][about_lib.name_of(path)][1])
+        dtype = jnp.dtype(about["arrays"][provenance.name_of(path)][1])
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(one, like)
 
 
 class Checkpoints:
-    """The checkpoints of a workdir, saved asynchronously, each whole or absent."""
+    """The checkpoints of a workdir. Saves are asynchronous and atomic."""
 
     def __init__(self, folder: epath.Path, config: config_lib.Training | None = None):
-        """Opens `folder`, a place's `checkpoints`, for writing with `config`, for reading without."""
+        """Opens `folder` (`Store.checkpoints`): with `config` for writing, without it for reading."""
         policies, self._scores = [], {}
         if config:
             policies.append(keep.LatestN(config.keep))
@@ -127,7 +128,7 @@ class Checkpoints:
         self._handlers = {item: _handler(self._failures) for item in ITEMS} | {"about": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=self._handlers)
         for step in self._manager.all_steps() if config and config.keep_best else ():
-            with contextlib.suppress(Exception):  # a damaged one, which nobody keeps for its score
+            with contextlib.suppress(Exception):  # damaged, so not worth keeping for its score
                 self._remember(step, self._about(step)["scores"])
 
     def _remember(self, step: int, scores: dict[str, float]) -> None:
@@ -139,20 +140,20 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, step: int, about: dict[str, Any], scores: dict[str, float] | None = None) -> None:
-        """Begins to save, unless this step is saved already; the state may be given away as soon as this returns.
+        """Starts a background save, unless this step is saved already. The state may be donated once this returns.
 
         Args:
-            about: what `describe` gives.
-            scores: {BEST: …} of an evaluation of this state.
+            about: the result of `provenance.describe`.
+            scores: {BEST: …} if this state was evaluated.
 
         Raises:
-            UserError: the disk refused this save, or the one before it.
+            UserError: the disk refused this save or the previous one.
         """
         if self.newest() == step:
             return
         items = _split(state)
-        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-        about = about_lib.seal(about | {"step": step, "scores": scores or {}, "arrays": about_lib.arrays(items)})
+        self._check_free_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        about = provenance.seal(about | {"step": step, "scores": scores or {}, "arrays": provenance.arrays(items)})
         self._remember(step, scores or {})
         args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         with self._disk_errors():
@@ -160,7 +161,7 @@ class Checkpoints:
             self._manager.save(step, args=args, force=True)
 
     def check(self) -> None:
-        """Looks whether this process's part of a save under way has failed; takes no time.
+        """Checks, without waiting, whether this process's part of a pending save has failed.
 
         Raises:
             UserError: the disk refused it.
@@ -171,106 +172,109 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def restore(
-        self, like: TrainState, expected: dict[str, Any], tell: Callable[[str], None]
+        self, like: TrainState, expected: dict[str, Any], warn: Callable[[str], None]
     ) -> tuple[int, TrainState] | None:
-        """Step and state of the newest checkpoint that is whole; None where there is none at all.
+        """The step and state of the newest intact checkpoint, or None if there are no checkpoints.
 
-        Damaged ones that are newer are moved to the workdir's folder `damaged`.
+        Newer checkpoints that are damaged are moved to `damaged/` in the workdir.
 
         Args:
             like: shapes, dtypes and shardings.
-            expected: entries of `about` that must be these, such as the data's fingerprint.
-            tell: is told of damaged ones, a line each.
+            expected: metadata that must match, such as the data's fingerprint.
+            warn: called with one line for each damaged checkpoint.
 
         Raises:
-            UserError: it is of another architecture, or of other data; it cannot be read now; or all are damaged.
+            UserError: it is of another architecture or other data; it cannot be read now; or all are damaged.
         """
-        found = self._newest(_split(like), expected, tell)
+        found = self._newest(_split(like), expected, warn)
         return found and (found[0], TrainState(params=found[1]["params"], **found[1]["rest"]))
 
-    def restore_params(self, like: Any, tell: Callable[[str], None]) -> tuple[int, Any] | None:
-        """Step and parameters of the newest checkpoint whose parameters are whole. As `restore` otherwise."""
-        found = self._newest({"params": like}, {}, tell)
+    def restore_params(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Any] | None:
+        """The step and parameters of the newest checkpoint with intact parameters. Otherwise like `restore`."""
+        found = self._newest({"params": like}, {}, warn)
         return found and (found[0], found[1]["params"])
 
-    def _newest(self, like: dict[str, Any], expected: dict[str, Any], tell: Callable) -> tuple[int, Any] | None:
+    def _newest(self, like: dict[str, Any], expected: dict[str, Any], warn: Callable) -> tuple[int, Any] | None:
         damaged, problem = [], ""
         for step in reversed(self._agreed()):
             items, problem = None, ""
-            place = self._folder / str(step)
+            path = self._folder / str(step)
             with distributed.fail_together(), _quiet():
                 try:
                     about = self._about(step)
-                    about_lib.check_architecture(place, about, like)
+                    provenance.check_architecture(path, about, like)
                     for name, value in expected.items():
                         if about[name] != value:
-                            raise UserError(f"{place}: was saved with another {name}, {about[name]}; this is {value}")
+                            raise UserError(
+                                f"{path}: was saved with other {name} ({about[name]}, not {value}); give the same, or use"
+                                " another workdir"
+                            )
                     items = {
                         name: self._read(step, name, ocp.args.StandardRestore(item))
                         for name, item in _as_saved(like, about).items()
                     }
                 except UserError:
                     raise
-                except Exception as error:  # Orbax and TensorStore raise nearly anything on damaged files
+                except Exception as error:  # on damaged files Orbax and TensorStore raise nearly anything
                     problem = _cause(error)
                     if _unreachable(error):
                         raise Unavailable(
-                            f"{place}: cannot be read now ({problem}), which tells nothing of what is there;"
-                            " mend that and give the same command again, or move it away to go on from the one before"
+                            f"{path}: cannot be read now ({problem}) but may be intact; fix that and run the same command"
+                            " again, or move it away to resume from the previous one"
                         ) from None
-            # One process may have met what the others did not read.
+            # The damage may be in a part that only one process reads.
             problem = next(filter(None, distributed.allgather(problem)), "")
             if not problem:
-                differing = [name for name, entry in about_lib.arrays(items).items() if entry != about["arrays"][name]]
+                differing = [name for name, entry in provenance.arrays(items).items() if entry != about["arrays"][name]]
                 if not differing:
                     if self._writes:
                         self._set_aside(damaged)
                     return step, jax.tree.map(lambda leaf, wanted: leaf.astype(wanted.dtype), items, like)
-                problem = f"{differing[0].removeprefix('params/')} is not what was saved"
-            tell(f"{place}: a damaged checkpoint ({problem}); skipped, the one before is taken")
+                problem = f"{differing[0].removeprefix('params/')} differs from what was saved"
+            warn(f"{path}: damaged checkpoint ({problem}); skipped, trying the previous one")
             damaged.append(step)
         if damaged:
             names = ", ".join(map(str, damaged))
             raise UserError(
-                f"{self._folder}: no checkpoint is whole, all are damaged: {names} ({problem}); bring one back, or take"
+                f"{self._folder}: all checkpoints are damaged: {names} ({problem}); restore one from a backup, or use"
                 " another workdir"
             )
         return None
 
     def _agreed(self) -> list[int]:
-        """The steps whose checkpoints all processes see, rising. A shared folder may show one of them later.
+        """The checkpointed steps, ascending, once all processes see the same: a shared folder may lag on some hosts.
 
         Raises:
-            Unavailable: they still see different ones after SETTLE seconds.
+            Unavailable: they still differ after SETTLE_SECONDS.
         """
-        for _ in range(SETTLE):
+        for _ in range(SETTLE_SECONDS):
             steps = sorted(self._manager.all_steps())
-            seen = [json.loads(said) for said in distributed.allgather(json.dumps(steps[-LOOKED_AT:]))]
+            seen = [json.loads(text) for text in distributed.allgather(json.dumps(steps[-COMPARED:]))]
             if all(other == seen[0] for other in seen):
                 return steps
             time.sleep(1)
             self._manager.reload()
         other = next(index for index, steps in enumerate(seen) if steps != seen[0])
         raise Unavailable(
-            f"{self._folder}: process {other} sees checkpoints {seen[other]} and process 0 {seen[0]}; give all"
-            " processes one folder"
+            f"{self._folder}: process {other} sees checkpoints {seen[other]}, process 0 sees {seen[0]}; give all"
+            " processes the same folder"
         )
 
     def _read(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
-        """An item as its handler reads it. The manager would have all processes wait for each other after that, also
-        for one that could not read its part.
+        """Reads an item with its handler. The manager would make all processes synchronise afterwards, and hang if one
+        of them failed to read its part.
         """
         return self._handlers[item].restore(self._folder / str(step) / item, args=args)
 
     def _about(self, step: int) -> dict[str, Any]:
         about = self._read(step, "about", ocp.args.JsonRestore())
         seal = about.pop("digest")
-        if about_lib.seal(about)["digest"] != seal:
-            raise Damaged("about is not what was saved")
+        if provenance.seal(about)["digest"] != seal:
+            raise Damaged("about differs from what was saved")
         return about
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Moves damaged checkpoints out of the way: their steps will be saved anew."""
+        """Moves damaged checkpoints out of the way: their steps will be saved again."""
         if not steps:
             return
         if distributed.is_primary():
@@ -283,7 +287,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        """Closes. After a UserError a save under way is waited for all the same, unless it is what failed."""
+        """Closes. After a UserError too, a pending save is finished first, unless the save itself failed."""
         if kind is None:
             self.close()
         elif issubclass(kind, UserError) and not self._failures:
@@ -291,7 +295,7 @@ class Checkpoints:
                 self.close()
 
     def close(self) -> None:
-        """Waits for saves under way; the second time does nothing.
+        """Waits for pending saves; a second call does nothing.
 
         Raises:
             UserError: the disk refused one of them.
@@ -304,41 +308,41 @@ class Checkpoints:
             self._manager.check_for_errors()
         self._manager.close()
 
-    def _check_room(self, size: int) -> None:
-        """Refuses before anything is half written."""
+    def _check_free_space(self, size: int) -> None:
+        """Fails before anything is half written."""
         if storage.is_remote(self._folder):
             return
         free = shutil.disk_usage(self._folder).free
         if free < size:
             raise UserError(
                 f"{self._folder}: {os.strerror(errno.ENOSPC)}: a checkpoint needs {size / 1e6:,.1f} MB and"
-                f" {free / 1e6:,.1f} MB are free; make room, and the same command goes on from the newest"
+                f" {free / 1e6:,.1f} MB are free; free some space and run the same command again to resume"
             )
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """One line for a save that the disk refused; anything else is a bug and passes."""
+        """Turns a save that the disk refused into a UserError; anything else is a bug and propagates."""
         try:
             yield
         except Exception as error:
             if jax.process_count() > 1:
-                self._failures.append(error)  # no more waiting for the others
-            # TensorStore's errors name the cause in their text only.
+                self._failures.append(error)  # so that close() does not wait for the other processes
+            # TensorStore's errors give the cause only in their text.
             for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
                 if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
-                    # The save's other threads fail as well, and tell so on stderr: ours shall be the last line.
+                    # The other threads of the save fail too and print that to stderr. Our line should come last.
                     if jax.process_count() == 1:
                         with contextlib.suppress(Exception):
                             self._manager.close()
                     time.sleep(1)
                     raise UserError(
-                        f"{self._folder}: a checkpoint could not be written: {os.strerror(code)}; older ones are whole:"
-                        " mend that, and the same command goes on from the newest"
+                        f"{self._folder}: a checkpoint could not be written: {os.strerror(code)}; older ones are"
+                        " intact: fix that and run the same command again to resume from the newest"
                     ) from None
             if storage.is_remote(self._folder):
                 raise Unavailable(
-                    f"{self._folder}: a checkpoint could not be written: {_cause(error)}; older ones are whole:"
-                    " mend that, and the same command goes on from the newest"
+                    f"{self._folder}: a checkpoint could not be written: {_cause(error)}; older ones are intact:"
+                    " fix that and run the same command again to resume from the newest"
                 ) from None
             raise
 
@@ -349,16 +353,15 @@ UNREACHABLE = re.compile(
         + [os.strerror(code) for code in (errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM)]
     )
 )
-"""Causes, in TensorStore's words and the system's, of a failure to read what may be whole."""
+"""Causes, as TensorStore and the system word them, that make an intact checkpoint unreadable."""
 
 
 def _cause(error: BaseException) -> str:
-    """Why something could not be read or written, and which file: what lies at the bottom of Orbax's errors."""
+    """Why something could not be read or written, and which file: the root cause of an error of Orbax's."""
     while error.__cause__:
         error = error.__cause__
-    text = re.split(r" \[[a-z_]+(?:\[\d+\])?='", storage.first_line(error, 5000))[
-        0
-    ]  # TensorStore appends all that it knows
+    # TensorStore appends its whole context to the message.
+    text = re.split(r" \[[a-z_]+(?:\[\d+\])?='", storage.first_line(error, 5000))[0]
     files = re.findall(r'local file "([^"]+)"|Failed to open: "([^"]+)"|(gs://[^ :]+)', text)
     if not files:
         return text[:200]
@@ -367,7 +370,7 @@ def _cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What Orbax leaves unfinished when it cannot read a checkpoint tells nothing but that, at length, on stderr."""
+    """Silences the unfinished tasks that Orbax leaves after a failed read: they repeat the failure on stderr."""
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
@@ -376,7 +379,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
-            gc.collect(1)  # what was made just now
+            gc.collect(1)  # the unfinished tasks, while they are still silenced
     finally:
         sys.unraisablehook = before
         for logger, level in zip(loggers, levels, strict=True):
@@ -384,7 +387,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _unreachable(error: BaseException | None) -> bool:
-    """Whether a failure to read tells nothing of what is there: no permission, or a disk that does not answer."""
+    """Whether a failed read says nothing about the contents: no permission, or a disk that does not respond."""
     while error:
         if isinstance(error, PermissionError | ConnectionError | TimeoutError) or UNREACHABLE.search(str(error)):
             return True
@@ -393,14 +396,14 @@ def _unreachable(error: BaseException | None) -> bool:
 
 
 def latest_params(folder: epath.Path, like: Any) -> tuple[int, Any]:
-    """Step and parameters of the newest checkpoint that is whole; warns of damaged ones.
+    """The step and parameters of the newest intact checkpoint; warns about damaged ones.
 
     Args:
-        folder: a place's `checkpoints`.
+        folder: `Store.checkpoints`.
         like: abstract parameters with shardings.
 
     Raises:
-        UserError: none there, of another architecture, or all are damaged.
+        UserError: there are none, they are of another architecture, or all are damaged.
     """
     if not folder.is_dir():
         raise UserError(f"{folder.parent}: no checkpoints there; train first, or give another model")
@@ -408,14 +411,14 @@ def latest_params(folder: epath.Path, like: Any) -> tuple[int, Any]:
     try:
         found = checkpoints.restore_params(like, lambda line: warnings.warn(line, stacklevel=3))
         if found is None:
-            raise UserError(f"{folder.parent}: its training has not reached a first checkpoint yet")
+            raise UserError(f"{folder.parent}: no checkpoint was saved yet; train for longer, or give another model")
         return found
     finally:
         checkpoints.close()
 
 
 def steps(folder: epath.Path) -> list[int]:
-    """The steps whose checkpoints stand in `folder`, damaged or not; those that a kill cut short do not."""
+    """The steps of the checkpoints in `folder`, damaged or not, without saves that were cut short by a kill."""
     if not folder.is_dir():
         return []
     opened = Checkpoints(folder)

@@ -1,4 +1,4 @@
-"""What chips can do, and what a training step asks of them."""
+"""Peak numbers of accelerator chips, and the FLOPs of a training step."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from moon_jax.training.step import initial_state
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What its maker says of one chip; bytes and seconds."""
+    """Specifications of one chip by its maker, in bytes and seconds."""
 
-    flops: float  # bfloat16, a second
-    memory: float
-    bandwidth: float
-    link: float = 0.0  # of one link between chips, one way; a ring has two
-    network: float = 0.0  # between slices, a chip's share
-    axes: int = 0  # of the torus
-    cores: int = 1  # that the cloud's names count for each chip
+    flops: float  # bfloat16 FLOP/s
+    memory: float  # bytes
+    bandwidth: float  # of the memory, bytes/s
+    link: float = 0.0  # bytes/s of one inter-chip link in one direction; a ring uses two
+    network: float = 0.0  # bytes/s per chip between slices
+    axes: int = 0  # of the torus; 0 for GPUs
+    cores: int = 1  # per chip, as the cloud's slice names count them
 
 
 CHIPS = {
@@ -43,7 +43,7 @@ CHIPS = {
 
 
 def of_device(device: jax.Device) -> Chip | None:
-    """The entry of CHIPS for a device, None for one that is not there."""
+    """The entry of CHIPS for a device, or None if there is none."""
     kind = device.device_kind
     tpu = re.fullmatch(r"TPU v(\d+)( lite|e|p)?", kind)
     if tpu:  # "TPU v5" is a v5p, "TPU v5 lite" a v5e
@@ -53,9 +53,9 @@ def of_device(device: jax.Device) -> Chip | None:
 
 
 def model_flops(config: config_lib.Config) -> float:
-    """FLOPs that a step of full rows needs, without recomputation, padding and capacity: thrice the forward products.
+    """FLOPs of a step on full rows: three times the forward matmuls, without recomputation, padding or spare capacity.
 
-    A token uses K of E experts; attention counts the pairs of a segment, the ones that causality hides included.
+    A token uses K of E experts. Attention counts all pairs within a segment, including those that causality masks.
     """
     layout = rows_lib.Layout.of(config)
     state = jax.eval_shape(functools.partial(initial_state, config), rows_lib.pack([[]], layout, 0))

@@ -1,4 +1,4 @@
-"""What a run leaves behind when its numbers have gone bad."""
+"""The report that a run writes when its loss or gradients stay NaN or Inf."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from moon_jax.types import OBJECTIVES, Batch, TrainState
 FILE = "bad_step.json"
 
 STACKED = ("layers", "periods")
-"""Names below which parameters have a leading axis of layers."""
+"""Path components whose parameters have a leading axis of layers."""
 
 
 def norms(tree: Any) -> dict[str, jax.Array]:
-    """The length of every parameter by path, f32[]; of a stack of layers that of each, f32[L]."""
+    """The norm of every parameter by path: f32[], or f32[L] for a stack of layers."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -44,12 +44,13 @@ def dump(
 ) -> None:
     """Writes FILE: the triplets of the step's batch, its losses, and the norms of gradients and parameters.
 
-    A number that is not finite is null there. All processes call this; the first writes.
+    Numbers that are not finite become null. All processes call this; the first one writes.
 
     Args:
-        state: as the step left it, which is as it found it.
-        batch: numpy; `placed` is the same on the devices.
-        step: steps that were done, this one included.
+        state: after the step; a bad step leaves parameters unchanged.
+        batch: numpy arrays.
+        placed: the same batch on the devices.
+        step: number of steps done, including this one.
     """
 
     def measure(params: Any, batch: Batch) -> dict[str, Any]:
@@ -70,12 +71,12 @@ def dump(
     try:
         with jax.set_mesh(mesh):
             measured = jax.device_get(jax.jit(measure, out_shardings=whole)(state.params, placed))
-    except jax.errors.JaxRuntimeError as error:  # say no memory beside the run's own
+    except jax.errors.JaxRuntimeError as error:  # for example, no memory left beside the run's own
         measured, reason = {}, str(error).splitlines()[0]
 
-    def told(value: Any) -> Any:
+    def to_json(value: Any) -> Any:
         if np.ndim(value):
-            return [told(item) for item in value]
+            return [to_json(item) for item in value]
         return float(value) if np.isfinite(value) else None
 
     triplets = []
@@ -84,7 +85,7 @@ def dump(
         ids = [None if member is None else prepared.products[member].id for member in triplet[:3]]
         named = dict(zip(("query", "positive", "negative"), ids, strict=True))
         triplets.append({"triplet": index, **named, "weight": triplet.weight})
-    content = {"step": step, "triplets": triplets, **jax.tree.map(told, measured)}
+    content = {"step": step, "triplets": triplets, **jax.tree.map(to_json, measured)}
     if not measured:
         content["not_measured"] = reason
     if distributed.is_primary():

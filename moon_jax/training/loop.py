@@ -1,4 +1,4 @@
-"""The training run: prepare, compile once, step, log, save; the same call again resumes where it stopped."""
+"""The training run: prepare, compile once, step, log and save. Calling it again resumes the run."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from moon_jax.training import workdir as workdir_lib
 from moon_jax.training.step import initial_state, train_step
 from moon_jax.types import Batch, TrainState
 
-OWN = ("data.path", "data.threads")
-"""Options that each process has for itself."""
+PER_PROCESS = ("data.path", "data.threads")
+"""Options that may differ between processes."""
 
 Evaluate = Callable[[Any], dict[str, Any]]
-"""Encoder parameters on the mesh → scores, with checkpoints.BEST among them. All processes call it."""
+"""Encoder parameters on the mesh → scores, including checkpoints.BEST. Every process must call it."""
 
 MakeEvaluate = Callable[[config_lib.Config, Prepared, text.Tokenizer, jax.sharding.Mesh], Evaluate]
 
@@ -57,7 +57,7 @@ def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh, template:
 
 
 def abstract_state(config: config_lib.Config, rows: object, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state."""
+    """Shapes, dtypes and shardings of the training state."""
     boxed = jax.eval_shape(functools.partial(initial_state, config), rows)
     shardings = sharding.of_variables(mesh, boxed)
     return jax.tree.map(
@@ -66,35 +66,38 @@ def abstract_state(config: config_lib.Config, rows: object, mesh: jax.sharding.M
 
 
 def lower_step(config: config_lib.Config, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-    """The training step for the mesh in use, which may be of devices that this machine lacks; both abstract."""
+    """Lowers the training step for the mesh in use, from an abstract state and batch.
+
+    The devices of the mesh need not exist on this machine.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    # The state comes out as it goes in; left to itself XLA would divide norms, and the next step refuse them. What is
-    # told of a step is whole in every process.
+    # The state keeps its sharding. Without this, XLA may shard norm scales, which the next step would then reject. The
+    # metrics are replicated, so that every process has all of them.
     mesh = batch.weight.sharding.mesh
-    told = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state", out_shardings=(shardings, told))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state", out_shardings=(shardings, replicated))
     platform = {"gpu": "cuda"}.get(backend.platform(), backend.platform())
     return jitted.trace(state, batch, config=config).lower(lowering_platforms=(platform,))
 
 
 def creation(config: config_lib.Config, abstract: TrainState, rows: Any) -> jax.stages.Wrapped:
-    """What makes the state of step 0 from the parameters to begin from (`initial_state`'s, or none), each array where
-    it lies: no host and no device holds the model.
+    """A jitted function from the base model's parameters (arguments of `initial_state`, possibly none) to the state of
+    step 0. Every array is created sharded: no host or device ever holds the whole model.
 
     Args:
-        abstract: what `abstract_state` gives.
-        rows: abstract, of the training layout.
+        abstract: the result of `abstract_state`.
+        rows: abstract rows of the training layout.
     """
 
     def make(params: dict[str, Any]) -> TrainState:
-        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rows)  # no number follows from it
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rows)  # only shapes matter
         return nn.unbox(initial_state(config, blank, **params))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(make, out_shardings=shardings, donate_argnames="params")
 
 
-def _begin(
+def _initialize(
     config: config_lib.Config, opened: workdir_lib.Opened, abstract: TrainState, rows: Any, terminal: progress.Terminal
 ) -> TrainState:
     """The state of step 0."""
@@ -106,7 +109,7 @@ def _begin(
             found = saved.restore_params(abstract.params, terminal.line)
             saved.close()
         if not found:
-            raise UserError(f"--init {init}: its training has not reached a first checkpoint yet")
+            raise UserError(f"--init {init}: no checkpoint was saved yet; train it for longer, or give another model")
         params = found[1]
     elif opened.base:
         track = functools.partial(terminal.track, f"loading {init}")
@@ -121,26 +124,26 @@ def train(
     make_evaluate: MakeEvaluate,
     watch: watchdog.Watchdog = watchdog.Watchdog(),  # noqa: B008
 ) -> Prepared:
-    """Trains on `config.data.path` until `config.training.steps`, from the newest checkpoint if there is one.
+    """Trains on `config.data.path` up to step `config.training.steps`, resuming from the newest checkpoint if there is one.
 
     Args:
-        config: the run is a function of it. A workdir belongs to one config.
-        workdir: a folder of this machine, or gs://bucket/folder; receives config.json, tokenizer.json, data/,
-            checkpoints/, metrics.jsonl, speed.jsonl, tensorboard/ and run.log; without `config.data.path` also
-            catalogue/, the synthetic one.
-        make_evaluate: makes what evaluates every `config.evaluation.every` steps.
-        watch: what is watched beside.
+        config: determines the run. A workdir belongs to one config.
+        workdir: a local folder, or gs://bucket/folder. Receives config.json, tokenizer.json, data/, checkpoints/,
+            metrics.jsonl, speed.jsonl, tensorboard/ and run.log; without `config.data.path` also catalogue/, the
+            synthetic catalogue.
+        make_evaluate: makes the function that evaluates every `config.evaluation.every` steps.
+        watch: stall warnings and profiler traces.
 
     Returns:
         The prepared data, for evaluation.
 
     Raises:
-        UserError: the workdir holds a run of another config or of other data; the data cannot be used; the numbers have
-            not been finite for `config.training.max_bad_steps` steps.
-        KeyboardInterrupt: a stop was asked for, and what was reached is saved.
+        UserError: the workdir holds a run of another config or of other data; the data cannot be used; or
+            `config.training.max_bad_steps` steps in a row were not finite.
+        KeyboardInterrupt: a stop was requested; the progress so far is saved.
     """
     if not isinstance(config, config_lib.Config):
-        raise UserError(f"config: {config!r} is no Config; moon_jax.config.load gives one by name")
+        raise UserError(f"config: {config!r} is not a Config; moon_jax.config.load returns one by name")
     store = storage.Store(workdir)
     if jax.distributed.is_initialized():
         interrupt.RELAY.set()
@@ -149,7 +152,7 @@ def train(
         try:
             prepared = _train(config, store, make_evaluate, watch)
         except BaseException:
-            with contextlib.suppress(UserError):  # what ended the run is told, not what came after
+            with contextlib.suppress(UserError):  # report what ended the run, not a failure to push
                 store.push()
             raise
         store.push()
@@ -159,29 +162,29 @@ def train(
 def _train(
     config: config_lib.Config, store: storage.Store, make_evaluate: MakeEvaluate, watch: watchdog.Watchdog
 ) -> Prepared:
-    """Opens the workdir, makes or restores the state, compiles, and takes the steps."""
-    held_by_all = {name: value for name, value in config_lib.leaves(config).items() if name not in OWN}
-    distributed.require_equal("config", held_by_all)
+    """Opens the workdir, creates or restores the state, compiles, and trains."""
+    shared = {name: value for name, value in config_lib.leaves(config).items() if name not in PER_PROCESS}
+    distributed.require_equal("config", shared)
     mesh, steps, options = sharding.make_mesh(config.mesh), config.training.steps, config.training
-    with contextlib.ExitStack() as until_the_end:
-        until_the_end.enter_context(jax.set_mesh(mesh))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
         with distributed.fail_together():
             workdir_lib.check(config, store)
             sharding.check(config, mesh)
             held = sharding.share(mesh, 3 * config.data.batch)
-            # Parameters do not depend on the template, which the tokenizer alone can read.
+            # Parameters do not depend on the template, which needs the tokenizer, opened later.
             abstract = abstract_state(config, abstract_batch(config, mesh).rows, mesh)
             optimizer.check(options, abstract.params)
         terminal = progress.Terminal(store.files)
         opened = workdir_lib.open_run(config, store, terminal)
         prepared = opened.prepared
         with distributed.fail_together():
-            until_the_end.enter_context(workdir_lib.locked(store))
-        checkpoints = until_the_end.enter_context(checkpoints_lib.Checkpoints(store.checkpoints, options))
+            stack.enter_context(workdir_lib.locked(store))
+        checkpoints = stack.enter_context(checkpoints_lib.Checkpoints(store.checkpoints, options))
         restored = checkpoints.restore(abstract, {"data": prepared.fingerprint}, terminal.line)
         start, state = restored or (0, None)
         if start >= steps:
-            terminal.line(f"{store} is trained already: its newest checkpoint is of step {start}")
+            terminal.line(f"{store} is already trained: its newest checkpoint is of step {start}")
             return prepared
         if restored:
             terminal.line(f"resuming {store} at step {start} of {steps}")
@@ -192,9 +195,9 @@ def _train(
             compiled = lower_step(config, abstract, placed).compile(compiler_options=backend.compiler_options())
         compiling = time.monotonic() - began
         if state is None:
-            state = _begin(config, opened, abstract, placed.rows, terminal)
+            state = _initialize(config, opened, abstract, placed.rows, terminal)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-        drawn = "" if restored or options.init else ", drawn at random,"
+        drawn = "" if restored or options.init else ", randomly initialized,"
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         terminal.table(optimizer.table(options, abstract.params))
         terminal.line(
@@ -214,14 +217,14 @@ def _train(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run's steps work with, the same from the first to the last."""
+    """What stays the same through all steps of a run."""
 
     config: config_lib.Config
     store: storage.Store
     prepared: Prepared
     checkpoints: checkpoints_lib.Checkpoints
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
-    put: Callable[[Batch], Batch]  # a batch on the devices
+    put: Callable[[Batch], Batch]  # places a batch on the devices
     evaluate: Evaluate | None
 
 
@@ -233,14 +236,14 @@ def _steps(
     terminal: progress.Terminal,
     watch: watchdog.Watchdog,
 ) -> TrainState:
-    """Steps, logs, evaluates and saves, until the last step or a stop that is asked for."""
+    """Steps, logs, evaluates and saves, until the last step or a requested stop."""
     config, options, store, steps = run.config, run.config.training, run.store, run.config.training.steps
     described = provenance.describe(config, run.prepared.fingerprint)
     times = metrics_lib.Times(config, jax.device_count(), start)
     batch, metrics, note = None, None, ""
 
     def bad_in_a_row(step: int) -> int:
-        """Waits for the newest step; ends the run where its numbers have been bad for too long."""
+        """Waits for the newest step. Ends the run if too many steps in a row were not finite."""
         count = 0 if metrics is None else int(metrics["bad_in_a_row"])
         if count >= options.max_bad_steps:
             health.dump(config, store.files, state, batch, run.put(batch), run.prepared, step)
@@ -250,7 +253,7 @@ def _steps(
             )
         return count
 
-    # A stop that is asked for between here and there waits for the store where what was reached is saved.
+    # Not interruptible: a requested stop waits until the end of a step, where the state is saved.
     bar = terminal.progress("training", steps, start, interruptible=False)
     watched = watch.over(store.files, start, steps, terminal.line)
     with contextlib.closing(metrics_lib.MetricLog(store.files, start)) as log, bar as advance, watched as alive:
@@ -259,7 +262,7 @@ def _steps(
             with times.of("data"):
                 following = next(batches)
             with times.of("device"):
-                # The device works on one step while the next one's data is read; never further ahead.
+                # The device computes one step while the next batch is read. Never run further ahead than that.
                 bad_in_a_row(step)
                 batch = following
                 state, metrics = run.step(state, run.put(batch))
@@ -277,16 +280,16 @@ def _steps(
                 line |= {"evaluation": scores}
                 best = {checkpoints_lib.BEST: scores[checkpoints_lib.BEST]}
                 note += f", {checkpoints_lib.BEST} {scores[checkpoints_lib.BEST]:.1f}"
-            if line:  # before the save: a run that comes back to it finds the line
+            if line:  # before the save, so that a run resumed from it finds the line
                 log.write(line, times.line(done))
             stopping = distributed.should_stop(done)
             ending = stopping or done == steps
             due = done % options.save_every == 0 or (evaluated and options.keep_best)
             with times.of("checkpoint"):
-                # Where numbers have gone bad, what led there may fill the newest checkpoints: those before shall stay.
+                # During bad steps do not save: saving the same state again would push older checkpoints out.
                 if (due or ending) and (bad_in_a_row(done) == 0 or ending):
                     if distributed.is_primary():
-                        store.push()  # first: a run that comes back to the checkpoint finds the lines before it
+                        store.push()  # first, so that a run resumed from the checkpoint finds all earlier lines
                     run.checkpoints.save(state, done, described, best)
                 run.checkpoints.check()
             if stopping:

@@ -218,10 +218,10 @@ def chosen(message):
     "content",
     [
         chosen([{"index": 0}]),
-        pytest.param(chosen([]), marks=pytest.mark.long),
-        pytest.param(chosen(None), marks=pytest.mark.long),
+        pytest.param(chosen([]), marks=pytest.mark.slow),
+        pytest.param(chosen(None), marks=pytest.mark.slow),
         pytest.param(
-            chosen([{"index": 0, "message": {"role": "assistant", "content": ["a"]}}]), marks=pytest.mark.long
+            chosen([{"index": 0, "message": {"role": "assistant", "content": ["a"]}}]), marks=pytest.mark.slow
         ),
         chosen([{"index": 0, "message": {"role": "assistant", "content": "mug \ud800"}}]),
     ],

@@ -212,7 +212,7 @@ def test_a_folder_that_is_no_pipeline_is_told(tmp_path):
         editor.Editor(str(tmp_path)).load()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_qwen_image_edit_itself(tmp_path):
     """The pipeline that the docs name, tiny and random: it loads and edits, and what it gives is made smaller."""
     kept = json.loads(reference.qwen_tokenizer(320).base.to_str())["model"]

@@ -28,12 +28,6 @@ def killed(data, undisturbed, tmp_path, seed):
     assert "enriched titles" in killing.killed(arguments, tmp_path / "a", *undisturbed, seed)
 
 
-@pytest.mark.parametrize("seed", range(1))
-def test_killed_at_random(data, undisturbed, tmp_path, seed):
-    killed(data, undisturbed, tmp_path, seed)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(1, 31))
-def test_killed_at_random_moments(data, undisturbed, tmp_path, seed):
-    killed(data, undisturbed, tmp_path, seed)
+@pytest.mark.slow
+def test_killed_at_random_moments(data, undisturbed, tmp_path, kill_seed):
+    killed(data, undisturbed, tmp_path, kill_seed)

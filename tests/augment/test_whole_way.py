@@ -89,13 +89,13 @@ def whole_way(source, folder, steps):
     return first, second
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [mbe, log])
 def test_the_whole_way(source, tmp_path):
     whole_way(source, tmp_path, 3)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fashion", "grocery", "flipkart"])
 def test_the_whole_way_of_real_products(name, tmp_path):
     whole_way(shared(name), tmp_path, 3)

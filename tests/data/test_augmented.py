@@ -119,7 +119,7 @@ def test_an_unknown_word_is_refused():
         tiny(data__augmented="both")
 
 
-@pytest.mark.parametrize("mode", [pytest.param("drawn", marks=pytest.mark.long), "all"])
+@pytest.mark.parametrize("mode", [pytest.param("drawn", marks=pytest.mark.slow), "all"])
 def test_evaluation_reads_nothing_that_was_added(prepared, tokenizer, tmp_path, mode):
     """Every product gets a title that would change its vector and an image that cannot be read: the scores, the labels'
     too, and the vectors are those of the untouched data."""

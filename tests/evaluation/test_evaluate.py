@@ -60,8 +60,8 @@ def test_judged_again_the_digits_are_the_same(first, model, tokenizer, prepared,
     [
         (3, False),
         (24, True),
-        pytest.param(64, False, marks=pytest.mark.long),
-        pytest.param(8, True, marks=pytest.mark.long),
+        pytest.param(64, False, marks=pytest.mark.slow),
+        pytest.param(8, True, marks=pytest.mark.slow),
     ],
 )
 def test_neither_batch_nor_devices_change_a_score(first, model, tokenizer, prepared, tmp_path, batch, everywhere):

@@ -25,7 +25,7 @@ def embedder(tokenizer):
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(name, marks=[pytest.mark.long] * (name in ("dense", "some layers"))) for name in CONFIGS],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("dense", "some layers"))) for name in CONFIGS],
     indirect=True,
 )
 def test_attentions_are_those_of_transformers(case):  # noqa: F811

@@ -119,7 +119,7 @@ LONG = "some layers"  # whose layers test_parity holds against transformers, too
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[pytest.mark.long] * (name == LONG)) for name in CONFIGS], indirect=True
+    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name == LONG)) for name in CONFIGS], indirect=True
 )
 def test_transformers_own_processor_and_model_embed_alike(case):
     _, folder = case

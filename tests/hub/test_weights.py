@@ -167,7 +167,7 @@ def test_no_piece_read_is_a_large_part_of_the_leaf(tmp_path, tokenizer, monkeypa
         dict(experts__count=4, experts__per_token=2),
         dict(experts__count=4, experts__per_token=1, experts__every=2),
         pytest.param(
-            dict(experts__count=3, experts__per_token=3, experts__dense_layers=(0, 3)), marks=pytest.mark.long
+            dict(experts__count=3, experts__per_token=3, experts__dense_layers=(0, 3)), marks=pytest.mark.slow
         ),
         dict(experts__count=1, experts__per_token=1),
         dict(experts__count=4, experts__per_token=2, experts__router_term="learned"),

@@ -87,7 +87,7 @@ def test_public_weights_to_trained_to_served(tmp_path, catalogue):
         verify.check(np.array([1.0, np.nan, 1.0]))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_from_an_own_export_through_the_command_line(tmp_path, catalogue, tokenizer):
     """Begun by --init under a config.json, and resumed by the same command when the folder is gone."""
     config = tiny(language__layers=4, experts__every=2, data__path=str(catalogue), training__steps=2)
@@ -107,7 +107,7 @@ def test_from_an_own_export_through_the_command_line(tmp_path, catalogue, tokeni
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_folder_is_the_base_and_the_run_resumes_without_it(tmp_path, catalogue):
     from tests.reference import published, qwen_tokenizer
 

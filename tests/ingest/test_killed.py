@@ -64,15 +64,9 @@ def killed(source, undisturbed, tmp_path, seed):
     assert "triplets" in killing.killed(["prepare", "--data", source], tmp_path / "p", *undisturbed, seed)
 
 
-@pytest.mark.parametrize("seed", range(1))
-def test_killed_at_random(source, undisturbed, tmp_path, seed):
-    killed(source, undisturbed, tmp_path, seed)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(1, 31))
-def test_killed_at_random_moments(source, undisturbed, tmp_path, seed):
-    killed(source, undisturbed, tmp_path, seed)
+@pytest.mark.slow
+def test_killed_at_random_moments(source, undisturbed, tmp_path, kill_seed):
+    killed(source, undisturbed, tmp_path, kill_seed)
 
 
 def test_one_process_gives_what_two_give_and_a_second_time_is_nothing(source, undisturbed, tmp_path):

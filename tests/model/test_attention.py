@@ -69,7 +69,7 @@ def test_splash_equals_the_reference(case):
     same(functools.partial(attention_lib.splash, interpret=True), case, 1e-5)
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no NVIDIA GPU: cuDNN's kernel runs on no other device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", SHAPES)
 def test_cudnn_equals_the_reference(case):
     same(attention_lib.cudnn, case, 2e-2, jnp.bfloat16)

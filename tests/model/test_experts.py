@@ -141,7 +141,7 @@ def placed():
     for count, per_token in SIZES:
         for number, name in ((None, "one device"), (0, "mesh 1"), (1, "mesh 2"), (2, "mesh 3")):
             rest = number in (0, 2) and (count, per_token) not in ((4, 2), (8, 2), (64, 8))
-            marks = [pytest.mark.long] if rest else []
+            marks = [pytest.mark.slow] if rest else []
             yield pytest.param(count, per_token, number, id=f"{name}-{count}-{per_token}", marks=marks)
 
 
@@ -184,7 +184,7 @@ def test_the_bank_of_a_tpu_equals_the_oracle(case, monkeypatch):
     check(*both(8, 2, case, "tpu", monkeypatch))
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no NVIDIA GPU: tokamax's kernel runs on no other device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_the_bank_of_a_gpu_equals_the_oracle(case, monkeypatch):
     check(*both(8, 2, case, "gpu", monkeypatch))

@@ -418,11 +418,6 @@ def killed(many, undisturbed, tmp_path, seed):
     assert "embedded in" in killing.killed(arguments, tmp_path / "v", *undisturbed, seed, takes_processes=False)
 
 
-def test_killed_at_random(many, undisturbed, tmp_path):
-    killed(many, undisturbed, tmp_path, 0)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(1, 31))
-def test_killed_at_random_moments(many, undisturbed, tmp_path, seed):
-    killed(many, undisturbed, tmp_path, seed)
+@pytest.mark.slow
+def test_killed_at_random_moments(many, undisturbed, tmp_path, kill_seed):
+    killed(many, undisturbed, tmp_path, kill_seed)

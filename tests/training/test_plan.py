@@ -317,7 +317,7 @@ def test_a_plan_for_a_tpu(for_tpu):
     assert {"all-to-all", "all-gather", "all-reduce"} <= kinds
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_as_many_chips_again_at_the_same_batch_a_chip_cost_each_the_same(for_tpu):
     """The test's own form of 64 to 512 chips: what would not be divided, such as a sort of all tokens, would show."""
     config, four = for_tpu
@@ -326,7 +326,7 @@ def test_as_many_chips_again_at_the_same_batch_a_chip_cost_each_the_same(for_tpu
     assert sixteen.moved_bytes == pytest.approx(four.moved_bytes, rel=0.1)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_step_that_needs_too_much_memory_is_one_line():
     libtpu()
     config = config_lib.load("moon2_qwen3vl_2b")

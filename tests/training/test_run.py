@@ -138,7 +138,7 @@ def test_metric_lines_hold_what_they_should(finished):
     assert lines[-1]["total"] < lines[0]["total"]
 
 
-@pytest.mark.long  # tests/training/test_survival.py kills in every phase
+@pytest.mark.slow  # tests/training/test_survival.py kills in every phase
 @pytest.mark.parametrize("kills", [(1, 20), (33,)])
 def test_a_killed_run_ends_with_the_same_digits(catalogue, finished, tmp_path, kills):
     workdir = tmp_path / "w"
@@ -300,7 +300,7 @@ def test_without_data_it_renders_its_own_and_says_so(tmp_path):
     assert (workdir / "catalogue" / "synthetic.parquet").stat().st_mtime_ns == rendered
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_dense_run_goes_the_whole_way(catalogue, tmp_path):
     """Without experts there is no W*: nothing to checkpoint, to show, or to suggest leaving out."""
     dense = (catalogue, tmp_path / "w", "--config.experts.count=0", "--config.training.steps=2")

@@ -189,7 +189,7 @@ def test_a_mesh_that_does_not_fit_is_one_line():
         sharding.make_mesh(tiny(mesh__data=3).mesh)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_on_a_mesh_of_all_axes_loses_as_one_on_data_alone(catalogue, tmp_path):
     """Several steps of the loop itself: the state must come out of a step as the next one takes it."""
     losses = []

@@ -146,14 +146,13 @@ def _kill(catalogue, workdir, kills):
     return out
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(30))
-def test_killed_at_random_moments_it_ends_with_the_same_bits(catalogue, undisturbed, like, tmp_path, seed):
-    """Thirty runs, each killed once or twice: in every phase of a step, or at any moment from the start on."""
-    rng, workdir, killed = np.random.default_rng(seed), tmp_path / "w", 0
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_bits(catalogue, undisturbed, like, tmp_path, kill_seed):
+    """Killed once or twice: in any phase of a step, or at any moment from the start on."""
+    rng, workdir, killed = np.random.default_rng(kill_seed), tmp_path / "w", 0
     most = {"data": 12, "device": 24, "checkpoint": 12, "evaluation": 2, "any": 1}
-    while killed < 1 + seed % 2:
-        phase = [*most][seed % 5] if not killed else str(rng.choice([*most]))
+    while killed < 1 + kill_seed % 2:
+        phase = [*most][kill_seed % 5] if not killed else str(rng.choice([*most]))
         count = int(rng.integers(1, most[phase] + 1))
         delay = float(rng.uniform(0, 8 if phase == "any" else 0.3))
         code, _, err = run_killed(catalogue, workdir, phase, count, delay)
@@ -182,7 +181,7 @@ def test_two_processes_lose_as_one(undisturbed, by_two):
     assert (by_two / "data" / "manifest.json").read_bytes() == (undisturbed[0] / "data" / "manifest.json").read_bytes()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_four_processes_lose_as_one(catalogue, undisturbed, tmp_path):
     code, _, err = finish(start(several(4, catalogue, tmp_path / "w")))
     assert code == 0, err
@@ -194,13 +193,12 @@ def test_one_of_two_processes_is_killed(catalogue, by_two, like, tmp_path):
     _kill_one(catalogue, by_two, like, tmp_path / "w", "1", "device", 14, 0.02)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(10))
-def test_one_of_two_processes_is_killed_at_random(catalogue, by_two, like, tmp_path, seed):
-    rng = np.random.default_rng(seed)
+@pytest.mark.slow
+def test_one_of_two_processes_is_killed_at_random(catalogue, by_two, like, tmp_path, kill_seed):
+    rng = np.random.default_rng(kill_seed)
     phase = str(rng.choice(["data", "device", "checkpoint", "evaluation"]))
     count = int(rng.integers(1, {"data": 10, "device": 20, "checkpoint": 10, "evaluation": 2}[phase] + 1))
-    _kill_one(catalogue, by_two, like, tmp_path / "w", str(seed % 2), phase, count, float(rng.uniform(0, 0.3)))
+    _kill_one(catalogue, by_two, like, tmp_path / "w", str(kill_seed % 2), phase, count, float(rng.uniform(0, 0.3)))
 
 
 def _kill_one(catalogue, by_two, like, workdir, victim, phase, count, delay):
@@ -230,7 +228,7 @@ def test_damage_that_one_of_two_processes_meets_is_skipped_by_both(tmp_path):
     assert (workdir / "damaged" / "7").is_dir() and (workdir / "checkpoints" / "5").is_dir()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_save_that_fails_in_one_of_two_processes_ends_both(prepared, tmp_path):
     """Its disk takes no large files, so the data was prepared before. Orbax would have all wait for it."""
     script = tmp_path / "one.sh"
@@ -333,7 +331,7 @@ def test_sigterm_on_one_host_stops_all_at_one_step_and_another_number_goes_on(ca
     np.testing.assert_allclose(losses(workdir), losses(undisturbed[0]), rtol=1e-6)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_who_loses_another_process_says_so_in_one_line(catalogue, tmp_path):
     """Without a launcher that ends it."""
     launched = several(2, catalogue, tmp_path / "w", "--config.training.steps=500")
@@ -389,7 +387,7 @@ def test_a_workdir_in_a_bucket(catalogue, undisturbed, like, bucket, tmp_path):
     assert code == 0 and "drawn at random" not in out and f"loading {workdir}" in out, err
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_processes_in_a_bucket(catalogue, by_two, like, bucket):
     workdir = f"{bucket}/two"
     code, _, err = finish(start(several(2, catalogue, workdir)))
@@ -397,7 +395,7 @@ def test_two_processes_in_a_bucket(catalogue, by_two, like, bucket):
     assert same_parameters(like, by_two, workdir)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_eight_four_one_and_eight_devices_are_one_run(catalogue, tmp_path, monkeypatch):
     """Four legs of three steps, each on another mesh, dropless: losses and the order of the data are one leg's."""
     small = {"language.layers": 1, "vision.depth": 1, "evaluation.every": 0, "training.keep_best": 0}
