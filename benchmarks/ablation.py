@@ -1,11 +1,11 @@
-"""What each part of the method gives: trained without it, judged alike, several seeds, one table like the paper's.
+"""Ablation: trains and evaluates the method without each of its parts, over several seeds; one table like the paper's.
 
     python benchmarks/ablation.py --data path/to/fashion --output ablation/fashion
-    python benchmarks/ablation.py --results docs/ablation/fashion.json      the table again, of runs made elsewhere
+    python benchmarks/ablation.py --results docs/ablation/fashion.json      prints the table of earlier runs
 
-The same command again goes on with the runs that are missing, or were made with other arguments. All rows share data,
-seeds, steps and every option that a row does not name; nothing is tuned for any of them. `results.json` in the output
-holds all that the table is made of.
+The same command again resumes: it trains the runs that are missing or have other arguments. All rows share data, seeds,
+steps and every option that a row does not name; nothing is tuned for any of them. `results.json` in the output contains
+everything that the table shows.
 """
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ from rich.table import Table
 from scipy import stats
 
 NOISE = 0.3
-"""Share of the purchases that are made wrong: the positive becomes any other product."""
+"""Share of the purchases that are corrupted: the positive becomes any other product."""
 
 COMMON = ["--config.data.batch=64", "--config.data.text_tokens=24", "--config.training.save_every=1000"]
-"""Of all rows: half the quickstart's batch, and room for enriched titles."""
+"""Options of all rows: half the quickstart's batch, and enough tokens for enriched titles."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The method, changed in one way."""
+    """One variant of the method."""
 
     name: str
     overrides: tuple[str, ...] = ()
     noisy: bool = False
-    against: str = "full"  # the row that it is held against
-    paper: tuple[float, ...] = ()  # the paper's change in COLUMNS
+    against: str = "full"  # the row that it is compared with
+    paper: tuple[float, ...] = ()  # the paper's scores in COLUMNS
 
 
 COLUMNS = ("t→mm", "i→mm", "mm→mm", "t→i", "i→t", "class", "attribute")
-"""R@10 by direction, then accuracy: those of the paper's table."""
+"""The columns of the paper's table: R@10 by direction, then accuracy."""
 
 PAPER = (63.09, 91.08, 94.21, 73.12, 64.91, 68.08, 84.29)
-"""MOON2.0 on MBE2.0 (arXiv 2511.12449)."""
+"""The paper's scores of the full MOON2.0 on MBE2.0 (arXiv 2511.12449)."""
 
 LEVELS, WEIGHTING = "--config.objective.levels", "--config.objective.weighting"
 
 
 def rows(active: int, total: int) -> list[Row]:
-    """All of them.
+    """All rows.
 
     Args:
-        active: width of the feed-forward that costs a token as much as its K experts.
-        total: width of the one that has as many parameters as all E experts.
+        active: width of a dense feed-forward with the FLOPs per token of K experts.
+        total: width of a dense feed-forward with the parameters of all E experts.
     """
     dense = "--config.experts.count=0"
     off = "--config.objective.phi_threshold=0.0"
@@ -94,7 +94,7 @@ def rows(active: int, total: int) -> list[Row]:
 
 
 def noisy_copy(folder: Path, output: Path) -> None:
-    """The prepared `folder` with a share of its purchases made wrong; the records are linked to, not copied."""
+    """Copies the prepared `folder` with a share of its purchases corrupted; records are symlinked, not copied."""
     from moon_jax.data.prepared import MANIFEST, TRIPLETS
 
     if (output / MANIFEST).is_file():
@@ -108,22 +108,22 @@ def noisy_copy(folder: Path, output: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     items = np.unique(triplets["positive"])
     wrong = np.flatnonzero(rng.random(len(triplets)) < NOISE)
-    for place in wrong:
-        taken = (triplets["positive"][place], triplets["negative"][place])
-        triplets["positive"][place] = rng.choice(items[~np.isin(items, taken)])
+    for row in wrong:
+        taken = (triplets["positive"][row], triplets["negative"][row])
+        triplets["positive"][row] = rng.choice(items[~np.isin(items, taken)])
     np.save(output / TRIPLETS, triplets, allow_pickle=False)
-    # Other data: a run begun with the right purchases shall not go on with these.
+    # A new fingerprint: a run started on the clean purchases must not resume with these.
     manifest["fingerprint"] = f"{manifest['fingerprint']}-noise-{NOISE}"
     (output / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def command(*words: str) -> None:
-    """A command of moon-jax, in a process of its own."""
+    """Runs a moon-jax command in a separate process."""
     subprocess.run([sys.executable, "-m", "moon_jax.cli", *words], check=True)
 
 
-def judge(workdir: Path, prepared: Any, tasks: Any) -> dict[str, Any]:
-    """The scores of a run in COLUMNS, its size, and what a query costs."""
+def evaluate(workdir: Path, prepared: Any, tasks: Any) -> dict[str, Any]:
+    """The scores of a run in COLUMNS, its size, and the cost of a query."""
     import jax
 
     from moon_jax.evaluation import labels, retrieval
@@ -131,17 +131,17 @@ def judge(workdir: Path, prepared: Any, tasks: Any) -> dict[str, Any]:
 
     embedder = serving.load(workdir)
     encoded = retrieval.encode(embedder, prepared)
-    # A catalogue's own queries where it has them: products that were trained on say little.
+    # Prefers the catalogue's own queries, because products seen in training say little.
     wanted = "queries" if "queries" in encoded.queries else "products"
-    judged = retrieval.directions(encoded)
-    scores = {name: float(found["R@10"].mean()) for group, name, _, found in judged if group == wanted}
+    searches = retrieval.directions(encoded)
+    scores = {name: float(found["R@10"].mean()) for group, name, _, found in searches if group == wanted}
     if wanted == "products":
         accuracies = {"category": [], "attribute": []}
         for task in tasks:
-            # By the image alone: titles name what is asked for.
+            # From the image alone, because titles often contain the label.
             named = labels.label_vectors(embedder, task.labels, labels.PROMPTS)
-            nobody = encoded.candidates[:0], encoded.present[:0]
-            answers = labels.Answers(task, named, encoded.candidates, encoded.present, *nobody)
+            none_known = encoded.candidates[:0], encoded.present[:0]
+            answers = labels.Answers(task, named, encoded.candidates, encoded.present, *none_known)
             accuracies[task.name.split()[0]].append(labels.measure(answers)["i"]["accuracy"])
         scores |= {
             name: float(np.mean(found))
@@ -174,13 +174,13 @@ def judge(workdir: Path, prepared: Any, tasks: Any) -> dict[str, Any]:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean over seeds and its standard error; NaN of a single one."""
+    """The mean over seeds and its standard error; the error of a single seed is NaN."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return statistics.fmean(values), error
 
 
 def sign(differences: list[float]) -> str:
-    """Whether a change of paired runs is told from none at 95% by Student's t: ↑, ↓, or · where it is not."""
+    """↑ or ↓ if the change between paired runs is significant at 95% by Student's t; otherwise ·."""
     mean, error = mean_and_error(differences)
     if len(differences) < 2 or abs(mean) <= stats.t.ppf(0.975, len(differences) - 1) * error:
         return "·"
@@ -188,12 +188,14 @@ def sign(differences: list[float]) -> str:
 
 
 def tables(results: dict[str, Any]) -> Iterator[Table]:
-    """Means over seeds ± standard errors, with the sign of the change and in brackets the paper's; then sizes."""
+    """Two tables: means over seeds ± standard errors, with the sign of the change and, in brackets, of the paper's
+    change; then sizes.
+    """
     runs = results["runs"]
     columns = [name for name in (*COLUMNS, "i→i") if any(name in run["scores"] for run in runs)]
     scores, sizes = (
         Table(title=results["title"]),
-        Table(title="what they cost; a query's ms on that machine, the best seed's"),
+        Table(title="cost; ms/query on that machine, of the fastest seed"),
     )
     for made, names in ((scores, columns), (sizes, ("parameters (M)", "active (M)", "bytes/product", "ms/query"))):
         made.add_column("")
@@ -212,12 +214,12 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
                 paired = [own[seed]["scores"][name] - other[seed]["scores"][name] for seed in own if seed in other]
                 cell += f" {sign(paired)}"
                 if row.paper and name in COLUMNS:
-                    place = COLUMNS.index(name)
-                    cell += f"({'↓' if row.paper[place] < PAPER[place] else '↑'})"
+                    column = COLUMNS.index(name)
+                    cell += f"({'↓' if row.paper[column] < PAPER[column] else '↑'})"
             cells.append(cell)
         first = next(iter(own.values()))
         scores.add_row(f"{row.name} ({len(own)})", *cells)
-        ms = min(run["ms"] for run in own.values())  # what else the machine does only adds to it
+        ms = min(run["ms"] for run in own.values())  # other load on the machine only adds time
         millions = (f"{first[name] / 1e6:.2f}" for name in ("parameters", "active"))
         sizes.add_row(row.name, *millions, str(first["bytes"]), f"{ms:.1f}")
     yield from (scores, sizes)
@@ -226,11 +228,11 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a catalogue")
-    parser.add_argument("--output", type=Path, help="where the runs live; some GB")
-    parser.add_argument("--results", type=Path, help="a results.json whose table is printed; nothing runs")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--rows", help="train only rows that have this in their names")
+    parser.add_argument("--output", type=Path, help="folder of the runs; needs some GB")
+    parser.add_argument("--results", type=Path, help="print the table of this results.json; nothing runs")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=160, help="training steps of a run (default: %(default)s)")
+    parser.add_argument("--rows", help="train only rows with this text in their names")
     parsed = parser.parse_args()
     console = Console(width=200)
     if parsed.results:
@@ -257,34 +259,34 @@ def main() -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        parser.error(f"--output {output}: another process works there; wait for it, or end it")
-    results = output / "results.json"
-    told = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"runs": []}
-    told |= {
+        parser.error(f"--output {output}: another process is working there; wait for it, or stop it")
+    path = output / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
+    results |= {
         "title": f"{Path(parsed.data).name}: R@10 and accuracy in percent, {parsed.steps} steps; mean ± standard error"
-        f" over (seeds); ↑ ↓ a change at 95%, · none; (the paper's)",
+        f" over (seeds); ↑ ↓ significant at 95%, · not significant; (sign in the paper)",
         "widths": widths,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
     }
-    for seed in range(parsed.seeds):  # all rows of a seed first: what there is can be compared at any time
+    for seed in range(parsed.seeds):  # all rows of a seed first, so that partial results compare
         for row in rows(*widths):
             data = output / ("noisy" if row.noisy else "augmented")
             common = [*COMMON, f"--config.seed={seed}", *row.overrides]
             arguments = ["--config", "quickstart", "--steps", str(parsed.steps), *common]
             run = {"row": row.name, "seed": seed, "arguments": arguments}
-            if any({name: made[name] for name in run} == run for made in told["runs"]):
+            if any({name: made[name] for name in run} == run for made in results["runs"]):
                 continue
             if parsed.rows and parsed.rows not in row.name:
                 continue
             workdir = output / "runs" / f"{re.sub('[^A-Za-z0-9]+', '-', row.name)}-{seed}"
-            shutil.rmtree(workdir, ignore_errors=True)  # of other arguments, or half done
+            shutil.rmtree(workdir, ignore_errors=True)  # has other arguments, or is unfinished
             command("train", "--data", str(data), "--workdir", str(workdir), *arguments)
-            told["runs"] = [made for made in told["runs"] if (made["row"], made["seed"]) != (row.name, seed)]
-            told["runs"].append(run | judge(workdir, prepared, tasks))
-            temporary = results.with_suffix(".tmp")
-            temporary.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            temporary.replace(results)
-            for table in tables(told):
+            results["runs"] = [made for made in results["runs"] if (made["row"], made["seed"]) != (row.name, seed)]
+            results["runs"].append(run | evaluate(workdir, prepared, tasks))
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.replace(path)
+            for table in tables(results):
                 console.print(table)
 
 

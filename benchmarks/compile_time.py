@@ -1,7 +1,7 @@
-"""Compile time of a training step with 36 decoder layers against one with 4, and of a pattern of layers that repeats.
+"""Compile time of a training step with 36 decoder layers against one with 4, with and without a repeating pattern.
 
-Layers are stacked and scanned, so that the program is as long for many as for few. The model is the quickstart's, with
-more layers; each step is compiled anew in this process, in alternation.
+Layers are stacked and scanned, so the program's size does not depend on their number. The model is the quickstart's
+with more layers. This process compiles every step from scratch, in alternation.
 
     python benchmarks/compile_time.py
 """

@@ -1,18 +1,17 @@
-"""Prepared records to ready batches, against Pillow's bare decode-and-resize and torch's DataLoader, on the same cores.
+"""Throughput from prepared records to ready batches, against Pillow alone and torch's DataLoader, on the same cores.
 
     moon-jax prepare --data catalogue/ --output prepared
     python benchmarks/data_throughput.py --data prepared [--config quickstart] [--seconds 8] [--rounds 5]
 
-All three work on the same images of the same products, in alternation, each with as many threads or workers as there
-are cores:
+All three process the same images of the same products, in alternation, with one thread or worker per core:
 
-  bare     Pillow alone: an image's bytes, held in memory, decoded and resized to the size that the model takes
-  ours     records read from disk, texts tokenised, queries altered, images decoded, resized and cut into patches, rows
-           packed: the batches that training takes
-  torch    a DataLoader over the same records: a product is decoded and resized as for "bare" and its title tokenised;
-           collated, not packed (left out where torch is not installed)
+  bare     Pillow alone: decodes images from memory and resizes them to the model's size
+  ours     reads records from disk, tokenises texts, alters queries, decodes images, resizes them and cuts them into
+           patches, packs rows: the batches for training
+  torch    a DataLoader over the same records: decodes and resizes as "bare" and tokenises titles; collates, but does
+           not pack (left out if torch is not installed)
 
-The figure is images per second; ratios are of one round, and what is printed is their median.
+Prints images per second. A ratio compares two results of the same round; the median over rounds is printed.
 """
 
 import argparse
@@ -42,10 +41,10 @@ def main():
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
+    parsed = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
-    config = config_lib.replace(config_lib.load(given.config), {"data.threads": cores})
-    prepared = open_prepared(given.data)
+    config = config_lib.replace(config_lib.load(parsed.config), {"data.threads": cores})
+    prepared = open_prepared(parsed.data)
     titles = (prepared.products[index].text for index in prepared.train[:5000])
     tokenizer = text.train((title for title in titles if title), config.language.vocab)
     reader = pipeline.Reader(config, tokenizer)
@@ -61,7 +60,7 @@ def main():
         began, done = time.monotonic(), 0
         with ThreadPoolExecutor(cores) as pool:
             while time.monotonic() - began < seconds:
-                part = [held[(done + place) % len(held)] for place in range(512)]
+                part = [held[(done + offset) % len(held)] for offset in range(512)]
                 list(pool.map(one, part, chunksize=16))
                 done += len(part)
         return done / (time.monotonic() - began)
@@ -93,10 +92,10 @@ def main():
 
     sides = {"bare": bare, "ours": ours} | ({"torch": torch} if loader else {})
     rates = {name: [] for name in sides}
-    for _ in range(given.rounds):
+    for _ in range(parsed.rounds):
         for name, side in sides.items():
-            rates[name].append(side(given.seconds))
-    table = Table(title=f"images per second, {cores} cores, {given.data}, config {given.config}")
+            rates[name].append(side(parsed.seconds))
+    table = Table(title=f"images per second, {cores} cores, {parsed.data}, config {parsed.config}")
     for column in ("", "median", "lowest to highest", "share of bare"):
         table.add_column(column, justify="right")
     for name, found in rates.items():
@@ -107,7 +106,7 @@ def main():
 
 
 class Products:
-    """What torch's DataLoader reads; its workers are started, not forked, since readers of records have threads."""
+    """The dataset for torch's DataLoader. Its workers are spawned, not forked, because record readers use threads."""
 
     def __init__(self, prepared, reader, tokenizer, order):
         self.prepared, self.reader, self.order = prepared.products, reader.rule, order
@@ -116,10 +115,10 @@ class Products:
     def __len__(self):
         return len(self.order)
 
-    def __getitem__(self, place):
+    def __getitem__(self, index):
         if isinstance(self.tokenizer, str):
             self.tokenizer = text.Tokenizer.of(tokenizers.Tokenizer.from_str(self.tokenizer), "the benchmark's")
-        product = self.prepared[int(self.order[place])]
+        product = self.prepared[int(self.order[index])]
         tokens = self.tokenizer.encode([product.text or ""], self.longest)[0]
         if not product.images:
             return None, tokens

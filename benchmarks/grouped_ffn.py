@@ -1,7 +1,8 @@
 """Time of the strategy `grouped` against a dense feed-forward of the same active width, forward and backward.
 
-Both run in one process in alternation, and what is told is the ratio of each pair; 1 would be a mixture of experts that
-costs nothing beyond its routed tokens. `ragged_dot` on a CPU, for comparison, multiplies every row with every expert.
+Both run in one process, in alternation, and the ratio of each pair is reported. A ratio of 1 means that the mixture of
+experts costs no more than the routed tokens. With --ragged-dot, jax.lax.ragged_dot is timed as well; on a CPU it
+multiplies every row with every expert.
 
     python benchmarks/grouped_ffn.py                                             for a CPU: T=4096 D=256 F=1024 E=8 K=2
     python benchmarks/grouped_ffn.py --tokens 16384 --width 2048 --inner 6144 --dtype bfloat16         for a GPU or TPU
@@ -27,9 +28,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--ragged-dot", action="store_true", help="also time jax.lax.ragged_dot")
-    given = parser.parse_args()
-    tokens, width, inner, count, per_token = given.tokens, given.width, given.inner, given.experts, given.per_token
-    dtype = jnp.dtype(given.dtype)
+    parsed = parser.parse_args()
+    tokens, width, inner, count, per_token = parsed.tokens, parsed.width, parsed.inner, parsed.experts, parsed.per_token
+    dtype = jnp.dtype(parsed.dtype)
 
     keys = jax.random.split(jax.random.key(0), 6)
     draw = lambda key, *shape: (jax.random.normal(key, shape) * shape[-2] ** -0.5).astype(dtype)  # noqa: E731
@@ -47,9 +48,9 @@ def main() -> None:
 
     def ragged(hidden, kernel, gate_up, down):
         routing = router.route(hidden, kernel, per_token)
-        place, order, sizes = experts.sort_routes(routing.index, jnp.ones(routing.index.shape, bool), count)
-        rows = experts.permute(jnp.repeat(hidden, per_token, axis=0), order, place)
-        y = experts.permute(grouped_matmul.ragged(rows, gate_up, down, sizes, jax.lax.ragged_dot), place, order)
+        position, order, sizes = experts.sort_routes(routing.index, jnp.ones(routing.index.shape, bool), count)
+        rows = experts.permute(jnp.repeat(hidden, per_token, axis=0), order, position)
+        y = experts.permute(grouped_matmul.ragged(rows, gate_up, down, sizes, jax.lax.ragged_dot), position, order)
         y = jnp.einsum("tk,tkd->td", jnp.take_along_axis(routing.gate, routing.index, 1), y.reshape(tokens, -1, width))
         return jnp.vdot(y, cotangent, preferred_element_type=jnp.float32)
 
@@ -65,10 +66,10 @@ def main() -> None:
         "dense": compiled(dense, hidden, wide_gate, wide_up, wide_down),
         "grouped": compiled(grouped, hidden, kernel, gate_up, down),
     }
-    if given.ragged_dot:
+    if parsed.ragged_dot:
         runs["ragged_dot"] = compiled(ragged, hidden, kernel, gate_up, down)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(given.rounds + 2):
+    for number in range(parsed.rounds + 2):
         for name, run in runs.items():
             began = time.perf_counter()
             run()
@@ -76,7 +77,7 @@ def main() -> None:
                 times[name].append(time.perf_counter() - began)
     sizes = f"T={tokens} D={width} F={inner} E={count} K={per_token}, {dtype}"
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {sizes}; forward and backward, {given.rounds} rounds"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {sizes}; forward and backward, {parsed.rounds} rounds"
     )
     for name, found in times.items():
         ratios = sorted(one / other for one, other in zip(found, times["dense"], strict=True))

@@ -1,7 +1,7 @@
-"""Host memory while public weights are loaded, beyond the parameters themselves, as a share of the largest leaf.
+"""Host memory used to load public weights, in addition to the parameters, also as a share of the largest leaf.
 
-A folder of Qwen3-VL-2B's sizes with fewer layers and random bfloat16 weights is written, and read by a process for each
-row: dense, upcycled, and divided over eight simulated devices. Memory is that which is not of a file (RssAnon of
+Writes a folder with Qwen3-VL-2B's sizes, fewer layers and random bfloat16 weights. For each row of the table a process
+loads it: dense, upcycled, or divided over eight simulated devices. Memory is anonymous memory (RssAnon of
 /proc/self/status; Linux only), sampled while loading.
 
     python benchmarks/load_memory.py             8 layers, 2 GB on disk, at most 10 GB of memory, five minutes
@@ -24,20 +24,20 @@ ROWS = {
     "dense": ["experts.count=0"],
     "dense, bfloat16": ["experts.count=0", "training.param_dtype=bfloat16"],
     "upcycled": ["experts.count=4"],
-    "upcycled, half redrawn": ["experts.count=4", "experts.reinitialized=0.5"],
+    "upcycled, half reinitialized": ["experts.count=4", "experts.reinitialized=0.5"],
     "upcycled, eight devices": ["experts.count=4", "mesh.data=1", "mesh.fsdp=8"],
-    "redrawn, eight devices": ["experts.count=4", "experts.reinitialized=0.5", "mesh.data=1", "mesh.fsdp=8"],
+    "reinitialized, eight devices": ["experts.count=4", "experts.reinitialized=0.5", "mesh.data=1", "mesh.fsdp=8"],
 }
 
 
 def anonymous() -> int:
-    """Bytes of this process that are not of a file."""
+    """This process's anonymous memory, in bytes."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) * 1024
 
 
 def write(folder: Path, layers: int) -> None:
-    """The folder: config.json and weights, a file for each tensor of size."""
+    """Writes the folder: config.json, tokenizer.json, and weights in files of about 1 GB."""
     import jax
     import ml_dtypes
     import numpy as np
@@ -63,9 +63,9 @@ def write(folder: Path, layers: int) -> None:
 
     def tensors():
         for row in keys.table(config):
-            shape = leaves[row.ours] if row.place is None else leaves[row.ours][1:]
+            shape = leaves[row.ours] if row.stack_index is None else leaves[row.ours][1:]
             array = rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
-            yield f"model.{row.theirs}", np.ascontiguousarray(keys.to_theirs(array, row.turning))
+            yield f"model.{row.theirs}", np.ascontiguousarray(keys.to_theirs(array, row.transform))
 
     export.write_weights(folder, tensors(), file_bytes=1_000_000_000)
     (folder / "config.json").write_text(json.dumps(export.model_config(config, tokenizer)))
@@ -73,7 +73,7 @@ def write(folder: Path, layers: int) -> None:
 
 
 def measure(folder: Path, options: list[str]) -> dict[str, float]:
-    """In a process of its own: loads, and tells peak and largest leaf in bytes."""
+    """Loads the folder in this process; returns bytes (held, largest leaf, peak beyond those held) and seconds."""
     import jax
 
     from moon_jax import config as config_lib
@@ -84,8 +84,7 @@ def measure(folder: Path, options: list[str]) -> dict[str, float]:
     from moon_jax.hub import weights
     from moon_jax.training.loop import abstract_state
 
-    given = config_lib.parse_overrides([f"--config.{option}" for option in options])
-    config = folder_lib.config(folder, given)
+    config = config_lib.override(folder_lib.config(folder, {}), [f"--config.{option}" for option in options])
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -123,7 +122,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), parsed.layers)
-        print(f"{'':26}{'parameters':>12}{'largest leaf':>14}{'beyond':>10}{'of the leaf':>13}{'seconds':>9}")
+        print(f"{'':29}{'parameters':>12}{'largest leaf':>14}{'beyond':>10}{'of the leaf':>13}{'seconds':>9}")
         for row in parsed.rows:
             devices = 8 if "eight" in row else 1
             environment = os.environ | {
@@ -133,7 +132,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--measure", folder, row]
             found = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
             print(
-                f"{row:26}{found['held'] / 1e9:>9.2f} GB{found['largest'] / 1e9:>11.2f} GB"
+                f"{row:29}{found['held'] / 1e9:>9.2f} GB{found['largest'] / 1e9:>11.2f} GB"
                 f"{found['beyond'] / 1e9:>7.2f} GB{found['beyond'] / found['largest']:>13.2f}{found['seconds']:>9.1f}"
             )
 

@@ -1,11 +1,11 @@
-"""Memory and time of prepare against the size of the catalogue.
+"""Memory and time of moon-jax prepare by size of the catalogue.
 
     python benchmarks/prepare_scale.py [--counts 10000 100000 1000000] [--clicks 0] [--folder /tmp]
 
-Products are those of the rendered catalogue with numbers in their titles; every image differs. Each size is prepared by
-`moon-jax prepare` in a process of its own. Memory is the largest proportional set size (PSS: shared pages divided among
-those that share them) of the command and its workers together, looked at ten times a second. The page cache is not
-counted: the kernel gives it back.
+Products come from the rendered catalogue, with numbers in their titles; every image differs. Each size is prepared in
+a process of its own. Memory is the peak proportional set size (PSS: shared pages are divided among their processes) of
+the command and its workers together, sampled ten times a second. The page cache is not counted: the kernel can reclaim
+it.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def write(folder, count, clicks):
             rows = []
             for number in range(start, min(start + 10_000, count)):
                 row = made[number % RENDERED]
-                # Behind the end of a JPEG bytes may follow.
+                # Bytes after the end of a JPEG are ignored, and make each image unique.
                 image = row["images"][0]["bytes"] + number.to_bytes(8, "little")
                 title = f"{row['title']} {number // 3}"
                 rows.append(
@@ -60,7 +60,7 @@ def write(folder, count, clicks):
 
 
 def pss(root):
-    """Bytes of a process and all that it started."""
+    """The PSS of a process and its descendants, in bytes."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -84,17 +84,17 @@ def pss(root):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--clicks", type=int, default=0, help="rows of a log for each product (default: no log)")
-    parser.add_argument("--folder", help="where there is room: 5 kB for each product")
-    given = parser.parse_args()
+    parser.add_argument("--clicks", type=int, default=0, help="log rows per product (default: no log)")
+    parser.add_argument("--folder", help="a folder for temporary files, 5 kB per product")
+    parsed = parser.parse_args()
     table = Table(title="moon-jax prepare")
-    for column in ("products", "rows of a log", "seconds", "products/s", "largest PSS, MB"):
+    for column in ("products", "log rows", "seconds", "products/s", "peak PSS, MB"):
         table.add_column(column, justify="right")
-    for count in given.counts:
-        folder = Path(tempfile.mkdtemp(dir=given.folder))
+    for count in parsed.counts:
+        folder = Path(tempfile.mkdtemp(dir=parsed.folder))
         try:
             (folder / "in").mkdir()
-            write(folder / "in", count, given.clicks * count)
+            write(folder / "in", count, parsed.clicks * count)
             began, most = time.monotonic(), 0
             command = [
                 sys.executable,
@@ -113,7 +113,7 @@ def main():
             took = time.monotonic() - began
             assert process.returncode == 0
             table.add_row(
-                f"{count:,}", f"{given.clicks * count:,}", f"{took:.0f}", f"{count / took:,.0f}", f"{most / 1e6:,.0f}"
+                f"{count:,}", f"{parsed.clicks * count:,}", f"{took:.0f}", f"{count / took:,.0f}", f"{most / 1e6:,.0f}"
             )
             Console().print(table)
         finally:

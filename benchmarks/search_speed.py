@@ -1,11 +1,11 @@
-"""Exact search against a FAISS flat index on the same cores: seconds, their ratio, and whether both find the same.
+"""Exact search against a FAISS flat index on the same cores: seconds, their ratio, and share of equal results.
 
     pip install faiss-cpu
     python benchmarks/search_speed.py [--candidates 1000000] [--width 256] [--k 10] [--rounds 5]
 
-Both hold the same unit vectors in memory, and are asked in alternation; the figure is the median of the rounds' ratios.
-FAISS takes a matrix product from 20 queries on by its default, but with another block for the results' heap than
-it could: its threshold is set to 20, which is what it does best with. Neither has seen the queries before.
+Both hold the same unit vectors in memory and are queried in alternation; the ratio is the median over the rounds. By
+default FAISS also uses a matmul from 20 queries on, but with a less suitable block size for its result heap; setting
+the threshold to 20 explicitly is fastest for it. Queries are new in every round.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 
-# Fresh buffers are mapped in every call: see moon_jax.cli._ask_for_huge_pages, which does this for all commands.
+# Every call maps fresh buffers, so huge pages help; moon_jax.cli._enable_huge_pages does the same for all commands.
 if "GLIBC_TUNABLES" not in os.environ:
     import sys
 
@@ -45,26 +45,26 @@ def main():
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
+    parsed = parser.parse_args()
     rng = np.random.default_rng(0)
-    candidates = unit((given.candidates, given.width), rng)
+    candidates = unit((parsed.candidates, parsed.width), rng)
     faiss.cvar.distance_compute_blas_threshold = 20
     resident = similarity.Resident(candidates)
-    index = faiss.IndexFlatIP(given.width)
+    index = faiss.IndexFlatIP(parsed.width)
     index.add(candidates)
-    table = Table(title=f"{given.candidates:,} × {given.width}, k={given.k}, {len(os.sched_getaffinity(0))} cores")
+    table = Table(title=f"{parsed.candidates:,} × {parsed.width}, k={parsed.k}, {len(os.sched_getaffinity(0))} cores")
     for name in ("queries", "moon_jax (s)", "FAISS flat (s)", "FAISS / moon_jax", "same results"):
         table.add_column(name, justify="right")
     for count in (1, 16, 256, 1024, 4096):
-        similarity.top_k(unit((count, given.width), rng), resident, given.k)  # compiles
+        similarity.top_k(unit((count, parsed.width), rng), resident, parsed.k)  # compiles
         ours, theirs, same = [], [], []
-        for _ in range(given.rounds):
-            queries = unit((count, given.width), rng)
-            seconds, (scores, found) = timed(lambda: similarity.top_k(queries, resident, given.k))  # noqa: B023
+        for _ in range(parsed.rounds):
+            queries = unit((count, parsed.width), rng)
+            seconds, (scores, found) = timed(lambda: similarity.top_k(queries, resident, parsed.k))  # noqa: B023
             ours.append(seconds)
-            seconds, (other_scores, other) = timed(lambda: index.search(queries, given.k))  # noqa: B023
+            seconds, (other_scores, other) = timed(lambda: index.search(queries, parsed.k))  # noqa: B023
             theirs.append(seconds)
-            # Two candidates whose similarities differ by rounding alone may change places.
+            # Two candidates may swap ranks if their similarities differ by rounding only.
             same.append(((found == other) | (np.abs(scores - other_scores) <= 1e-6)).mean())
         ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
         seconds = (f"{statistics.median(values):.3f}" for values in (ours, theirs))

@@ -1,8 +1,8 @@
-"""Whether a long run holds its memory: the quickstart's model, trained in small batches with saves and evaluations.
+"""Host memory over a long run: the quickstart's model, trained in small batches with checkpoints and evaluations.
 
     python benchmarks/training_memory.py            2,000 steps, about ten minutes on two cores
 
-Prints the memory that the process held, the most of each hundred steps, and by how much that grew after the first 200.
+Prints the process's peak memory in every hundred steps, and its growth after the first 200 steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EACH = 100
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=8, help="triplets of a step (default: 8)")
+    parser.add_argument("--batch", type=int, default=8, help="triplets per step (default: 8)")
     parsed = parser.parse_args()
     options = {
         "data.synthetic": 600,
@@ -43,7 +43,7 @@ def main() -> None:
         print(f"steps to {part:5d}: {size / 1e6:8.1f} MB")
     early = max(size for part, size in most.items() if part <= 200)
     late = max(size for part, size in most.items() if part > 200)
-    print(f"most of the first 200 steps {early / 1e6:.1f} MB, of the rest {late / 1e6:.1f} MB: {late / early - 1:+.2%}")
+    print(f"peak: {early / 1e6:.1f} MB in the first 200 steps, {late / 1e6:.1f} MB later ({late / early - 1:+.2%})")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A run on Google Kubernetes Engine: a JobSet with a job for each TPU slice.
+# Runs training on Google Kubernetes Engine, as a JobSet with one job per TPU slice.
 #
 #   launch/gke.sh --name run1 --image IMAGE --accelerator tpu-v5p-slice --topology 4x4x4 --hosts 16 --claim shared -- \
 #     moon-jax train --config C --data /shared/D --workdir /shared/W
-#   launch/gke.sh --dry-run …                           prints the manifest, and sends nothing
+#   launch/gke.sh --dry-run …                           prints the manifest and submits nothing
 #
-# --hosts are those of one slice, --chips those of a host (default 4), --slices how many slices (default 1). IMAGE holds
-# moon_jax[tpu,gcs]. --claim names a volume claim that all pods may write, mounted at /shared; W may be gs:// as well. A
-# pod that is preempted saves and fails; the set is started again, --restarts times at most (default 20). --account is
-# the pods' service account: what they may read and write is its permission, and no key is passed.
+# --hosts: hosts per slice. --chips: chips per host (default 4). --slices: number of slices (default 1). IMAGE must
+# contain moon_jax[tpu,gcs]. --claim: a volume claim that all pods can write, mounted at /shared; W may also be gs://. A
+# preempted pod saves and fails, and the set restarts, at most --restarts times (default 20). --account: the pods'
+# service account; its permissions decide what they can read and write, and no key is passed.
 set -euo pipefail
 
-# shellcheck disable=SC2034  # all are read by their names below
+# shellcheck disable=SC2034  # all are read indirectly, by name, below
 name='' image='' accelerator='' topology='' hosts='' claim='' chips=4 slices=1 restarts=20 account=default dry=0
 die() { echo "launch/gke.sh: $1" >&2; exit 2; }
 while [[ $# -gt 0 && $1 != -- ]]; do
@@ -33,13 +33,13 @@ done
 for one in hosts chips slices restarts; do [[ ${!one} =~ ^[0-9]+$ ]] || die "--$one ${!one}: give a whole number"; done
 [[ $# -gt 0 ]] || die "no command; give it after --"
 
-json() {  # the arguments as a JSON list, which is YAML too
+json() {  # the arguments as a JSON list, which is also YAML
   local list='' word
   for word in "$@"; do
     word=${word//\\/\\\\}
     word=${word//\"/\\\"}
-    word=${word//\$/\$\$}  # Kubernetes would put variables in
-    [[ $word != *$'\n'* ]] || die "a word of the command holds a line break"
+    word=${word//\$/\$\$}  # otherwise Kubernetes would substitute variables
+    [[ $word != *$'\n'* ]] || die "an argument of the command contains a line break; remove it"
     list+="${list:+, }\"$word\""
   done
   echo "[$list]"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Several processes of one run on this machine: one for each GPU, or several on CPUs.
+# Starts several processes of one run on this machine: one per GPU, or several on CPUs.
 #
 #   launch/local.sh --processes 4 -- moon-jax train --config C --data D --workdir W
-#   launch/local.sh --gpus 8 -- moon-jax train …        a process for each of eight GPUs
-#   launch/local.sh --dry-run --processes 2 -- …        says what it would start, and starts nothing
+#   launch/local.sh --gpus 8 -- moon-jax train …        one process for each of eight GPUs
+#   launch/local.sh --dry-run --processes 2 -- …        prints what it would start, and starts nothing
 #
-# When one process is lost the others are ended, and all are started again, --restarts times at most (default 3): the
-# run goes on from its newest checkpoint; not after a mistake (exit code 2). A SIGTERM is passed on: all save at the same
-# step, and this ends with 0. They meet at a --port of this machine (default: any).
+# If a process fails, the others are killed and all restart, at most --restarts times (default 3); the run resumes from
+# its newest checkpoint. After a user error (exit code 2) nothing restarts. SIGTERM is forwarded: all processes save at
+# the same step, and this script exits with 0. The processes connect through --port of this machine (default: random).
 set -euo pipefail
 
 processes=0 gpus=0 restarts=3 port=$((20000 + RANDOM % 10000)) dry=0
@@ -30,10 +30,10 @@ processes=$(( processes + gpus ))
 (( processes )) || die "--processes or --gpus is missing; --help has examples"
 
 running=() stopped=0
-pass_on() { stopped=1; kill -TERM "${running[@]}" 2>/dev/null || true; }
-trap pass_on TERM INT
+forward() { stopped=1; kill -TERM "${running[@]}" 2>/dev/null || true; }
+trap forward TERM INT
 
-start() {  # one process; the arguments are its number and the command
+start() {  # one process; arguments: its number, then the command
   local number=$1 settings
   shift
   settings=(JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$processes" JAX_PROCESS_ID="$number")
@@ -53,18 +53,18 @@ for (( attempt = 0; ; attempt++ )); do
   code=0 waited=0
   while (( ${#running[@]} )); do
     alive=()
-    for one in "${running[@]}"; do
-      if kill -0 "$one" 2>/dev/null; then
-        alive+=("$one")
+    for process in "${running[@]}"; do
+      if kill -0 "$process" 2>/dev/null; then
+        alive+=("$process")
       else
-        ended=0
-        { wait "$one"; } 2> /dev/null || ended=$?  # bash would tell of a kill
-        # A mistake of one is why the others were lost.
-        if (( ended == 2 || ! code )); then code=$ended; fi
+        status=0
+        { wait "$process"; } 2> /dev/null || status=$?  # hides bash's message about a killed process
+        # A user error (2) of one process is the reason why the others failed.
+        if (( status == 2 || ! code )); then code=$status; fi
       fi
     done
-    # A lost process leaves the others waiting for it: they have a second to say what they know. A mistake of the user's
-    # (2) most of them tell by themselves, and take longer for it.
+    # The other processes wait for a lost one: they get a second to print their errors. After a user error (2) most of
+    # them report it and exit by themselves, which takes longer.
     if (( code )); then waited=$(( waited + 1 )); fi
     if (( ${#alive[@]} && waited > ( code == 2 ? 100 : 5 ) )); then
       kill -KILL "${alive[@]}" 2> /dev/null || true
@@ -72,7 +72,7 @@ for (( attempt = 0; ; attempt++ )); do
     running=("${alive[@]}")
     sleep 0.2
   done
-  # 126 and 127: there is no such command.
+  # 126 and 127: the command cannot be run or was not found.
   (( code == 0 || code == 2 || code == 126 || code == 127 || stopped || attempt == restarts )) && exit "$code"
-  echo "launch/local.sh: a process ended with $code; starting all again ($((attempt + 1)) of $restarts)" >&2
+  echo "launch/local.sh: a process exited with $code; restarting all ($((attempt + 1)) of $restarts)" >&2
 done

@@ -6,14 +6,14 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@120
-# A run on SLURM, a task for each GPU; the workdir must lie where all nodes see it: a shared file system, or gs://.
+# Runs training on SLURM, one task per GPU. All nodes must see the workdir: use a shared file system or gs://.
 #
 #   sbatch --nodes 4 launch/slurm.sh moon-jax train --config C --data D --workdir W
-#   launch/slurm.sh --dry-run moon-jax train …          says what it would run, and runs nothing
+#   launch/slurm.sh --dry-run moon-jax train …          prints what it would run, and runs nothing
 #
-# Two minutes before the time limit, and when the job is preempted, SLURM sends all tasks a SIGTERM: they save at the same
-# step, and the job is put back into the queue and goes on from there. Any other failure but a mistake (exit code 2) is
-# requeued too, until the job was restarted RESTARTS times (default 20).
+# Two minutes before the time limit, and on preemption, SLURM sends SIGTERM to all tasks. They save at the same step, and
+# the job is requeued and resumes from there. Other failures are requeued too, except a user error (exit code 2), until
+# the job was restarted RESTARTS times (default 20).
 set -euo pipefail
 
 die() { echo "launch/slurm.sh: $1" >&2; exit 2; }
@@ -25,7 +25,7 @@ case ${1:-} in
 esac
 [[ $# -gt 0 ]] || die "no command; --help has examples"
 
-stopped=85  # what the trainer shall end with after a SIGTERM, when it is not done
+stopped=85  # exit code of the trainer if SIGTERM stopped it before it was done
 step=(srun --kill-on-bad-exit=1 "$@")
 requeue=(scontrol requeue "${SLURM_JOB_ID:-JOB}")
 if (( dry )); then
@@ -33,13 +33,13 @@ if (( dry )); then
   echo "${requeue[*]@Q}  # after $stopped, or a failure"
   exit 0
 fi
-command -v srun > /dev/null || die "no srun here; hand this script to sbatch on a machine of the cluster"
+command -v srun > /dev/null || die "no srun on this machine; submit this script with sbatch, on the cluster"
 
-# The signal is the tasks': this script, and srun, wait for them.
+# The signal is meant for the tasks: this script and srun wait for them.
 trap : TERM
 code=0
 MOON_JAX_STOP_CODE=$stopped "${step[@]}" || code=$?
-# 2 is a mistake of the user's: again it would fail again.
+# Exit code 2 is a user error: a restart would fail in the same way.
 if (( code == stopped )) || { (( code && code != 2 )) && (( ${SLURM_RESTART_COUNT:-0} < ${RESTARTS:-20} )); }; then
   "${requeue[@]}"
 fi

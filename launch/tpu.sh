@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A run on TPU VMs: asks for a slice, or several, as a queued resource, installs, trains on all hosts, gives it back.
+# Runs training on TPU VMs: requests one or more slices as a queued resource, installs, trains on all hosts, deletes it.
 #
 #   launch/tpu.sh --name run1 --zone us-east5-a --type v5p-128 --spot -- moon-jax train --config C --data D --workdir W
 #   launch/tpu.sh --name run1 --zone us-east5-a --type v5p-128 --slices 4 --spot -- …
-#   launch/tpu.sh --dry-run …                           says what it would do, and does nothing
+#   launch/tpu.sh --dry-run …                           prints what it would do, and does nothing
 #
-# D must be seen by all hosts, a mount of Filestore or of a bucket; W as well, or it is gs://bucket/run. --source is
-# what pip installs (default: the public repository). When a slice is taken away it is asked for anew, and when a process
-# is lost all are started again, --restarts times at most (default 20); not after a mistake (exit code 2). The run goes
-# on from its newest checkpoint. Credentials are those of gcloud and of the VMs' service account; none is passed on.
+# All hosts must see D (a mount of Filestore or of a bucket), and W, unless it is gs://bucket/run. --source: what pip
+# installs (default: the public repository). A preempted slice is requested again, and after a lost process all restart,
+# at most --restarts times (default 20); not after a user error (exit code 2). The run resumes from its newest
+# checkpoint. Credentials are those of gcloud and of the VMs' service account; none is passed on.
 set -euo pipefail
 
 name='' zone='' type='' runtime='' slices=1 restarts=20 spot=0 dry=0
@@ -39,7 +39,7 @@ case $type in
   *) default='' ;;
 esac
 runtime=${runtime:-$default}
-[[ -n $runtime ]] || die "--type $type: its runtime version is not known here; give --runtime"
+[[ -n $runtime ]] || die "--type $type: unknown runtime version; give --runtime"
 
 run() { if (( dry )); then echo "${*@Q}"; else "$@"; fi; }
 
@@ -60,38 +60,38 @@ state() {
   gcloud compute tpus queued-resources describe "$name" --zone "$zone" --format 'value(state.state)'
 }
 
-everywhere() {  # the command on all hosts of all slices; fails if any of them fails
-  local node running=() code=0 ended
+everywhere() {  # runs a command on all hosts of all slices; fails if any of them fails
+  local node running=() code=0 status
   for node in "${nodes[@]}"; do
     run gcloud compute tpus tpu-vm ssh "$node" --zone "$zone" --worker all --command "$1" &
     running+=($!)
     if (( dry )); then wait "$!"; fi
   done
   for node in "${running[@]}"; do
-    ended=0
-    wait "$node" || ended=$?
-    if (( ended == 2 || ! code )); then code=$ended; fi  # a mistake of one is why the others were lost
+    status=0
+    wait "$node" || status=$?
+    if (( status == 2 || ! code )); then code=$status; fi  # a user error of one is why the others failed
   done
   return "$code"
 }
 
-# A run that was stopped by a SIGTERM, as before a preemption, must not be taken for one that is done.
+# A run that was stopped by SIGTERM, as before a preemption, must not look like a finished one.
 install="python3 -m venv ~/moon && ~/moon/bin/pip install -q ${source@Q}"
 train="export PATH=~/moon/bin:\$PATH MOON_JAX_STOP_CODE=85; ${*@Q}"
 if (( dry )); then
   run "${create[@]}"
-  echo "# until it is ACTIVE; anew if it is FAILED or SUSPENDED"
+  echo "# wait until ACTIVE; if FAILED or SUSPENDED, delete and request again"
   everywhere "$install"
   everywhere "$train"
-  echo "# after a lost process: again; after a preemption: delete, and from the beginning"
+  echo "# after a lost process: run both again; after a preemption: delete and start from the top"
   run "${discard[@]}"
   exit 0
 fi
 
-trap 'echo "launch/tpu.sh: $name may still stand, and cost; to give it back: ${discard[*]}" >&2; exit 130' INT TERM
+trap 'echo "launch/tpu.sh: $name may still exist and cost money; to delete it: ${discard[*]}" >&2; exit 130' INT TERM
 code=1
 for (( attempt = 0; attempt <= restarts; attempt++ )); do
-  if (( attempt )); then echo "launch/tpu.sh: ended with $code; again ($attempt of $restarts)" >&2; fi
+  if (( attempt )); then echo "launch/tpu.sh: exited with $code; retrying ($attempt of $restarts)" >&2; fi
   if ! now=$(state 2> /dev/null); then
     "${create[@]}"
     now=WAITING
@@ -109,7 +109,7 @@ for (( attempt = 0; attempt <= restarts; attempt++ )); do
   code=0
   { everywhere "$install" && everywhere "$train"; } || code=$?
   (( code == 0 || code == 2 )) && break
-  # A host may be lost before its slice is said to be.
+  # A host may be lost before the state of its slice says so.
   sleep "${SETTLE_SECONDS:-120}"
 done
 "${discard[@]}" || true

@@ -4,7 +4,7 @@
     embedder = moon_jax.load("workdir")
     vectors = embedder.encode([moon_jax.Product(text="red canvas sneaker", images=("shoe.jpg",))])  # [1, D]
 
-Names are imported when they are first used, so that `import moon_jax` stays quick.
+Names are imported on first use, so that `import moon_jax` is fast.
 """
 
 import importlib
@@ -15,6 +15,7 @@ _HOME = {
     "load": "moon_jax.serving.embedder",
     "train": "moon_jax.evaluation.validation",
     "evaluate": "moon_jax.evaluation.report",
+    "open_prepared": "moon_jax.data.prepared",
 }
 
 __all__ = list(_HOME)

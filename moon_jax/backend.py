@@ -1,4 +1,4 @@
-"""What differs between backends."""
+"""Differences between backends, and a count of compilations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 COMPILATIONS: Counter[str] = Counter()
-"""How often this process compiled each jitted function, by function name; counted from JAX's own events."""
+"""How often this process compiled each jitted function, by name; counted from JAX's monitoring events."""
 
 
 def _count(event: str, duration: float, **details: Any) -> None:
@@ -21,9 +21,10 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 def platform() -> str:
-    """The platform that the program being traced is for, "cpu", "tpu" or "gpu": that of the mesh in use, if any.
+    """The platform that the current program is traced for: "cpu", "tpu" or "gpu".
 
-    A program may be compiled for devices that this machine lacks (training/plan.py).
+    It is the platform of the mesh in use, if any: a program may be compiled for devices that this machine lacks
+    (training/plan.py).
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
@@ -31,14 +32,14 @@ def platform() -> str:
 
 
 def compiler_options() -> dict[str, str | bool]:
-    """XLA options under which a program gives the same bits each time it runs; for `jit` and `compile`.
+    """XLA options, for `jit` and `compile`, that make a program give the same bits on every run.
 
-    On CPU, XLA hands reductions to YNNPACK, which splits them by what threads happen to be free: gradients then differ
-    from run to run in their last bits, and a resumed run from an undisturbed one. XLA's own code does not, and the
-    quickstart's step is 10% faster with it.
+    On CPU, XLA hands reductions to YNNPACK, which splits them by the threads that happen to be free. The last bits of
+    gradients then differ from run to run, so a resumed run would differ from an uninterrupted one. XLA's own code is
+    deterministic, and makes the quickstart's step 10% faster.
 
-    Simulated devices share a few threads. Left to itself XLA runs independent collectives at a time, the devices
-    wait for each other in different ones, and the process is ended.
+    Simulated devices share a few threads. By default XLA runs independent collectives concurrently; the devices then
+    wait for each other in different collectives, and XLA aborts the process.
     """
     if platform() != "cpu":
         return {}

@@ -1,4 +1,4 @@
-"""The commands. Errors of the user's are one line and exit code 2."""
+"""The command-line interface. Mistakes by the user end with one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ examples:
   moon-jax augment --data prepared --output augmented              enriched titles and expanded images beside them
   moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
   moon-jax export --model runs/2b --output served --verify
-  moon-jax evaluate --model runs/2b --data prepared --output judged  and compare it with others
+  moon-jax evaluate --model runs/2b --data prepared --output scores   and compare it with others
   moon-jax embed --model runs/2b --data prepared --output vectors
   moon-jax search --index vectors --model runs/2b --text 'red shoe'
   moon-jax plan --config moon2_qwen3vl_2b --topology v5p:4x4x4     what a step costs there, before renting it
@@ -31,21 +31,21 @@ examples:
 """
 
 RENAMED = {"--known": "--probe-products", "--shares": "--contributions"}
-"""Flags that had another name once."""
+"""Former names of flags."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are one line, as everywhere."""
+    """Reports mistakes as a UserError, in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {self.prog} --help has examples")
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The command with its flags, and the overrides `--config.a.b=value`.
+    """The parsed command and flags, and the overrides `--config.a.b=value`.
 
     Raises:
-        UserError: anything else on the command line; the message names the closest flag.
+        UserError: unknown arguments; the message names the closest flag.
     """
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = Parser("moon-jax", description=DESCRIPTION, **layout)
@@ -62,10 +62,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _hint(argument: str, flags: list[str], choices: dict[str, argparse.ArgumentParser]) -> str:
-    """What to write in place of an argument that the command does not have."""
+    """What to write instead of an argument that the command does not have."""
     given = argument.partition("=")[0]
     if given in RENAMED:
-        return f"this flag is called {RENAMED[given]} now"
+        return f"this flag is now called {RENAMED[given]}"
     close = difflib.get_close_matches(given, flags, n=1)
     others = [name for name, one in choices.items() if given in re.findall(r"--[\w-]+", one.format_usage())]
     if given.startswith("--") and others:
@@ -79,8 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0, also after a stop by SIGTERM (STOP_CODE); MISTAKE after a mistake of the user's or a refusal of the system's
-        (disk, permissions); AGAIN where another process, a disk or a bucket did not answer; 130 after Ctrl-C.
+        0, also after a stop by SIGTERM (unless STOP_CODE is set); MISTAKE after a mistake by the user or a system error
+        (disk, permissions); AGAIN if another process, a disk or a bucket did not respond; 130 after Ctrl-C.
     """
     with interrupt.remembered():
         return _main(arguments)
@@ -97,12 +97,12 @@ def _main(arguments: list[str] | None) -> int:
             raise
         return _fail(_refused(error, parsed), MISTAKE)
     except RuntimeError as error:
-        # Several processes compute as one: what the others do not give ends as an error of XLA's.
+        # In a multi-process run, losing another process shows up as an XLA error.
         if not interrupt.RELAY.is_set() or type(error).__name__ != "JaxRuntimeError" or not LOST.search(str(error)):
             raise
         why = str(error).splitlines()[0][:200]
-        told = f"another process was lost ({why}); start all again: the run goes on from its newest checkpoint"
-        return _fail(told, AGAIN)
+        message = f"another process was lost ({why}); restart all processes: the run resumes from its newest checkpoint"
+        return _fail(message, AGAIN)
     except KeyboardInterrupt:
         again = f"the same command {commands.load(parsed.command).AFTER_STOP}"
         if interrupt.TERMINATED.is_set():
@@ -112,20 +112,20 @@ def _main(arguments: list[str] | None) -> int:
 
 
 MISTAKE = 2
-"""The exit code where a person must mend something."""
+"""The exit code if a person must fix something."""
 
 AGAIN = 1
-"""The exit code where the same command may go well later."""
+"""The exit code if the same command may succeed later."""
 
 STOP_CODE = "MOON_JAX_STOP_CODE"
-"""An environment variable: the exit code after a stop by SIGTERM, 0 by default. A launcher, which must tell a run that
-was stopped from one that is done, sets it.
+"""The environment variable with the exit code after a stop by SIGTERM, 0 by default. Launchers set it to distinguish a
+stopped run from a finished one.
 """
 
 LOST = re.compile(
     "gloo|nccl|peer|connection|heartbeat|coordination|barrier|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE
 )
-"""What XLA says of other processes; it says other things of this one, such as that memory is short."""
+"""Words in XLA errors about other processes. Errors about this one, such as out of memory, lack them."""
 
 
 def _stop_code() -> int:
@@ -134,7 +134,7 @@ def _stop_code() -> int:
 
 
 def _fail(message: str, code: int, shared: bool = False) -> int:
-    """Tells it in one line, but what is `shared` in one process only; gives the exit code."""
+    """Prints the message in one line, a `shared` one only in the first process; returns the exit code."""
     if shared and interrupt.RELAY.is_set():
         from moon_jax import distributed
 
@@ -144,44 +144,44 @@ def _fail(message: str, code: int, shared: bool = False) -> int:
     return code
 
 
-ROOM = "make room, then give the same command again"
-PERMISSION = "ask for permission, or give another place"
+SPACE = "free some space and run the same command again"
+PERMISSION = "get permission, or give another path"
 REMEDIES = {
-    errno.ENOSPC: ROOM,
-    errno.EDQUOT: ROOM,
-    errno.EFBIG: ROOM,
+    errno.ENOSPC: SPACE,
+    errno.EDQUOT: SPACE,
+    errno.EFBIG: SPACE,
     errno.EACCES: PERMISSION,
     errno.EPERM: PERMISSION,
-    errno.EROFS: "give a place that can be written",
-    errno.EIO: "the disk does not answer; give another place",
+    errno.EROFS: "give a writable path",
+    errno.EIO: "the disk does not respond; give another path",
 }
-"""What the system refuses for the user to mend. Any other OSError is a bug of ours, and shows its stack."""
+"""System errors that the user can fix. Any other OSError is a bug of ours, and shows its traceback."""
 
 
 def _refused(error: OSError, parsed: argparse.Namespace) -> str:
-    # What fails in the middle of a file does not say which: it is ours, where we write.
+    # An error while writing does not name its file: then it is our output.
     flag = next(flag for flag in ("output", "workdir", "json", "faiss") if hasattr(parsed, flag))
-    place = error.filename or f"--{flag} {getattr(parsed, flag)}"
-    return f"{place}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"
+    path = error.filename or f"--{flag} {getattr(parsed, flag)}"
+    return f"{path}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"
 
 
 def console() -> None:
-    """What the shell calls."""
-    _ask_for_huge_pages()
+    """The entry point of the shell command."""
+    _enable_huge_pages()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
-        # Threads of libraries may still work on what failed: they are not waited for, nor what they say at the end.
+        # Library threads may still work on what failed: do not wait for them or for their messages at exit.
         storage.remove_copies()
         os._exit(code)
 
 
-def _ask_for_huge_pages() -> None:
-    """Restarts this process once with glibc's huge pages on.
+def _enable_huge_pages() -> None:
+    """Restarts this process once with glibc's huge pages enabled.
 
-    XLA's CPU client maps its buffers anew in every step; with small pages, faulting them in takes a third of the time
-    of the quickstart's step. glibc reads the setting only when a process starts. Results do not depend on it.
+    XLA's CPU client maps its buffers again in every step. With small pages, the page faults take a third of the time of
+    the quickstart's step. glibc reads the setting only at process start. Results do not depend on it.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

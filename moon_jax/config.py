@@ -1,8 +1,8 @@
-"""Every option, once: its default, its type, one line of doc. The only place for a default.
+"""All options, each with its default, type and one line of documentation. Defaults are defined nowhere else.
 
-A file of `configs/` returns an `ml_collections.ConfigDict` of *differences* from these defaults; `resolve`
-applies it, and refuses keys that do not exist and differences that are none. The defaults describe the paper's
-setting on a Qwen3-VL-2B backbone. What the paper does not state is ours (the docs of such options say "ours").
+A file in `configs/` returns an `ml_collections.ConfigDict` of *differences* from these defaults. `resolve` applies it,
+and rejects unknown keys and values that equal the default. The defaults follow the paper's setting on a Qwen3-VL-2B
+backbone. Where the paper states no value, the choice is ours, and the option's doc says "ours".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from moon_jax.errors import UserError
 
-FRAMES = 2  # that the patch kernel spans, in all of Qwen3-VL; a still image is repeated
+FRAMES = 2  # that the patch kernel spans in all Qwen3-VL models; a still image is repeated
 
 TEMPLATES = {
     "bare": "{}",
@@ -27,7 +27,7 @@ TEMPLATES = {
         "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     ),
 }
-"""Named values of `data.template`: what stands around a view, whose own tokens take the place of {}."""
+"""Named values of `data.template`, the text around a view. The view's own tokens replace {}."""
 
 
 def option(default: Any, doc: str) -> Any:
@@ -40,150 +40,150 @@ class Vision:
 
     depth: int = option(24, "layers")
     width: int = option(1024, "width of a patch")
-    mlp_width: int = option(4096, "inner width of the feed-forward")
+    mlp_width: int = option(4096, "inner width of the feed-forward layer")
     heads: int = option(16, "attention heads")
-    patch: int = option(16, "pixels along a patch's side")
-    merge: int = option(2, "patches along the side of one merged visual token")
-    positions: int = option(2304, "learned positions, a square grid that is interpolated")
-    deepstack: tuple[int, ...] = option((5, 11, 17), "layers whose output also enters the first language layers")
+    patch: int = option(16, "side of a patch in pixels")
+    merge: int = option(2, "side of a merged visual token in patches")
+    positions: int = option(2304, "learned positions: a square grid, interpolated to the image's size")
+    deepstack: tuple[int, ...] = option((5, 11, 17), "layers whose output is also added to the first language layers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Language:
     """The decoder."""
 
-    vocab: int = option(151936, "rows of the token embedding")
+    vocab: int = option(151936, "vocabulary size, the rows of the token embedding")
     width: int = option(2048, "D, width of a token and of the embedding")
     layers: int = option(28, "decoder layers")
     heads: int = option(16, "query heads")
     kv_heads: int = option(8, "key and value heads")
     head_dim: int = option(128, "width of a head")
-    mlp_width: int = option(6144, "inner width of a dense feed-forward")
+    mlp_width: int = option(6144, "inner width of a dense feed-forward layer")
     rope_theta: float = option(5_000_000.0, "base of the rotary frequencies")
     rope_sections: tuple[int, ...] = option((24, 20, 20), "rotary frequencies for time, row and column")
     norm_eps: float = option(1e-6, "epsilon of the RMS norms")
-    pooling: str = option("mean", "a view's embedding is the mean of its tokens, or the last of them")
+    pooling: str = option("mean", "a view's embedding: mean (of its tokens) or last (token)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """The modality-driven mixture of experts. The paper states none of the sizes: these are ours."""
+    """The modality-driven mixture of experts. The paper states no sizes: these are ours."""
 
-    count: int = option(8, "E; 0 leaves every feed-forward dense")
-    per_token: int = option(2, "K, experts of one token")
-    width: int = option(6144, "F, the inner width of one expert")
-    every: int = option(1, "the last of every so many layers holds experts")
-    dense_layers: tuple[int, ...] = option((), "layers that stay dense although `every` would give them experts")
-    dispatch: str = option("grouped", "grouped, expert_parallel, or dense, the oracle (model/experts.py)")
-    capacity: float = option(1.25, "room of an expert in expert-parallel training, in even shares; 0 drops no token")
-    router_term: str = option("none", "what the router adds for the token's view: none (paper), learned or hard")
-    router_init: float = option(0.02, "standard deviation of the router's start; zero would tie all experts")
-    reinitialized: float = option(0.0, "share of each expert's inner units drawn anew when a dense model is upcycled")
+    count: int = option(8, "E, experts per layer; 0 makes every feed-forward layer dense")
+    per_token: int = option(2, "K, experts per token")
+    width: int = option(6144, "F, inner width of an expert")
+    every: int = option(1, "every N-th layer has experts")
+    dense_layers: tuple[int, ...] = option((), "layers that stay dense even if `every` selects them")
+    dispatch: str = option("grouped", "grouped, expert_parallel, or dense (the reference); see model/experts.py")
+    capacity: float = option(1.25, "capacity factor of expert-parallel training (1 = even share); 0 drops no token")
+    router_term: str = option("none", "router bias for the token's view: none (paper), learned or hard")
+    router_init: float = option(0.02, "standard deviation of the router's initial weights; 0 would tie all experts")
+    reinitialized: float = option(0.0, "share of each expert's inner units that upcycling a dense model reinitializes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """How a source becomes prepared data; its seed is fixed, so that runs of different seeds are judged alike."""
+    """How a source becomes prepared data. The split's seed is fixed: runs with different seeds share one test set."""
 
-    val_fraction: float = option(0.1, "title groups, or of a log the time, kept for evaluation where no file is")
-    longest_side: int = option(1024, "pixels; a larger image is made smaller when it is written")
+    val_fraction: float = option(0.1, "held-out share of title groups (of a log's time), if no file defines the split")
+    longest_side: int = option(1024, "longest side of an image in pixels; larger images are downsized when written")
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What is read, and how a product becomes a row."""
+    """What training reads, and how a product becomes a row."""
 
-    path: str = option("", "prepared data, or what can be prepared (docs/data.md); empty renders a synthetic catalogue")
-    synthetic: int = option(4000, "products of the synthetic catalogue, where path is empty")
-    tokenizer: str = option("", "tokenizer.json; empty takes training.init's, or trains a BPE of language.vocab")
-    template: str = option("bare", "what stands around a view: bare, qwen3_vl_embedding, or a text with {} in it")
-    batch: int = option(256, "triplets of a global batch, B")
-    images: int = option(1, "images of a product in one row, N; training draws them, evaluation takes the first")
-    text_tokens: int = option(64, "longest text in tokens; the rest is cut")
-    visual_tokens: int = option(256, "pixel budget of an image, in merged visual tokens")
-    min_visual_tokens: int = option(4, "smaller images are enlarged to about this many merged visual tokens")
-    max_pixels: int = option(178_956_970, "an image of more pixels is refused before it is decoded")
-    keep_word: float = option(0.7, "a training query keeps each word with this probability, at least two")
-    crop: tuple[float, float] = option((0.7, 1.0), "area of the crop of a training query's image")
-    flip: float = option(0.5, "probability that a training query's image is mirrored")
+    path: str = option("", "prepared data, or a source to prepare (docs/data.md); empty renders a synthetic catalogue")
+    synthetic: int = option(4000, "products of the synthetic catalogue, if path is empty")
+    tokenizer: str = option("", "tokenizer.json; empty: that of training.init, or a new BPE of language.vocab tokens")
+    template: str = option("bare", "text around a view: bare, qwen3_vl_embedding, or any text with {} in it")
+    batch: int = option(256, "B, triplets per global batch")
+    images: int = option(1, "N, images per product in a row: random ones in training, the first in evaluation")
+    text_tokens: int = option(64, "longest text in tokens; longer texts are cut")
+    visual_tokens: int = option(256, "largest size of an image in merged visual tokens; larger images are downscaled")
+    min_visual_tokens: int = option(4, "smallest size of an image in merged visual tokens; smaller images are upscaled")
+    max_pixels: int = option(178_956_970, "images with more pixels are rejected before decoding")
+    keep_word: float = option(0.7, "probability that a training query keeps a word; at least two are kept")
+    crop: tuple[float, float] = option((0.7, 1.0), "range of the area that a crop of a training query's image keeps")
+    flip: float = option(0.5, "probability that a training query's image is flipped horizontally")
     mixture: tuple[float, ...] = option(
-        (), "shares of t, i and mm among queries, each of one view; empty: of all (paper)"
+        (), "shares of t, i and mm: each query then has one view; empty: all its views (paper)"
     )
-    augmented: str = option("drawn", "an item's titles and images: drawn, original, augmented or all (pipeline.py)")
+    augmented: str = option("drawn", "titles and images read: drawn, original, augmented or all (data/pipeline.py)")
     threads: int = option(2, "reader threads")
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Losses and their weights. All numbers are ours but the threshold 0.6, which is the paper's."""
+    """Losses and their weights. All numbers are ours except the threshold 0.6, which is the paper's."""
 
-    temperature: tuple[float, float] = option((0.05, 0.05), "start of ε (inter-product) and ε̃ (intra-product)")
+    temperature: tuple[float, float] = option((0.05, 0.05), "initial ε (inter-product) and ε̃ (intra-product)")
     balance: float = option(0.01, "ρ, weight of L_aux")
     router_z: float = option(0.0, "weight of the router z-loss")
     sparsity: float = option(0.01, "ς, weight of L_sparsity; 0 during warm-up")
-    levels: str = option("dual", "alignment that trains: dual (paper); inter, without the intra-product one; or mm→mm")
+    levels: str = option("dual", "alignment losses: dual (paper), inter (without intra-product ones) or mm→mm")
     weighting: str = option("balanced", "of ω: balanced, product, stopped or counted (objectives/weighting.py)")
-    dual_init: float = option(0.02, "standard deviation of W*'s start")
-    phi_threshold: float = option(0.6, "φ from which a triplet counts fully (paper); 0 turns the filter off")
+    dual_init: float = option(0.02, "standard deviation of the initial W*")
+    phi_threshold: float = option(0.6, "φ below which a triplet is down-weighted (paper); 0 turns the filter off")
     phi_slope: float = option(10.0, "κ, slope of φ")
     margin: tuple[float, float] = option((0.1, -0.2), "m̄ at the first and the last step, a cosine between")
-    matryoshka: tuple[int, ...] = option((), "widths below D at which the losses are also taken, and the model judged")
-    chunk: int = option(4096, "candidates whose similarities are held at once")
+    matryoshka: tuple[int, ...] = option((), "further widths below D for the losses and the evaluation")
+    chunk: int = option(4096, "candidates whose similarities are in memory at once")
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The optimiser, the schedule, and what is kept."""
+    """The optimiser, the schedule, logging and checkpoints."""
 
-    init: str = option("", "Hugging Face folder, or hf://owner/name, whose weights begin the run; empty draws them")
-    steps: int = option(22500, "optimiser steps; an epoch of MBE2.0 at batch 256 (paper)")
-    optimizer: str = option("adamw", "any of optax by name")
-    learning_rate: float = option(1e-5, "backbone and experts (paper)")
-    router_learning_rate: float = option(1e-4, "router (ours)")
-    dual_learning_rate: float = option(1e-2, "W* (ours)")
-    temperature_learning_rate: float = option(0.0, "log temperatures; 0 keeps them fixed, as the paper does")
+    init: str = option("", "initial weights: a workdir, a Hugging Face folder or hf://owner/name; empty: random")
+    steps: int = option(22500, "optimiser steps; the default is one epoch of MBE2.0 at batch 256 (paper)")
+    optimizer: str = option("adamw", "name of any optax optimiser that needs only gradients")
+    learning_rate: float = option(1e-5, "peak for backbone and experts (paper)")
+    router_learning_rate: float = option(1e-4, "peak for the router (ours)")
+    dual_learning_rate: float = option(1e-2, "peak for W* (ours)")
+    temperature_learning_rate: float = option(0.0, "peak for the log temperatures; 0 keeps them fixed (paper)")
     learning_rate_factors: tuple[str, ...] = option(
-        (), "PATTERN=FACTOR of learning rates by path, the first counts; 0 freezes"
+        (), "PATTERN=FACTOR: scales learning rates by parameter path; the first match wins; 0 freezes"
     )
-    warmup: float = option(0.03, "share of the steps that warm up")
-    min_warmup: int = option(100, "least number of warm-up steps")
-    betas: tuple[float, float] = option((0.9, 0.98), "decay of the optimizer's moments, where it has them")
-    weight_decay: float = option(0.05, "on matrices only")
-    clip: float = option(1.0, "largest global norm of the gradient")
+    warmup: float = option(0.03, "share of the steps spent in warm-up")
+    min_warmup: int = option(100, "minimum number of warm-up steps")
+    betas: tuple[float, float] = option((0.9, 0.98), "b1 and b2 of the optimiser, if it has them")
+    weight_decay: float = option(0.05, "decoupled weight decay, on matrices only")
+    clip: float = option(1.0, "gradients are clipped to this global norm")
     param_dtype: str = option("float32", "dtype of the parameters")
     dtype: str = option("float32", "dtype of the computation; norms, softmax, router and pooling stay float32")
-    remat: str = option("full", "recomputed backwards: full, all of a layer; selective, no product with weights; none")
+    remat: str = option("full", "recomputed in the backward pass: full layers; selective, all but weight matmuls; none")
     log_every: int = option(10, "steps between metric lines")
-    max_bad_steps: int = option(20, "so many steps in a row that are not finite end the run")
+    max_bad_steps: int = option(20, "the run ends after this many non-finite steps in a row")
     save_every: int = option(500, "steps between checkpoints")
-    keep: int = option(3, "newest checkpoints that are kept")
-    keep_every: int = option(0, "checkpoints of every so many steps are kept as well; 0 keeps none")
-    keep_best: int = option(0, "of the evaluated ones so many of the highest mean R@10 are kept as well")
+    keep: int = option(3, "number of newest checkpoints to keep")
+    keep_every: int = option(0, "also keep the checkpoints of every N-th step; 0: none")
+    keep_best: int = option(0, "also keep the N evaluated checkpoints with the highest mean R@10")
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; -1 takes what the others leave."""
+    """Devices along each axis; -1 means all remaining devices."""
 
     data: int = option(-1, "data parallel")
     fsdp: int = option(1, "data parallel with sharded parameters")
     expert: int = option(1, "expert parallel")
-    tensor: int = option(1, "heads and feed-forward widths")
+    tensor: int = option(1, "tensor parallel: heads and feed-forward widths")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """When the model is judged, and how fast."""
+    """When the model is evaluated, and in what batches."""
 
-    every: int = option(0, "steps between evaluations while training; 0 leaves them to the end")
-    batch: int = option(64, "rows encoded at once")
+    every: int = option(0, "steps between evaluations during training; 0: not during training")
+    batch: int = option(64, "rows encoded per batch")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run is a function of this."""
+    """All options of a run. They determine it completely."""
 
-    seed: int = option(0, "of parameters, data order and alterations")
+    seed: int = option(0, "of initial parameters, data order and query alterations")
     vision: Vision = Vision()
     language: Language = Language()
     experts: Experts = Experts()
@@ -196,7 +196,7 @@ class Config:
 
 
 def sparse_layers(config: Config) -> tuple[bool, ...]:
-    """Which decoder layers hold experts: transformers' rule of `decoder_sparse_step` and `mlp_only_layers`."""
+    """Which decoder layers have experts; as `decoder_sparse_step` and `mlp_only_layers` of transformers."""
     experts = config.experts
     return tuple(
         experts.count > 0 and (layer + 1) % experts.every == 0 and layer not in experts.dense_layers
@@ -205,9 +205,9 @@ def sparse_layers(config: Config) -> tuple[bool, ...]:
 
 
 def period(config: Config) -> int:
-    """Layers of the shortest block whose repetition gives the decoder: blocks are stacked and scanned.
+    """The length of the shortest block of layers that repeats to form the decoder. Blocks are stacked and scanned.
 
-    A pattern that does not repeat is one block, and its layers are compiled one by one.
+    If the pattern of layers does not repeat, the decoder is one block, and every layer is compiled separately.
     """
     sparse = sparse_layers(config)
     return next(p for p in range(1, len(sparse) + 1) if sparse == sparse[:p] * (len(sparse) // p))
@@ -235,7 +235,7 @@ ANY_LENGTH = {
     "objective.matryoshka": int,
     "training.learning_rate_factors": str,
 }
-"""Options that hold as many values as one likes, of this type."""
+"""Options that hold any number of values of this type."""
 
 CHOICES = {
     "data.augmented": ("drawn", "original", "augmented", "all"),
@@ -248,7 +248,7 @@ CHOICES = {
     "training.param_dtype": ("float32", "bfloat16"),
     "training.remat": ("full", "selective", "none"),
 }
-"""Options that are one of these words."""
+"""Options with a fixed set of values."""
 
 
 RENAMED = {
@@ -257,11 +257,11 @@ RENAMED = {
     "training.bad_steps": "training.max_bad_steps",
     "training.rates": "training.learning_rate_factors",
 }
-"""Options that had another name once."""
+"""Former names of options."""
 
 
 def _coerce(name: str, value: Any, default: Any) -> Any:
-    """`value` as the type of `default`, or an error that names the option."""
+    """`value` converted to the type of `default`; raises UserError if it has another type."""
     if isinstance(default, tuple):
         if isinstance(value, str) and ANY_LENGTH.get(name) is str:
             value = (value,)
@@ -280,10 +280,10 @@ def _coerce(name: str, value: Any, default: Any) -> Any:
 
 
 def replace(config: Config, values: dict[str, Any]) -> Config:
-    """`config` with the options of `values` (dotted names) changed.
+    """`config` with the options in `values` (by dotted name) changed.
 
     Raises:
-        UserError: a name that does not exist (the closest one is named), or a value of another type.
+        UserError: an unknown name (with the closest one), or a value of another type.
     """
     known, defaults = leaves(config), leaves(Config())
     for name, value in values.items():
@@ -292,7 +292,7 @@ def replace(config: Config, values: dict[str, Any]) -> Config:
             if group:
                 raise UserError(f"config.{name}: a group of options, such as config.{group[0]}; name one of them")
             if name in RENAMED:
-                raise UserError(f"config.{name}: this option is called config.{RENAMED[name]} now")
+                raise UserError(f"config.{name}: this option is now called config.{RENAMED[name]}")
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise UserError(f"config.{name}: no such option; the closest is config.{close[0]}")
         known[name] = _coerce(name, value, defaults[name])
@@ -309,7 +309,7 @@ def replace(config: Config, values: dict[str, Any]) -> Config:
 
 
 def check(config: Config) -> Config:
-    """Refuses what cannot work, in one line each; returns `config`."""
+    """Returns `config`; raises UserError for the first option or combination that cannot work."""
     language, vision, experts = config.language, config.vision, config.experts
     unbounded = ("vision.deepstack", "experts.dense_layers", "objective.margin")
     may_be_zero = ("seed", "evaluation.every", "experts.count")
@@ -345,7 +345,7 @@ def check(config: Config) -> Config:
             and all(0 <= layer < language.layers for layer in experts.dense_layers),
             "experts.dense_layers must rise and stay below language.layers",
         ),
-        # transformers tells the two layouts of an expert's matrices apart by their shape alone.
+        # transformers distinguishes the two layouts of expert matrices by shape alone.
         (
             experts.count == 0 or language.width not in (experts.width, 2 * experts.width),
             "experts.width must be neither language.width nor half of it: no Hugging Face folder could hold the model",
@@ -361,21 +361,21 @@ def check(config: Config) -> Config:
         ),
         (
             experts.count > 0 or experts.router_term == "none",
-            "experts.router_term must be none where experts.count is 0",
+            "experts.router_term must be none if experts.count is 0",
         ),
         (
             experts.router_term != "hard" or experts.per_token <= experts.count // 3,
-            f"experts.router_term: hard divides {experts.count} experts among three views, and a token shall have"
+            f"experts.router_term: hard divides {experts.count} experts among three views, and a token needs"
             f" {experts.per_token}; set experts.count to {3 * experts.per_token} or more, or lower experts.per_token",
         ),
         (
             0 < config.data.min_visual_tokens <= config.data.visual_tokens,
             "data.min_visual_tokens must lie between 1 and data.visual_tokens",
         ),
-        (0 < config.data.crop[0] <= config.data.crop[1] <= 1, "data.crop must be two shares of the area, rising"),
+        (0 < config.data.crop[0] <= config.data.crop[1] <= 1, "data.crop must be two shares of the area, ascending"),
         (
             not config.data.mixture or (len(config.data.mixture) == 3 and sum(config.data.mixture) > 0),
-            "data.mixture must be three shares, of queries by text, by image and by both, or empty",
+            "data.mixture must be empty, or three shares: of queries by text, by image and by both",
         ),
         (0 < config.prepare.val_fraction < 1, "prepare.val_fraction must lie between 0 and 1"),
         (
@@ -395,7 +395,7 @@ def check(config: Config) -> Config:
         ),
         (
             config.training.keep_best == 0 or config.evaluation.every > 0,
-            "training.keep_best keeps what evaluations found best: set evaluation.every",
+            "training.keep_best needs evaluations: set evaluation.every",
         ),
     ]
     for holds, message in rules:
@@ -405,7 +405,7 @@ def check(config: Config) -> Config:
 
 
 def _flatten(nested: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted name → value of a nested dict or ConfigDict."""
+    """Dotted name → value, from a nested dict or ConfigDict."""
     flat = {}
     for key, value in nested.items():
         flat |= _flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
@@ -416,10 +416,10 @@ def resolve(differences: Any, base: dict[str, Any] | None = None) -> Config:
     """The defaults with an `ml_collections.ConfigDict` (or nested dict) of differences applied.
 
     Args:
-        base: options by dotted name that stand between the two, such as the sizes of a model to begin from.
+        base: options by dotted name, applied before the differences, such as the sizes of a base model.
 
     Raises:
-        UserError: also for a difference that restates its default.
+        UserError: as `replace`; also for a difference that equals its default.
     """
     values = _flatten(differences)
     base = base or {}
@@ -432,7 +432,7 @@ def resolve(differences: Any, base: dict[str, Any] | None = None) -> Config:
 
 
 def shipped_configs() -> Path:
-    """The folder of the shipped configs: installed within the package, in a clone at the top of the repository."""
+    """The folder of the shipped configs: inside an installed package, or at the top of a clone."""
     installed = Path(__file__).parent / "configs"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
 
@@ -440,10 +440,10 @@ def shipped_configs() -> Path:
 def load(source: str, base: dict[str, Any] | None = None) -> Config:
     """A config by name (quickstart, or configs/quickstart.py), or by path: Python with `get_config()`, or config.json.
 
-    A Python config is code and is run: load only what you trust.
+    A Python config is executed: load only files you trust.
 
     Args:
-        base: see `resolve`; a config.json holds every option, and leaves it no place.
+        base: see `resolve`; ignored for a config.json, which sets every option.
     """
     shipped, path = shipped_configs(), Path(source)
     if not source.endswith((".py", ".json")):
@@ -461,9 +461,9 @@ def load(source: str, base: dict[str, Any] | None = None) -> Config:
         spec.loader.exec_module(module)
         differences = module.get_config()
         differences.items()
-    except Exception as error:  # it is the user's code
+    except Exception as error:  # the user's code may raise anything
         what = f"{type(error).__name__}: {error}"
-        raise UserError(f"--config {source}: get_config() there gives no ConfigDict ({what})") from None
+        raise UserError(f"--config {source}: get_config() there returns no ConfigDict ({what})") from None
     return resolve(differences, base)
 
 
@@ -495,5 +495,5 @@ def read_json(path: Path) -> Config:
 
 
 def warmup_steps(training: Training) -> int:
-    """Warm-up steps of a run: a share of it, at least `min_warmup`, never more than half of it."""
+    """The number of warm-up steps: a share of all steps, at least `min_warmup`, at most half of all steps."""
     return min(max(round(training.warmup * training.steps), training.min_warmup), training.steps // 2)

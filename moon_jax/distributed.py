@@ -1,6 +1,6 @@
-"""The processes of one run: several hosts, or several processes on one machine, that compute as one.
+"""Multi-process runs: several hosts, or several processes on one machine, that compute together.
 
-Each runs the same program. The first of them (index 0) writes what is not an array, and speaks.
+All processes run the same program. The first one (index 0) writes everything except arrays, and prints.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from moon_jax import interrupt
 from moon_jax.errors import Unavailable, UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-"""Environment variables that join processes where no cluster does: host:port of the first, how many, which one."""
+"""Environment variables that connect processes outside clusters: host:port of the first, their number, own index."""
 
 MAX_BYTES = 8192
-"""Bytes of what a process can tell the others at once."""
+"""Maximum size of a message to the other processes, in bytes."""
 
 GOOGLE = "0x1ae0"
 """PCI vendor of TPU chips."""
 
 
 def initialize() -> None:
-    """Joins the processes of this run, where there are several; to be called once, before JAX is used.
+    """Connects the processes of this run, if there are several. Call it once, before using JAX.
 
-    They are found in this order: the variables of `VARIABLES`; a SLURM job step of several tasks (one that `srun`
-    started: a shell inside an allocation is a single process); a TPU VM, whose pod or slices JAX finds by itself. On
-    Kubernetes GKE tells pods with TPUs what those need; others set the variables. Without any of these nothing happens.
+    It tries, in this order: the variables in `VARIABLES`; a SLURM job step of several tasks (started by `srun`: a shell
+    inside an allocation is a single process); a TPU VM, for which JAX finds the pod or slices itself. On Kubernetes,
+    GKE configures pods with TPUs; other pods need the variables. If none applies, the process runs alone.
 
     Raises:
-        UserError: variables that are missing or make no sense.
+        UserError: variables are missing or invalid.
     """
     if jax.distributed.is_initialized():
         return
@@ -50,7 +50,7 @@ def initialize() -> None:
         options = _from_variables(given)
     elif _number("SLURM_STEP_NUM_TASKS", 1) > 1:
         options = {"num_processes": _number("SLURM_STEP_NUM_TASKS", 1), "process_id": _number("SLURM_PROCID", 0)}
-        # Where SLURM shows each task its own GPU only, that one has number 0.
+        # If SLURM shows each task only its own GPU, that GPU has number 0.
         if os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0 and os.environ.get("CUDA_VISIBLE_DEVICES"):
             options["local_device_ids"] = [0]
     elif _on_tpu():
@@ -64,15 +64,16 @@ def initialize() -> None:
     except ValueError as error:
         if options:
             raise
-        # A container, say, from which the TPU's metadata cannot be seen.
+        # For example a container without access to the TPU's metadata.
         print(
-            f"no other TPU hosts found ({error}); this one is alone. If there are more, set {', '.join(VARIABLES)}",
+            f"no other TPU hosts found ({error}); running on this host only. If there are more, set"
+            f" {', '.join(VARIABLES)}",
             file=sys.stderr,
             flush=True,
         )
         return
     interrupt.RELAY.set()
-    if interrupt.REQUESTED.is_set():  # while this one waited for the others, who shall know
+    if interrupt.REQUESTED.is_set():  # it came while waiting for the others: pass it on to them
         interrupt.forget()
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -87,7 +88,7 @@ def _from_variables(given: dict[str, str]) -> dict[str, object] | None:
     if not 0 <= index < count:
         raise UserError(f"{VARIABLES[2]}: {given[VARIABLES[2]]} of {given[VARIABLES[1]]} processes; they count from 0")
     if ":" not in address:
-        raise UserError(f"{VARIABLES[0]}: {address} names no port; write host:port")
+        raise UserError(f"{VARIABLES[0]}: {address} has no port; write host:port")
     if count == 1:
         return None
     return {
@@ -106,7 +107,7 @@ def _number(name: str, default: int) -> int:
 
 
 def _on_tpu(root: Path = Path("/")) -> bool:
-    """Whether this machine has TPU chips, without asking libtpu, which would claim them."""
+    """Whether this machine has TPU chips. Does not load libtpu, which would claim them."""
     if os.environ.get("JAX_PLATFORMS", "tpu") not in ("tpu", "tpu,cpu"):
         return False
     vendors = (root / "sys/bus/pci/devices").glob("*/vendor")
@@ -115,14 +116,14 @@ def _on_tpu(root: Path = Path("/")) -> bool:
 
 
 def is_primary() -> bool:
-    """Whether this process writes and speaks for all."""
+    """Whether this is the process that writes and prints for all."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def should_stop(step: int) -> bool:
-    """Whether all processes shall stop after `step` steps; to be asked after each step, by all of them.
+    """Whether all processes should stop after `step` steps. All of them must call this after every step.
 
-    A SIGTERM that reached any one process stops all of them at the same step (JAX's preemption service).
+    A SIGTERM to any one process stops all of them at the same step (JAX's preemption service).
     """
     if jax.process_count() == 1:
         return interrupt.REQUESTED.is_set()
@@ -133,23 +134,23 @@ def should_stop(step: int) -> bool:
 
 
 def allgather(text: str) -> list[str]:
-    """What each process says, by its index; its first MAX_BYTES bytes. All of them must ask."""
+    """The texts of all processes, by index, each cut to MAX_BYTES bytes. All processes must call this."""
     if jax.process_count() == 1:
         return [text]
     line = np.zeros(MAX_BYTES, np.uint8)
-    said = np.frombuffer(text.encode()[:MAX_BYTES], np.uint8)
-    line[: said.size] = said
+    encoded = np.frombuffer(text.encode()[:MAX_BYTES], np.uint8)
+    line[: encoded.size] = encoded
     lines = multihost_utils.process_allgather(line)
     return [bytes(line).rstrip(b"\0").decode(errors="ignore") for line in np.asarray(lines)]
 
 
 @contextlib.contextmanager
 def fail_together() -> Iterator[None]:
-    """Work that all processes do: what one of them fails with ends all, and none waits for another in vain.
+    """Wraps work that all processes do: if one fails, all fail, and none waits for another forever.
 
     Raises:
-        UserError: in all where it is one in any (Unavailable likewise); also in the others where one fails otherwise,
-            which itself raises what it failed with.
+        UserError: in all processes if any raised one (the same for Unavailable). If a process raised another exception,
+            that process raises it again, and the others raise UserError.
     """
     failed: Exception | None = None
     try:
@@ -158,13 +159,13 @@ def fail_together() -> Iterator[None]:
         failed = error
         if jax.process_count() == 1:
             raise
-    told = "" if failed is None else f"{type(failed).__name__} {str(failed) or 'failed'}"
-    for index, said in enumerate(allgather(told)):
-        if not said:
+    report = "" if failed is None else f"{type(failed).__name__} {str(failed) or 'failed'}"
+    for index, other in enumerate(allgather(report)):
+        if not other:
             continue
         if failed is not None and not isinstance(failed, UserError):
             raise failed
-        kind, _, text = said.partition(" ")
+        kind, _, text = other.partition(" ")
         if kind not in (UserError.__name__, Unavailable.__name__):
             text = f"{kind}: {text}"
         own = index == jax.process_index()
@@ -176,19 +177,19 @@ def fail_together() -> Iterator[None]:
 
 
 def require_equal(what: str, values: dict[str, Any]) -> None:
-    """Refuses processes that do not agree on `values`.
+    """Checks that all processes have the same `values`.
 
     Raises:
-        UserError: names the first of them that differs.
+        UserError: names the first value that differs.
     """
     if len({*allgather(hashlib.blake2b(json.dumps(values).encode()).hexdigest())}) == 1:
         return
     for name, value in values.items():
-        said = allgather(json.dumps(value))
-        for index, other in enumerate(said):
-            if other != said[0]:
+        held = allgather(json.dumps(value))
+        for index, other in enumerate(held):
+            if other != held[0]:
                 error = UserError(
-                    f"process {index}: {what}.{name} is {other} there, and {said[0]} in process 0; give all processes"
+                    f"process {index}: {what}.{name} is {other}, but {held[0]} in process 0; give all processes"
                     " the same"
                 )
                 error.shared = True

@@ -1,18 +1,18 @@
-"""Errors that a user meets, each one line: what is at fault, what was expected, and what to do."""
+"""Errors shown to the user, each one line: what is wrong, what was expected, and what to do."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake of the user's. The message is one line that names the culprit, what was expected, and the remedy."""
+    """A mistake by the user. The message is one line: the flag or file, what is wrong, and what to do."""
 
-    shared = False  # whether every process of a run raises it; only the first then prints it
+    shared = False  # True if every process of a run raises it: then only the first one prints it
 
 
 class Unavailable(UserError):
-    """A disk, a bucket or another process does not respond: the same command may succeed later."""
+    """A disk, bucket or other process does not respond: the same command may succeed later."""
 
 
 def printable(text: str) -> str:
-    """`text` without control characters, which could move a terminal's cursor or worse."""
+    """`text` with control characters replaced: they could move a terminal's cursor or worse."""
     return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)

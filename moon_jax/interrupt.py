@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM that are never lost, and never strike inside a library.
+"""Handles Ctrl-C and SIGTERM so that they are never lost and never interrupt a library.
 
-A KeyboardInterrupt vanishes where a library swallows every exception (an optional import, a callback from C), and has
-crashed C extensions while they were imported. So the first Ctrl-C is only remembered, and whoever reports progress asks
-for it; the second one ends the process. SIGTERM, by which clusters announce that a machine will be taken, is remembered
-likewise. Imports nothing that is slow.
+A KeyboardInterrupt is lost if a library swallows all exceptions (an optional import, a callback from C), and it has
+crashed C extensions during import. So the first Ctrl-C only sets a flag, which code that reports progress checks; the
+second one ends the process. SIGTERM, which clusters send before they take a machine away, sets a flag too. This module
+imports nothing slow.
 """
 
 import contextlib
@@ -15,21 +15,21 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 REQUESTED = threading.Event()
-"""Work shall stop at the next place where nothing is lost."""
+"""Work should stop at the next point where nothing is lost."""
 
 TERMINATED = threading.Event()
-"""It shall stop for a SIGTERM, not for Ctrl-C."""
+"""The stop was requested by SIGTERM, not by Ctrl-C."""
 
 RELAY = threading.Event()
-"""Several processes run together (hosts.py): Ctrl-C shall become a SIGTERM, on which they agree."""
+"""Several processes run together (distributed.py): turn Ctrl-C into a SIGTERM, on which they agree."""
 
 _PRESSED = threading.Event()
 
 
 @contextlib.contextmanager
 def remembered() -> Iterator[None]:
-    """Within it the first Ctrl-C, and any SIGTERM, is remembered; one that several processes shall agree on (RELAY) is
-    left to JAX. Within another one, or beside the main thread, which alone hears of signals, it does nothing.
+    """Inside it, the first Ctrl-C and any SIGTERM only set flags. With RELAY, SIGTERM is left to JAX, through which the
+    processes agree. Nested, or outside the main thread (the only one that receives signals), it does nothing.
     """
     inner = signal.getsignal(signal.SIGINT) is _remember
     if inner or threading.current_thread() is not threading.main_thread():
@@ -47,7 +47,7 @@ def remembered() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Nothing was asked for."""
+    """Clears all requests to stop."""
     for event in (REQUESTED, TERMINATED, _PRESSED):
         event.clear()
 
@@ -59,28 +59,28 @@ def _remember(kind: int, _: object) -> None:
     if _PRESSED.is_set():
         os._exit(130)
     _PRESSED.set()
-    print("\nstopping after this piece of work; Ctrl-C again stops at once", file=sys.stderr)
+    print("\nstopping after the current piece of work; press Ctrl-C again to stop at once", file=sys.stderr)
     if RELAY.is_set():
-        os.kill(os.getpid(), signal.SIGTERM)  # JAX's own handler has taken the place of ours
+        os.kill(os.getpid(), signal.SIGTERM)  # handled by JAX, which has replaced our handler
     else:
         REQUESTED.set()
 
 
 def terminate() -> None:
-    """Asks for the stop that a SIGTERM asks for."""
+    """Requests a stop, as SIGTERM does."""
     TERMINATED.set()
     REQUESTED.set()
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt if a stop was asked for."""
+    """Raises KeyboardInterrupt if a stop was requested."""
     if REQUESTED.is_set():
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that drops the work that waits when an exception passes, in place of doing it all first."""
+    """A thread pool that cancels queued work on an exception, instead of finishing it first."""
     with ThreadPoolExecutor(threads) as pool:
         try:
             yield pool

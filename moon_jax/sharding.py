@@ -1,4 +1,4 @@
-"""The device mesh, and the one table from the logical names of array axes to mesh axes."""
+"""The device mesh, and the single table from logical axis names to mesh axes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moon_jax.types import Array, Batch
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
-"""The axes over which rows, and with them tokens, are divided."""
+"""The mesh axes that shard rows, and with them tokens."""
 
 RULES = (
     ("vocab", "tensor"),
@@ -29,17 +29,17 @@ RULES = (
     ("layers", None),
     ("norm", None),
 )
-"""Logical name → mesh axes. A name that is not here is an error in `nn.logical_to_mesh_sharding`."""
+"""Logical name → mesh axis. A name that is missing here is an error in `nn.logical_to_mesh_sharding`."""
 
 
 def make_mesh(config: config_lib.Mesh, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices with the axes of `AXES`.
+    """A mesh of all devices with the axes in `AXES`.
 
-    Devices of several slices (TPU pods that only the slower data-center network joins) are divided by `data` first:
-    what the other axes move stays inside a slice.
+    If there are several slices (TPU pods joined only by the slower data-center network), `data` is split over them
+    first, so that traffic along the other axes stays inside a slice.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices, or slices do not divide `data`.
+        UserError: the product of the sizes is not the number of devices, or `data` is not a multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
@@ -54,8 +54,10 @@ def make_mesh(config: config_lib.Mesh, devices: list[jax.Device] | None = None) 
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     data, *inner = sizes
     if data % slices:
-        raise UserError(f"config.mesh.data: {data} does not divide over {slices} slices; make it a multiple of them")
-    split = {"allow_split_physical_axes": True}  # say 8 of the 4 x 4 x 4 chips of a torus
+        raise UserError(
+            f"config.mesh.data: {data} does not divide over {slices} slices; make it a multiple of {slices}"
+        )
+    split = {"allow_split_physical_axes": True}  # for example 8 of the 4 x 4 x 4 chips of a torus
     if slices == 1:
         return Mesh(mesh_utils.create_device_mesh(sizes, devices, **split), AXES, types)
     between = (slices,) + (1,) * len(inner)
@@ -63,7 +65,7 @@ def make_mesh(config: config_lib.Mesh, devices: list[jax.Device] | None = None) 
 
 
 def check(config: config_lib.Config, mesh: Mesh) -> None:
-    """Refuses a config that the mesh does not divide.
+    """Checks that the mesh divides the config's sizes.
 
     Raises:
         UserError: names the axis, the option, and what to do.
@@ -79,7 +81,7 @@ def check(config: config_lib.Config, mesh: Mesh) -> None:
         if values[name] % mesh.shape[axis]:
             raise UserError(
                 f"config.mesh.{axis}: {mesh.shape[axis]} does not divide config.{name}, {values[name]}; choose a"
-                " divisor, and give the rest of the devices to config.mesh.data"
+                " divisor, and give the remaining devices to config.mesh.data"
             )
     parts = math.prod(mesh.shape[axis] for axis in ROWS)
     if config.data.batch % parts:
@@ -90,16 +92,16 @@ def check(config: config_lib.Config, mesh: Mesh) -> None:
 
 
 def of_variables(mesh: Mesh, variables: Any) -> Any:
-    """Shardings of abstract linen variables, from the logical names that their partitioning boxes carry.
+    """Shardings of abstract linen variables, from the logical names in their partitioning boxes.
 
     Raises:
-        UserError: an axis of the mesh that does not divide the axis of a variable that it is to divide; names both.
+        UserError: a mesh axis does not divide the axis of a variable that it shards; names both.
     """
 
     def named(box: Any) -> Any:
-        """An optimizer may keep less of a matrix than the matrix, say the means of its rows: that is replicated."""
+        """An optimizer may keep a smaller array for a matrix, such as its row means: it is replicated."""
         if not isinstance(box, nn.LogicallyPartitioned) or not hasattr(box.value, "shape"):
-            return getattr(box, "value", box)  # an optimizer may leave a parameter out
+            return getattr(box, "value", box)  # an optimizer may skip a parameter
         if len(box.names) != len(box.value.shape):
             return box.value
         whole = [None if size == 1 else name for name, size in zip(box.names, box.value.shape, strict=True)]
@@ -116,7 +118,7 @@ def of_variables(mesh: Mesh, variables: Any) -> Any:
                 name = "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
                 raise UserError(
                     f"config.mesh.{axis}: {parts} does not divide {size}, an axis of {name} {leaf.shape};"
-                    " choose a divisor, and give the rest to config.mesh.data"
+                    " choose a divisor, and give the remaining devices to config.mesh.data"
                 )
 
     jax.tree_util.tree_map_with_path(check, nn.unbox(variables), shardings)
@@ -124,16 +126,16 @@ def of_variables(mesh: Mesh, variables: Any) -> Any:
 
 
 def shards() -> int:
-    """Into how many parts the mesh in use divides rows; 1 without one."""
+    """The number of parts into which the mesh in use divides rows; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape.get(axis, 1) for axis in ROWS)
 
 
 def by_rows(x: Array) -> Array:
-    """`x` with its first axis divided as rows are, and no other; left alone without a mesh.
+    """Constrains `x` to be sharded by rows along its first axis only. Does nothing without a mesh.
 
-    Said of every layer's input: else the compiler may divide activations as it finds the weights divided, and compute
-    all rows on each device.
+    Applied to the input of every layer: otherwise the compiler may shard activations like the weights, and compute all
+    rows on every device.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -141,10 +143,10 @@ def by_rows(x: Array) -> Array:
 
 
 def lookup(table: Array, index: Array) -> Array:
-    """table[index] of a table [N,D] that `fsdp` divides along D. i32[R,…] → [R,…,D], divided along D by `fsdp` as well.
+    """table[index] for a table [N,D] that `fsdp` shards along D: i32[R,…] → [R,…,D], also sharded along D by `fsdp`.
 
-    Each device looks up its part of D for all rows of its group; `by_rows` then exchanges parts for rows. Else the
-    compiler would gather the table on each device, and sum its whole gradient there.
+    Each device looks up its part of D for all rows of its group; `by_rows` then exchanges parts for rows. Otherwise the
+    compiler would gather the table on every device, and sum its whole gradient there.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return table[index]
@@ -159,27 +161,29 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 
 def share(mesh: Mesh, count: int) -> list[int]:
-    """Which of `count` rows this process's devices hold, rising.
+    """The indices, ascending, of the rows (out of `count`) that this process's devices hold.
 
     Raises:
-        UserError: another process would hold more of them, or fewer.
+        UserError: processes would hold different numbers of rows.
     """
-    places = rows(mesh).devices_indices_map((count,))
+    parts = rows(mesh).devices_indices_map((count,))
     held: dict[int, set[int]] = {}
-    for device, (part,) in places.items():
+    for device, (part,) in parts.items():
         held.setdefault(device.process_index, set()).update(range(*part.indices(count)))
     sizes = {index: len(numbers) for index, numbers in held.items()}
     if len({*sizes.values()}) > 1:
-        told = ", ".join(f"{size} in process {index}" for index, size in sorted(sizes.items()))
-        raise UserError(f"config.mesh: rows do not divide evenly over processes ({told}); give all as many devices")
+        listed = ", ".join(f"{size} in process {index}" for index, size in sorted(sizes.items()))
+        raise UserError(
+            f"config.mesh: rows do not divide evenly over processes ({listed}); give all the same number of devices"
+        )
     return sorted(held[jax.process_index()])
 
 
 def spread(mesh: Mesh, tree: Any, held: Sequence[int] | None = None, count: int = 0) -> Any:
-    """Numpy arrays on the devices, divided along their first axis as rows are.
+    """Places numpy arrays on the devices, sharded by rows along the first axis.
 
     Args:
-        held: the rows that the arrays hold, of `count`: what `share` gives. By default they are whole.
+        held: the rows, out of `count`, that the arrays hold (the result of `share`). By default all.
     """
     start_of = {number: index for index, number in enumerate(held or ())}
 
@@ -188,8 +192,8 @@ def spread(mesh: Mesh, tree: Any, held: Sequence[int] | None = None, count: int 
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             first, stop, _ = index[0].indices(whole)
-            begin = start_of[first] if held else first
-            return array[begin : begin + stop - first]
+            start = start_of[first] if held else first
+            return array[start : start + stop - first]
 
         return jax.make_array_from_callback((whole, *array.shape[1:]), rows(mesh), part)
 
@@ -197,11 +201,11 @@ def spread(mesh: Mesh, tree: Any, held: Sequence[int] | None = None, count: int 
 
 
 def place(mesh: Mesh, batch: Batch, held: Sequence[int]) -> Batch:
-    """A batch on the devices.
+    """Places a batch on the devices.
 
     Args:
-        batch: numpy arrays; its `rows` are the ones that this process holds, the rest of it is whole.
-        held: their numbers, what `share` gives.
+        batch: numpy arrays; `rows` holds only the rows of this process, everything else is complete.
+        held: the indices of these rows (the result of `share`).
     """
     local = spread(mesh, batch.rows, held, len(batch.product))
     return spread(mesh, batch.replace(rows=None)).replace(rows=local)

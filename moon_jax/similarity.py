@@ -1,4 +1,4 @@
-"""Similarities of unit vectors: top-k and logsumexp in chunks, memory flat in the number of candidates; truncation.
+"""Similarities of unit vectors: top-k and logsumexp in chunks, so that memory stays constant; truncation.
 
 The losses, retrieval and search share these functions.
 """
@@ -16,28 +16,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moon_jax.types import Array
 
-PRECISION = jax.lax.Precision.HIGHEST  # the default on TPU multiplies in bfloat16, which reorders near ties
+PRECISION = jax.lax.Precision.HIGHEST  # the default on TPU is bfloat16, which reorders near ties
 
 
 def truncate(vectors: Array, width: int) -> Array:
-    """The first `width` dimensions, brought back to unit length (Matryoshka, arXiv 2205.13147); zero stays zero.
+    """The first `width` dimensions, renormalised to unit length (Matryoshka, arXiv 2205.13147); zero stays zero.
 
     Args:
         vectors: f32[…,D], unit or zero.
 
     Returns:
-        f32[…,width]; `vectors` themselves where that is D.
+        f32[…,width]; `vectors` itself if width is D.
     """
     if width == vectors.shape[-1]:
         return vectors
     short = jnp.asarray(vectors)[..., :width]
     square = (short**2).sum(axis=-1, keepdims=True)
-    # Absent views are zero: neither they nor their gradient may grow.
+    # Absent views are zero: neither they nor their gradient may become infinite.
     return short * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
 def _chunks(candidates: Array, chunk: int) -> tuple[Array, Array]:
-    """f32[C,D] → f32[C/chunk,chunk,D], padded with zeros, and the columns i32[C/chunk,chunk]."""
+    """f32[C,D] → f32[C/chunk,chunk,D], zero-padded, and the column indices i32[C/chunk,chunk]."""
     count = candidates.shape[0]
     pad = -count % chunk
     padded = jnp.pad(candidates, ((0, pad), (0, 0)))
@@ -48,17 +48,17 @@ def _chunks(candidates: Array, chunk: int) -> tuple[Array, Array]:
 def masked_logsumexp(
     queries: Array, candidates: Array, keep: Callable[[Array], Array], scale: Array, chunk: int
 ) -> tuple[Array, Array]:
-    """log Σ_c exp(scale · q·c) over the candidates that `keep` admits.
+    """log Σ_c exp(scale · q·c) over the candidates that `keep` selects.
 
     Args:
         queries: f32[Q,D].
         candidates: f32[C,D].
-        keep: columns i32[c] → bool[Q,c].
+        keep: column indices i32[c] → bool[Q,c].
         scale: f32[], the inverse temperature.
-        chunk: candidates whose similarities are held at once; the backward pass computes them anew.
+        chunk: candidates whose similarities are in memory at once; the backward pass recomputes them.
 
     Returns:
-        f32[Q], -inf where nothing is kept; and i32[Q], the candidates kept.
+        f32[Q], -inf if no candidate is kept; and i32[Q], the number of candidates kept.
     """
     total = candidates.shape[0]
 
@@ -69,10 +69,10 @@ def masked_logsumexp(
         mask = keep(columns) & (columns < total)
         logits = jnp.einsum("qd,cd->qc", queries, block, precision=PRECISION) * scale
         logits = jnp.where(mask, logits, -jnp.inf)
-        # The running maximum only guards against overflow: its gradient cancels, so none is taken.
+        # The running maximum only prevents overflow: its gradient would cancel out, so none is computed.
         new = jnp.maximum(largest, jax.lax.stop_gradient(logits.max(axis=1)))
         base = jnp.where(jnp.isneginf(new), 0.0, new)
-        # Masked terms are cut before exp: exp(-inf) would give 0 · inf in the backward pass.
+        # Mask before exp as well: exp(-inf) would give 0 · inf in the backward pass.
         terms = jnp.where(mask, jnp.exp(jnp.where(mask, logits, base[:, None]) - base[:, None]), 0.0)
         summed = summed * jnp.exp(largest - base) + terms.sum(axis=1)
         return (new, summed, kept + mask.sum(axis=1, dtype=jnp.int32)), None
@@ -85,16 +85,16 @@ def masked_logsumexp(
 
 
 QUERIES, CHUNK, GROUP = 1024, 32768, 64
-"""Of top_k: queries at once, candidates whose similarities are held at once, and those of which one maximum is kept."""
+"""For top_k: queries per batch, candidates per chunk, and candidates per group (see `_search`)."""
 
 CHUNKS = 8
-"""Chunks of each device that are brought to it at once."""
+"""Chunks that are sent to each device at once."""
 
 
 class Resident:
-    """Candidates that stay on the devices, f32, for many searches: what `top_k` takes in place of an array.
+    """Candidates, f32, that stay on the devices for many searches. Pass it to `top_k` instead of an array.
 
-    Each device holds its part; all of them together must have room.
+    Each device holds a part; together they must have enough memory for all.
     """
 
     def __init__(self, candidates: Any, devices: Sequence[jax.Device] | None = None):
@@ -111,18 +111,21 @@ class Resident:
 def top_k(
     queries: Array, candidates: Any, k: int, devices: Sequence[jax.Device] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k most similar candidates of each query; of equal ones the lowest index comes first.
+    """The k most similar candidates of each query. Ties: the lowest index comes first.
 
-    Exact: every candidate is compared, in float32. Memory does not grow with the candidates. How many there are of
-    them, of queries or of devices changes no bit of a similarity: all shapes are filled up to a few.
+    The search is exact: it compares every candidate, in float32, in constant memory. Shapes are padded to a few sizes,
+    so no bit of a similarity depends on the number of candidates, queries or devices.
 
     Args:
         queries: f32[Q,D].
-        candidates: anything with a length C whose slices numpy makes f32[c,D] of, or Resident; k ≤ C.
-        devices: which share the candidates; by default all of this process, or those of the Resident.
+        candidates: a Resident, or anything of length C with slices that numpy converts to f32[c,D]; k ≤ C.
+        devices: share the candidates; by default all devices of this process, or those of the Resident.
 
     Returns:
-        similarities f32[Q,k], falling; and indices i32[Q,k].
+        similarities f32[Q,k], descending; and indices i32[Q,k].
+
+    Raises:
+        ValueError: k is not in 1…C, or larger than a chunk of the Resident.
     """
     total = len(candidates)
     if not 1 <= k <= total:
@@ -144,13 +147,13 @@ def top_k(
     ]
     nothing = np.full((size, k), -np.inf, np.float32), np.zeros((size, k), np.int32)
     best, first = [jax.device_put(nothing, whole) for _ in parts], 0
-    # A run judges under the mesh that it trains on; this is another one.
+    # During training another mesh, that of the run, is set.
     with jax.set_mesh(mesh):
         for block in blocks:
             for number, part in enumerate(parts):
                 best[number] = search(part, block, best[number], np.int32(first), np.int32(total))
             first += sum(len(part) for part in block) * chunk
-    found = [np.concatenate([np.asarray(entry[place]) for entry in best] or [nothing[place][:0]]) for place in (0, 1)]
+    found = [np.concatenate([np.asarray(entry[part]) for entry in best] or [nothing[part][:0]]) for part in (0, 1)]
     return found[0][: len(queries)], found[1][: len(queries)]
 
 
@@ -159,12 +162,12 @@ def _mesh(devices: Sequence[jax.Device]) -> Mesh:
 
 
 def _blocks(candidates: Any, chunk: int, devices: Sequence[jax.Device]) -> Iterator[tuple[Array, ...]]:
-    """The candidates, filled up with zeros, part after part: several f32[devices,chunk,D], divided over the devices.
+    """The candidates, zero-padded, in blocks: tuples of f32[devices,chunk,D], sharded over the devices.
 
-    What a device gets of one part is consecutive.
+    The candidates that a device gets from one block are consecutive.
     """
     total, own = len(candidates), NamedSharding(_mesh(devices), PartitionSpec("device"))
-    # So many chunks of each device as leave none idle.
+    # Few enough chunks per device that none is idle.
     chunks = min(CHUNKS, -(-total // (chunk * len(devices))))
     step = chunks * chunk * len(devices)
     for first in range(0, total, step):
@@ -174,7 +177,7 @@ def _blocks(candidates: Any, chunk: int, devices: Sequence[jax.Device]) -> Itera
 
 
 def _power(number: int) -> int:
-    """The next power of two."""
+    """The smallest power of two that is at least `number`."""
     return 1 << max(number - 1, 0).bit_length()
 
 
@@ -184,10 +187,10 @@ def _filled(array: np.ndarray, length: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _search(mesh: Mesh, k: int, chunk: int, group: int) -> Callable[..., tuple[Array, Array]]:
-    """What merges the best k of a block of candidates, chunks of which lie on each device, with the best so far."""
+    """A jitted function that merges the best k of a block of candidates (sharded over devices) into the best so far."""
 
     def merge(best: tuple[Array, Array], scores: Array, indices: Array) -> tuple[Array, Array]:
-        # The best so far have lower indices and stand first; lax.top_k keeps the order of equal ones.
+        # The best so far have lower indices and come first; lax.top_k keeps the order of ties.
         scores, indices = jnp.concatenate([best[0], scores], 1), jnp.concatenate([best[1], indices], 1)
         scores, where = jax.lax.top_k(scores, k)
         return scores, jnp.take_along_axis(indices, where, axis=1)
@@ -196,13 +199,13 @@ def _search(mesh: Mesh, k: int, chunk: int, group: int) -> Callable[..., tuple[A
         size = queries.shape[0]
         first = first + jax.lax.axis_index("device") * len(block) * chunk
         best = jnp.full((size, k), -jnp.inf), jnp.zeros((size, k), jnp.int32)
-        # Not a scan over one array: the compiler would copy each chunk out of it.
+        # Not a scan over one array: the compiler would copy every chunk out of it.
         for number, [part] in enumerate(block):
             start = first + number * chunk
             scores = jnp.einsum("qd,cd->qc", queries, part, precision=PRECISION).reshape(size, -1, group)
             exists = (start + jnp.arange(chunk) < total).reshape(-1, group)
-            # The best k lie in the k groups of the highest maxima, the lowest group first among equal ones: reading
-            # maxima is cheaper than sorting similarities. In rising order, so that ties keep theirs.
+            # The best k are in the k groups with the highest maxima (ties: the lowest group first). Taking maxima is
+            # cheaper than sorting similarities. The groups are sorted so that ties keep their order.
             _, chosen = jax.lax.top_k(jnp.where(exists, scores, -jnp.inf).max(axis=2), k)
             chosen = jnp.sort(chosen, axis=1)
             indices = start + chosen[:, :, None] * group + jnp.arange(group)

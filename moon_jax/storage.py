@@ -1,9 +1,9 @@
-"""Where a workdir lies: a folder of this machine, or one in a bucket, gs://bucket/run.
+"""Where a workdir is stored: in a local folder, or in a bucket, gs://bucket/run.
 
-A bucket can neither append to a file nor rename a folder, which logs and writing whole or not at all need. So the
-checkpoints of such a workdir lie in the bucket alone, where Orbax writes them, and everything else is worked on in a
-copy on this machine: pulled when a run opens, pushed before each checkpoint is saved and when the run ends. What a run
-comes back to is a checkpoint, so nothing that it needs is ever newer than the copy in the bucket.
+Buckets can neither append to a file (which logs need) nor rename a folder (which atomic writes need). So only the
+checkpoints of such a workdir are written to the bucket directly, by Orbax. Everything else is in a local copy, pulled
+when a run opens, and pushed before each checkpoint is saved and when the run ends. A run resumes from a checkpoint, so
+everything it needs is already in the bucket.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from moon_jax.errors import Unavailable, UserError
 BUCKET = "gs://"
 
 SCHEME = re.compile(r"([a-z][a-z0-9]+):/+")
-"""How an address begins. A pathlib.Path makes one slash of two."""
+"""The start of an address. pathlib.Path merges the two slashes into one."""
 
 NOT_PULLED = ("checkpoints", "damaged", "profile")
-"""What is not pulled: checkpoints stay in the bucket, and nothing reads the others."""
+"""Folders that are not pulled: checkpoints stay in the bucket, and nothing reads the others."""
 
 
 def is_address(path: str | Path) -> bool:
-    """Whether this is anything but a path of this machine."""
+    """Whether this is an address (scheme://…) rather than a local path."""
     return bool(SCHEME.match(str(path)))
 
 
@@ -41,12 +41,12 @@ def _address(path: str | Path) -> str:
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether this is written gs://bucket/folder."""
+    """Whether this is an address in a bucket, gs://…"""
     return _address(path).startswith(BUCKET)
 
 
 def _one_line_errors(work: Callable) -> Callable:
-    """What the bucket refuses is one line."""
+    """Turns errors of the bucket into UserErrors of one line."""
 
     @functools.wraps(work)
     def wrapped(self: Store, *arguments: Any) -> Any:
@@ -54,7 +54,7 @@ def _one_line_errors(work: Callable) -> Callable:
             return work(self, *arguments)
         except UserError:
             raise
-        except Exception as error:  # of gcsfs, aiohttp, google.auth, and what they are built on
+        except Exception as error:  # of gcsfs, aiohttp, google.auth and their dependencies
             absent = isinstance(error, FileNotFoundError)
             cause = "not found" if absent else first_line(error)
             raise (UserError if absent else Unavailable)(
@@ -66,16 +66,16 @@ def _one_line_errors(work: Callable) -> Callable:
 
 
 def first_line(error: BaseException, longest: int = 200) -> str:
-    """The first line of an error, of so many characters at most."""
+    """The first line of an error, at most `longest` characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:longest]
 
 
 def _bucket() -> Any:
-    """The file system of buckets; it and Orbax's own (epath's) look at what is there each time.
+    """The file system of buckets. Disables listing caches, here and in Orbax's file system (epath).
 
-    By default both keep every listing for good, and would not see what another process, or the other one, did.
+    By default both cache every listing forever, and miss the changes of other processes and of each other.
     """
-    import fsspec  # slow to import, and only wanted here
+    import fsspec  # slow to import, and only needed here
 
     for name in ("gs", "gcs"):
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
@@ -83,7 +83,7 @@ def _bucket() -> Any:
 
 
 def move(folder: epath.Path, target: epath.Path) -> None:
-    """Moves a folder, in place of what is at `target`; in a bucket object by object."""
+    """Moves a folder and replaces what is at `target`; in a bucket object by object."""
     target.rmtree(missing_ok=True)
     if is_remote(folder):
         _bucket().mv(str(folder), str(target), recursive=True)
@@ -96,14 +96,14 @@ _COPIES: list[Path] = []
 
 
 def temporary_folder() -> Path:
-    """A folder of this process's own, which is removed when it ends."""
+    """A temporary folder that is removed when this process ends."""
     _COPIES.append(Path(tempfile.mkdtemp(prefix="moon-jax-")))
     return _COPIES[-1]
 
 
 @atexit.register
 def remove_copies() -> None:
-    """Removes this process's temporary folders; called when it ends."""
+    """Removes this process's temporary folders; runs at exit."""
     while _COPIES:
         shutil.rmtree(_COPIES.pop(), ignore_errors=True)
 
@@ -112,29 +112,27 @@ class Store:
     """A workdir.
 
     Attributes:
-        address: as the user wrote it.
-        files: the folder of this machine that holds all but the checkpoints; the workdir itself, or a copy.
+        address: the path, or gs://bucket/folder.
+        files: the local folder with everything but the checkpoints: the workdir itself, or a copy of it.
         checkpoints: the folder of the checkpoints.
     """
 
     def __init__(self, address: str | Path):
         """
         Raises:
-            UserError: a gs:// without a folder in a bucket, another kind of address, or gcsfs is not installed.
+            UserError: gs:// without a bucket and folder, another kind of address, or gcsfs is not installed.
         """
         self.address = _address(address)
         self._known: dict[str, tuple[int, int]] = {}
         if not is_remote(address):
             if is_address(address):
-                raise UserError(
-                    f"{self.address}: neither a folder of this machine nor gs://; mount it, and give that path"
-                )
+                raise UserError(f"{self.address}: neither a local path nor gs://; mount it and give that path")
             self.files = Path(address)
             self.checkpoints = epath.Path(self.files.absolute() / "checkpoints")
             return
         bucket, _, folder = self.address.removeprefix(BUCKET).strip("/").partition("/")
         if not bucket or not folder:
-            raise UserError(f"{self.address}: names no folder in a bucket; write gs://bucket/folder")
+            raise UserError(f"{self.address}: no folder in a bucket; write gs://bucket/folder")
         if importlib.util.find_spec("gcsfs") is None:
             raise UserError(f"{self.address}: gcsfs is not installed; pip install -e '.[gcs]'")
         self._root = f"{bucket}/{folder}"
@@ -148,15 +146,19 @@ class Store:
 
     @property
     def remote(self) -> bool:
-        """Whether it lies in a bucket."""
+        """Whether it is in a bucket."""
         return is_remote(self.address)
 
     @_one_line_errors
     def pull(self, names: Sequence[str] = ()) -> None:
-        """Brings the copy up to the bucket; nothing where the workdir is a folder of this machine.
+        """Updates the local copy from the bucket. Does nothing if the workdir is a local folder.
 
         Args:
-            names: the files that are wanted; all but NOT_PULLED by default.
+            names: the files to pull; by default all but NOT_PULLED.
+
+        Raises:
+            UserError: the bucket does not exist.
+            Unavailable: it cannot be read now.
         """
         if not self.remote:
             return
@@ -167,13 +169,13 @@ class Store:
 
     @_one_line_errors
     def push(self) -> None:
-        """Brings the bucket up to the copy: what was written since the last pull or push, and what is gone."""
+        """Updates the bucket from the local copy, uploading and deleting what changed since the last pull or push."""
         if not self.remote:
             return
         seen = self._seen()
         changed = [name for name, state in seen.items() if self._known.get(name) != state]
         gone = [name for name in self._known if name not in seen]
-        # In the order in which they were written: what says that others are whole comes last.
+        # In the order of writing: a file that marks others as complete comes last.
         for name in sorted(changed, key=lambda name: seen[name]):
             self._bucket.put_file(str(self.files / name), f"{self._root}/{name}")
         if gone:
@@ -181,7 +183,7 @@ class Store:
         self._known = seen
 
     def _seen(self) -> dict[str, tuple[int, int]]:
-        """Time of change and size of every file of the copy."""
+        """Modification time (ns) and size of every file in the copy."""
         files = (path for path in self.files.rglob("*") if path.is_file() and path.suffix != ".tmp")
         states = ((path, path.stat()) for path in files)
         return {path.relative_to(self.files).as_posix(): (state.st_mtime_ns, state.st_size) for path, state in states}

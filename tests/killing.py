@@ -1,4 +1,4 @@
-"""Commands that are killed, by SIGKILL and at any moment, and run again: the same bytes as undisturbed."""
+"""Kills commands with SIGKILL at random moments and runs them again: the output must be the same bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 
 def start(arguments: list[object]) -> subprocess.Popen:
-    """moon-jax with small chunks, units and shards, in a session of its own."""
+    """Starts moon-jax with small chunks, units and shards, in its own session."""
     return subprocess.Popen(
         [sys.executable, "-m", "tests.ingest.small", *map(str, arguments)],
         cwd=ROOT,
@@ -37,7 +37,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def alive(session: int) -> list[str]:
-    """Processes of a session that still run."""
+    """The pids of a session's processes that still run."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -58,27 +58,31 @@ def killed(
     seed: int,
     takes_processes: bool = True,
 ) -> str:
-    """Kills it twice within the `seconds` that it takes, and finishes it; each time with another number of processes,
-    where it takes them.
+    """Kills a command twice at random moments, then lets it finish, each time with another number of processes.
+
+    Args:
+        expected: the content of `output` after an uninterrupted run.
+        seconds: the duration of an uninterrupted run.
+        takes_processes: whether the command has --processes.
 
     Returns:
-        What it said in the end.
+        The output of the last run.
     """
     rng = np.random.default_rng(seed)
 
-    def again() -> subprocess.Popen:
+    def restart() -> subprocess.Popen:
         processes = ["--processes", rng.integers(1, 4)] if takes_processes else []
         return start([*arguments, "--output", output, *processes])
 
     for _ in range(2):
-        process = again()
+        process = restart()
         time.sleep(rng.uniform(0.2, 1.0) * seconds)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         deadline = time.monotonic() + 20
         while alive(process.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not alive(process.pid), "a worker outlives the one that started it"
-    out = finish(again())
+        assert not alive(process.pid), "a worker outlives its parent"
+    out = finish(restart())
     assert content(output) == expected
     return out

@@ -1,4 +1,4 @@
-"""transformers' Qwen3-VL as the reference: random models, written as folders in the layout of published checkpoints."""
+"""transformers' Qwen3-VL as the reference: random models, in folders with the layout of published checkpoints."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 
 
 def _import_torchvision() -> None:
-    """torchvision's wheel fails to import beside a torch without its operators, and transformers with it.
+    """Imports torchvision. Its wheel fails to import beside a torch without its operators, and so does transformers.
 
-    No test calls them: declared, they let the import pass.
+    No test calls these operators, so declaring them is enough.
     """
     try:
         import torchvision
@@ -45,18 +45,18 @@ def _import_torchvision() -> None:
         import torchvision  # noqa: F401
 
 
-_KEPT: list[object] = []  # a library's operators go when it does
+_KEPT: list[object] = []  # a library's operators disappear when it is collected
 _import_torchvision()
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[hf]'")
 
-# Qwen's: words take one sign before them, digits stand alone, line ends end a piece.
+# Qwen's: a word may include one character before it, digits are single, line ends close a piece.
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def qwen_tokenizer(vocab: int = 300) -> text.Tokenizer:
-    """A byte-level BPE that splits as Qwen's does, with the special tokens of a chat."""
+    """A byte-level BPE that splits like Qwen's, with the special tokens of a chat."""
     base = BaseTokenizer(models.BPE())
     base.normalizer = normalizers.NFC()
     base.pre_tokenizer = pre_tokenizers.Sequence(
@@ -79,7 +79,7 @@ def qwen_tokenizer(vocab: int = 300) -> text.Tokenizer:
 
 
 def reference_config(config: config_lib.Config, tokenizer: text.Tokenizer, tied: bool = True):
-    """The transformers config of one of ours, written out by hand."""
+    """The transformers config that corresponds to one of ours, written out in full."""
     c, v = config.language, config.vision
     language = dict(
         vocab_size=c.vocab,
@@ -129,7 +129,7 @@ def reference_config(config: config_lib.Config, tokenizer: text.Tokenizer, tied:
 
 
 def reference_model(config: config_lib.Config, tokenizer: text.Tokenizer, tied: bool = True, seed: int = 0):
-    """A transformers model with its head and random weights (the router's too: it would start at zero)."""
+    """A transformers model with its head and random weights, the router's included (it would start at zero)."""
     moe = bool(config.experts.count)
     kind = transformers.Qwen3VLMoeForConditionalGeneration if moe else transformers.Qwen3VLForConditionalGeneration
     model = kind(reference_config(config, tokenizer, tied)).eval()
@@ -137,7 +137,7 @@ def reference_model(config: config_lib.Config, tokenizer: text.Tokenizer, tied: 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
-            # Larger than the usual start, so that norms, biases and routing matter.
+            # Larger than the usual initial values, so that norms, biases and routing matter.
             parameter.copy_(1 + 0.2 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise)
     return model
 
@@ -149,7 +149,7 @@ def published_weights(model, tied: bool) -> dict[str, np.ndarray]:
         if tied and name == "lm_head.weight":
             continue
         array = parameter.detach().numpy()
-        # transformers holds experts transposed; published checkpoints do not.
+        # transformers stores experts transposed; published checkpoints do not.
         found[name] = np.ascontiguousarray(array.transpose(0, 2, 1) if ".experts." in name else array)
     return found
 
@@ -157,7 +157,7 @@ def published_weights(model, tied: bool) -> dict[str, np.ndarray]:
 def published(
     folder: Path, config: config_lib.Config, tokenizer: text.Tokenizer, tied: bool = True, dtype: str = "float32"
 ):
-    """Writes a folder as published ones are, its weights in two files, and returns the transformers model."""
+    """Writes a folder like the published ones, with its weights in two files. Returns the transformers model."""
     model = reference_model(config, tokenizer, tied)
     folder.mkdir(parents=True, exist_ok=True)
     held = {name: array.astype(dtype) for name, array in published_weights(model, tied).items()}
@@ -198,14 +198,14 @@ def our_params(folder: Path, config: config_lib.Config, tokenizer: text.Tokenize
 
 
 def pictures(config: config_lib.Config, sizes: list[tuple[int, int]], seed: int) -> list[Patches]:
-    """Noise of the given (height, width), by Qwen's own resize rule."""
+    """Noise images of the given (height, width), resized by Qwen's own rule."""
     rng = np.random.default_rng(seed)
     rule = ResizeRule.of(config, within_budget=False)
     return [patchify(Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)), rule) for h, w in sizes]
 
 
 def torch_inputs(segment: Segment, config: config_lib.Config) -> dict:
-    """What transformers' model takes for one segment alone."""
+    """The inputs of transformers' model for one segment alone."""
     inputs = {"input_ids": torch.tensor(segment.tokens[None].astype(np.int64))}
     if segment.images:
         pixels = np.concatenate([image.pixels for image in segment.images]).astype(np.float32) / 127.5 - 1

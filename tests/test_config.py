@@ -8,7 +8,7 @@ from moon_jax.errors import UserError, printable
 from tests.conftest import ROOT, overrides, tiny
 
 
-def test_under_ninety_leaves_each_with_a_line_of_doc():
+def test_there_are_fewer_than_ninety_options_each_with_one_line_of_doc():
     assert len(config_lib.leaves(config_lib.Config())) < 90
 
     def check(part):
@@ -23,17 +23,17 @@ def test_under_ninety_leaves_each_with_a_line_of_doc():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_shipped_configs_hold_differences_only(path):
-    # `load` refuses unknown keys and restated defaults.
+def test_shipped_configs_hold_only_differences(path):
+    # `load` rejects unknown keys and values that equal the default.
     assert config_lib.load(path.stem) != config_lib.Config()
 
 
-def test_a_restated_default_is_refused():
+def test_a_value_that_equals_the_default_is_refused():
     with pytest.raises(UserError, match=r"config.experts.count: 8 is the default already"):
         config_lib.resolve(ConfigDict({"experts": {"count": 8}}))
 
 
-def test_an_unknown_key_names_the_closest():
+def test_the_error_for_an_unknown_key_names_the_closest():
     with pytest.raises(UserError, match=r"config.experts.cuont: no such option; the closest is config.experts.count"):
         config_lib.override(config_lib.Config(), ["--config.experts.cuont=4"])
 
@@ -59,14 +59,14 @@ def test_an_unknown_key_names_the_closest():
         ("--config.vision.deepstack=(5,99,100)", "vision.deepstack must rise"),
     ],
 )
-def test_a_wrong_value_is_one_line(argument, message):
+def test_a_wrong_value_is_reported_in_one_line(argument, message):
     with pytest.raises(UserError) as error:
         config_lib.override(config_lib.Config(), [argument])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_hard_term_leaves_each_view_experts_enough():
+def test_a_hard_router_term_needs_enough_experts_per_view():
     def hard(**values):
         values = {"router_term": "hard"} | values
         return config_lib.replace(config_lib.Config(), {f"experts.{name}": value for name, value in values.items()})
@@ -87,7 +87,7 @@ def test_a_hard_term_leaves_each_view_experts_enough():
         ("list.json", b"[1]"),
     ],
 )
-def test_a_config_that_cannot_be_read_is_one_line(tmp_path, name, content):
+def test_an_unreadable_config_is_reported_in_one_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name) as error:
         config_lib.load(str(tmp_path / name))
@@ -108,5 +108,5 @@ def test_command_line_and_json_give_the_same_config(tmp_path):
 def test_warmup():
     steps = lambda **options: config_lib.warmup_steps(config_lib.Training(**options))  # noqa: E731
     assert steps(steps=22500) == 675  # 3%
-    assert steps(steps=1000) == 100  # the least
+    assert steps(steps=1000) == 100  # min_warmup
     assert steps(steps=20) == 10  # never more than half

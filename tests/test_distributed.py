@@ -1,4 +1,4 @@
-"""Who is taken for one of several processes, and who is not."""
+"""Detection of multi-process runs, and agreement between processes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ NAMES = (
 
 @pytest.fixture
 def started(monkeypatch):
-    """Calls of jax.distributed.initialize, which does nothing; no variable is set."""
+    """The recorded calls of a stubbed jax.distributed.initialize, with no variables set."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
     for name in NAMES:
@@ -61,13 +61,13 @@ def test_a_single_process_is_left_alone(started, monkeypatch, variables):
             {"num_processes": 4, "process_id": 2, "local_device_ids": [0]},
         ),
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, {"num_processes": 4, "process_id": 0}),
-        (  # all GPUs of the node are shown to each task: JAX gives it the one of its local number
+        (  # each task sees all GPUs of the node: JAX picks the one with its local index
             {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
             {"num_processes": 4, "process_id": 1},
         ),
     ],
 )
-def test_several_are_joined(started, monkeypatch, variables, expected):
+def test_several_processes_are_connected(started, monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     distributed.initialize()
@@ -81,19 +81,19 @@ def test_on_a_tpu_jax_finds_the_others(started, monkeypatch):
     assert started == [{}]
 
 
-def test_a_tpu_whose_others_cannot_be_seen_is_alone_and_says_so(started, monkeypatch, capsys):
+def test_a_tpu_host_that_cannot_find_the_others_runs_alone_and_says_so(started, monkeypatch, capsys):
     def initialize(**options):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(distributed, "_on_tpu", lambda: True)
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     distributed.initialize()
-    told = capsys.readouterr().err
-    assert "this one is alone. If there are more, set JAX_COORDINATOR_ADDRESS" in told and told.count("\n") == 1
+    err = capsys.readouterr().err
+    assert "running on this host only. If there are more, set JAX_COORDINATOR_ADDRESS" in err and err.count("\n") == 1
     assert not interrupt.RELAY.is_set()
 
 
-def test_a_sigterm_that_came_while_waiting_for_the_others_is_told_to_them(started, monkeypatch):
+def test_a_sigterm_while_waiting_for_the_others_is_passed_on_to_them(started, monkeypatch):
     sent = []
     monkeypatch.setattr(distributed.os, "kill", lambda process, kind: sent.append((process, kind)))
     monkeypatch.setattr(distributed, "_on_tpu", lambda: True)
@@ -107,12 +107,12 @@ def test_a_sigterm_that_came_while_waiting_for_the_others_is_told_to_them(starte
     [
         ({"dev/accel0": "", "sys/bus/pci/devices/0/vendor": "0x1ae0\n"}, True),
         ({"dev/vfio/0": "", "sys/bus/pci/devices/0/vendor": "0x1ae0\n"}, True),
-        ({"dev/vfio/0": "", "sys/bus/pci/devices/0/vendor": "0x10de\n"}, False),  # another maker's
-        ({"dev/vfio/vfio": "", "sys/bus/pci/devices/0/vendor": "0x1ae0\n"}, False),  # no chip is handed through
+        ({"dev/vfio/0": "", "sys/bus/pci/devices/0/vendor": "0x10de\n"}, False),  # another vendor
+        ({"dev/vfio/vfio": "", "sys/bus/pci/devices/0/vendor": "0x1ae0\n"}, False),  # no chip is passed through
         ({}, False),
     ],
 )
-def test_a_tpu_is_known_by_its_chips(tmp_path, monkeypatch, files, expected):
+def test_a_tpu_is_detected_by_its_chips(tmp_path, monkeypatch, files, expected):
     monkeypatch.delenv("JAX_PLATFORMS")
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def test_a_tpu_is_known_by_its_chips(tmp_path, monkeypatch, files, expected):
         ),
         (
             {"JAX_COORDINATOR_ADDRESS": "a", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "1"},
-            "JAX_COORDINATOR_ADDRESS: a names no port; write host:port",
+            "JAX_COORDINATOR_ADDRESS: a has no port; write host:port",
         ),
         (
             {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "four", "JAX_PROCESS_ID": "1"},
@@ -140,7 +140,7 @@ def test_a_tpu_is_known_by_its_chips(tmp_path, monkeypatch, files, expected):
         ),
     ],
 )
-def test_variables_that_make_no_sense_are_one_line(started, monkeypatch, variables, message):
+def test_invalid_variables_are_reported_in_one_line(started, monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
@@ -149,40 +149,40 @@ def test_variables_that_make_no_sense_are_one_line(started, monkeypatch, variabl
 
 
 @pytest.mark.parametrize(
-    ("said", "own", "kind", "message"),
+    ("reports", "own", "kind", "message"),
     [
         (["", "UserError no such file"], None, UserError, "process 1: no such file"),
-        (["", "Unavailable no answer"], None, Unavailable, "process 1: no answer"),
+        (["", "Unavailable no response"], None, Unavailable, "process 1: no response"),
         (["", "OSError [Errno 28] No space"], None, UserError, "process 1: OSError: [Errno 28] No space"),
         (["UserError mine", ""], UserError("mine"), UserError, "mine"),
         (["OSError mine", ""], OSError("mine"), OSError, "mine"),
     ],
 )
-def test_what_one_process_fails_with_ends_all(monkeypatch, said, own, kind, message):
+def test_a_failure_of_one_process_ends_all(monkeypatch, reports, own, kind, message):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "gather", lambda _: said)
+    monkeypatch.setattr(distributed, "allgather", lambda _: reports)
     with pytest.raises(kind) as error, distributed.fail_together():
         if own:
             raise own
     assert type(error.value) is kind and str(error.value) == message
 
 
-def test_processes_that_differ_are_told_in_what(monkeypatch):
-    """Also where all that they hold is longer than what they can tell at once."""
+def test_the_error_names_the_value_in_which_processes_differ(monkeypatch):
+    """Even if all values together exceed the size of one message."""
     ours = {"a": 1, "long": "x" * 10_000, "b": [2, 3]}
     theirs = ours | {"b": [2, 4]}
 
-    def gather(said):  # what the other one would say at the same place
-        found = next((name for name, value in ours.items() if said == json.dumps(value)), None)
-        return [said, json.dumps(theirs[found]) if found else "another digest"]
+    def allgather(own):  # with the other process's reply to the same call
+        found = next((name for name, value in ours.items() if own == json.dumps(value)), None)
+        return [own, json.dumps(theirs[found]) if found else "another digest"]
 
-    monkeypatch.setattr(distributed, "gather", gather)
-    with pytest.raises(UserError, match=r"process 1: config.b is \[2, 4\] there, and \[2, 3\] in process 0") as error:
+    monkeypatch.setattr(distributed, "allgather", allgather)
+    with pytest.raises(UserError, match=r"process 1: config.b is \[2, 4\], but \[2, 3\] in process 0") as error:
         distributed.require_equal("config", ours)
     assert error.value.shared
 
 
-def test_alone_everything_is_agreed():
+def test_a_single_process_agrees_with_itself():
     assert distributed.is_primary() and distributed.allgather("x") == ["x"]
     distributed.require_equal("config", {"a": 1})
     with pytest.raises(UserError, match=r"^mine$"), distributed.fail_together():

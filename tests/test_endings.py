@@ -1,4 +1,4 @@
-"""What a command says that is stopped, or that the system refuses: one line, and what the same command does then."""
+"""Commands that are stopped or meet a system error: one line, which says what the same command does next."""
 
 import errno
 import os
@@ -17,16 +17,16 @@ GIVEN = {
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
-        ("train", "the same command goes on from here"),
-        ("embed", "the same command goes on with the files that are not whole"),
-        ("evaluate", "the same command starts anew"),
-        ("search", "the same command starts anew"),
-        ("heatmap", "the same command starts anew"),
+        ("train", "the same command resumes from here"),
+        ("embed", "the same command resumes with the unfinished files"),
+        ("evaluate", "the same command starts from scratch"),
+        ("search", "the same command starts from scratch"),
+        ("heatmap", "the same command starts from scratch"),
     ],
 )
-def test_an_interrupt_says_what_the_same_command_does(monkeypatch, capsys, command, said):
+def test_an_interrupt_says_what_the_same_command_does(monkeypatch, capsys, command, message):
     def interrupted(parsed, overrides):
         raise KeyboardInterrupt
 
@@ -37,15 +37,15 @@ def test_an_interrupt_says_what_the_same_command_does(monkeypatch, capsys, comma
     for stop, code, how in ((interrupted, 130, "interrupted"), (stopped, 0, "stopped by SIGTERM")):
         monkeypatch.setattr(f"moon_jax.commands.{command}.run", stop)
         assert cli.main([command, *GIVEN[command]]) == code
-        assert capsys.readouterr().err == f"moon-jax: {how}; {said}\n"
+        assert capsys.readouterr().err == f"moon-jax: {how}; {message}\n"
 
 
-@pytest.mark.parametrize(("command", "place"), [("search", "--faiss f"), ("heatmap", "--output o.png")])
-def test_a_disk_that_is_full_is_one_line(monkeypatch, capsys, command, place):
+@pytest.mark.parametrize(("command", "path"), [("search", "--faiss f"), ("heatmap", "--output o.png")])
+def test_a_full_disk_is_reported_in_one_line(monkeypatch, capsys, command, path):
     def full(parsed, overrides):
         raise OSError(errno.ENOSPC, "no room")
 
     monkeypatch.setattr(f"moon_jax.commands.{command}.run", full)
     assert cli.main([command, *GIVEN[command]]) == cli.MISTAKE
-    told = f"moon-jax: {place}: {os.strerror(errno.ENOSPC)}; make room, then give the same command again\n"
-    assert capsys.readouterr().err == told
+    message = f"moon-jax: {path}: {os.strerror(errno.ENOSPC)}; free some space and run the same command again\n"
+    assert capsys.readouterr().err == message

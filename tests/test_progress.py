@@ -8,8 +8,8 @@ from rich.console import Console
 from moon_jax import progress
 
 
-def test_the_time_left_is_told_of_long_pieces_of_work():
-    """Of minutes each, as the directions of a large evaluation are."""
+def test_the_time_left_is_shown_for_slow_steps():
+    """For steps of a minute each, as in a large evaluation."""
     seconds = 0.0
     console = Console(file=io.StringIO(), force_terminal=True, width=120, get_time=lambda: seconds)
     with progress.Terminal(console=console).progress("evaluating", 9) as advance:

@@ -1,4 +1,4 @@
-"""The mesh, the rules, and where every parameter of the published configs lies."""
+"""The mesh, the rules, and the sharding of every parameter of the published configs."""
 
 import math
 from pathlib import Path
@@ -27,7 +27,7 @@ def state_of(config):
 
 
 def listing(config, mesh):
-    """Parameter, shape and sharding, a line each."""
+    """One line per parameter: path, shape and sharding."""
     boxed = state_of(config).params
     leaves, shardings = keys.flatten(nn.unbox(boxed)), keys.flatten(sharding.of_variables(mesh, boxed))
     show = lambda spec: "(" + ", ".join(axis or "-" for axis in spec) + ")" if spec else "replicated"  # noqa: E731
@@ -35,8 +35,8 @@ def listing(config, mesh):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_parameter_lies_where_the_golden_listing_says(name):
-    """To change it on purpose: rm tests/golden/*.txt, run this twice, and read the difference."""
+def test_every_parameter_is_sharded_as_in_the_golden_listing(name):
+    """To change it on purpose: rm tests/golden/*.txt, run this twice, and review the diff."""
     mesh = sharding.make_mesh(config_lib.Mesh(data=1, fsdp=2, expert=2, tensor=2))
     found = "\n".join(listing(config_lib.load(name), mesh)) + "\n"
     path = GOLDEN / f"{name}.txt"
@@ -49,7 +49,7 @@ def test_every_parameter_lies_where_the_golden_listing_says(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_no_large_array_of_the_state_is_replicated(name):
-    """On a mesh of fsdp, expert and tensor, two devices each: weights and both moments."""
+    """Weights and both moments, on a mesh with two devices each along fsdp, expert and tensor."""
     mesh = sharding.make_mesh(config_lib.Mesh(data=1, fsdp=2, expert=2, tensor=2))
     boxed = state_of(config_lib.load(name))
     shardings = sharding.of_variables(mesh, boxed)
@@ -79,7 +79,7 @@ def test_no_large_array_of_the_state_is_replicated(name):
         (dict(tensor=8, data=1), "config.mesh.tensor: 8 does not divide"),
     ],
 )
-def test_an_axis_that_does_not_divide_is_one_line(mesh, message):
+def test_an_axis_that_does_not_divide_is_reported_in_one_line(mesh, message):
     config = tiny(**{f"mesh__{axis}": size for axis, size in mesh.items()})
     with pytest.raises(UserError, match=message) as error:
         sharding.of_variables(sharding.make_mesh(config.mesh), state_of(config))
@@ -94,7 +94,7 @@ def test_a_mesh_takes_axes_of_size_one_and_the_rest():
 
 
 class Device:
-    """One of a slice, as far as a mesh asks."""
+    """A device of a slice, with the attributes that a mesh reads."""
 
     platform, device_kind = "cpu", "cpu"
 
@@ -105,22 +105,22 @@ class Device:
         return f"{self.slice_index}:{self.id}"
 
 
-def test_slices_are_divided_by_data_alone():
+def test_only_the_data_axis_spans_slices():
     devices = [Device(number, number % 2) for number in range(16)]
     mesh = sharding.make_mesh(config_lib.Mesh(data=-1, fsdp=2, expert=2), devices)
     assert dict(mesh.shape) == dict(data=4, fsdp=2, expert=2, tensor=1)
-    for part in mesh.devices:  # one place along data
+    for part in mesh.devices:  # one index along data
         assert len({device.slice_index for device in part.flat}) == 1
     assert {device.slice_index for device in mesh.devices[:2].flat} == {0}
     with pytest.raises(UserError, match=r"config.mesh.data: 1 does not divide over 2 slices"):
         sharding.make_mesh(config_lib.Mesh(data=1, fsdp=16), devices)
 
 
-def test_shares_that_are_not_equal_are_refused(monkeypatch):
+def test_unequal_shares_are_refused(monkeypatch):
     """Two rows of six in one process, four in the other."""
     parts = [(0, 0, 2), (1, 2, 4), (1, 4, 6)]
     devices = [type("Device", (), {"process_index": process})() for process, _, _ in parts]
-    places = {device: (slice(a, b),) for device, (_, a, b) in zip(devices, parts, strict=True)}
-    monkeypatch.setattr(sharding, "rows", lambda mesh: SimpleNamespace(devices_indices_map=lambda shape: places))
+    slices = {device: (slice(a, b),) for device, (_, a, b) in zip(devices, parts, strict=True)}
+    monkeypatch.setattr(sharding, "rows", lambda mesh: SimpleNamespace(devices_indices_map=lambda shape: slices))
     with pytest.raises(UserError, match=r"not divide evenly over processes \(2 in process 0, 4 in process 1\)"):
         sharding.share(None, 6)

@@ -1,4 +1,4 @@
-"""Chunked equals full, forward and backward, ties included."""
+"""Chunked computations equal full ones, forward and backward, with ties."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def full_logsumexp(queries, candidates, mask, scale):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 17, 100])
-def test_logsumexp_equals_full_in_values_and_gradients(chunk):
+def test_logsumexp_equals_the_full_one_in_values_and_gradients(chunk):
     queries, candidates = random((5, 6), 0), random((17, 6), 1)
     mask = np.random.default_rng(2).random((5, 17)) < 0.7
     mask[:, 3] = True
@@ -61,7 +61,7 @@ def test_logsumexp_does_not_overflow():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Several chunks of several groups, and several batches of queries, of few vectors."""
+    """Small sizes, so that few vectors make several chunks, groups and query batches."""
     for name, value in {"QUERIES": 16, "CHUNK": 128, "GROUP": 8, "CHUNKS": 2}.items():
         monkeypatch.setattr(similarity, name, value)
 
@@ -99,7 +99,7 @@ def test_top_k_gives_the_same_bits_for_any_number_of_devices_queries_and_candida
     np.testing.assert_array_equal(few[0][indices[:, 0] < 700, 0], there)
 
 
-def test_candidates_that_stay_on_the_devices_give_the_same(small):
+def test_resident_candidates_give_the_same_results(small):
     queries, candidates = random((9, 5), 0), random((3000, 5), 1)
     resident = similarity.Resident(candidates, jax.devices()[:3])
     assert len(resident) == 3000
@@ -112,8 +112,8 @@ def test_candidates_that_stay_on_the_devices_give_the_same(small):
             np.testing.assert_array_equal(a, b)
 
 
-def test_top_k_is_asked_while_another_mesh_is_entered(small):
-    """As a run does that judges itself, on one device and on many."""
+def test_top_k_works_while_another_mesh_is_set(small):
+    """As in the evaluations of a training run, on one device and on many."""
     queries, candidates = random((3, 8), 0), random((300, 8), 1)
     expected = similarity.top_k(queries, candidates, 5)
     for shape in ((1, 1), (4, 2)):
@@ -122,31 +122,31 @@ def test_top_k_is_asked_while_another_mesh_is_entered(small):
             np.testing.assert_array_equal(similarity.top_k(queries, candidates, 5), expected, strict=True)
 
 
-def test_top_k_of_negative_similarities_finds_no_filling(small):
-    """What fills a chunk has similarity 0, which would be the best."""
+def test_top_k_of_negative_similarities_finds_no_padding(small):
+    """Padding has similarity 0, which would be the highest."""
     queries, candidates = np.ones((3, 4), np.float32), -np.abs(random((131, 4), 0))
     _, indices = similarity.top_k(queries, candidates, 131)
     assert all(sorted(row) == list(range(131)) for row in indices.tolist())
 
 
-def test_top_k_reads_slices_alone(small):
-    """Memory is flat: candidates may lie on disk, as another dtype."""
+def test_top_k_reads_only_slices(small):
+    """Memory is constant: candidates may be on disk, in another dtype."""
 
     class OnDisk:
         def __init__(self, array):
-            self.array, self.asked = array, []
+            self.array, self.sizes = array, []
 
         def __len__(self):
             return len(self.array)
 
         def __getitem__(self, part):
-            self.asked.append(part.stop - part.start)
+            self.sizes.append(part.stop - part.start)
             return self.array[part]
 
     whole = np.random.default_rng(1).integers(-100, 100, (5000, 6)).astype(np.int8)
     disk, queries = OnDisk(whole), random((3, 6), 0)
     found = similarity.top_k(queries, disk, 5, jax.devices()[:2])
-    assert max(disk.asked) == 2 * 2 * 128 and len(disk.asked) == 10
+    assert max(disk.sizes) == 2 * 2 * 128 and len(disk.sizes) == 10
     np.testing.assert_array_equal(found[1], similarity.top_k(queries, whole.astype(np.float32), 5)[1])
 
 
@@ -162,7 +162,7 @@ def test_top_k_compiles_once_for_any_number_of_candidates(small):
 
 
 @pytest.mark.parametrize("k", [0, 4])
-def test_top_k_refuses_more_than_there_are(k):
+def test_top_k_refuses_k_out_of_range(k):
     with pytest.raises(ValueError, match=f"k={k} of 3 candidates"):
         similarity.top_k(random((2, 3), 0), random((3, 3), 1), k)
 
@@ -172,7 +172,7 @@ def test_top_k_of_no_queries_is_nothing():
     assert values.shape == indices.shape == (0, 2)
 
 
-def test_truncated_vectors_are_unit_and_their_gradient_is_that_of_the_formula():
+def test_truncated_vectors_have_unit_length_and_the_gradient_of_the_formula():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(4, 6))
     vectors[2] = 0

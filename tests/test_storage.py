@@ -1,4 +1,4 @@
-"""Workdirs in a bucket: what is pulled and pushed, and what a mistake says."""
+"""Workdirs in a bucket: pull, push, move, and error messages."""
 
 from pathlib import Path
 
@@ -22,15 +22,15 @@ def held(fs, address):
     return {path.removeprefix(f"{root}/"): fs.cat_file(path).decode() for path in fs.find(root)}
 
 
-def test_a_folder_of_this_machine_is_its_own_place(tmp_path):
-    place = storage.Store(tmp_path / "w")
-    assert place.files == tmp_path / "w" and str(place) == str(tmp_path / "w") and not place.remote
-    place.pull()
-    place.push()
-    assert not (tmp_path / "w").exists() and str(place.checkpoints) == str(tmp_path / "w" / "checkpoints")
+def test_a_local_folder_is_used_in_place(tmp_path):
+    store = storage.Store(tmp_path / "w")
+    assert store.files == tmp_path / "w" and str(store) == str(tmp_path / "w") and not store.remote
+    store.pull()
+    store.push()
+    assert not (tmp_path / "w").exists() and str(store.checkpoints) == str(tmp_path / "w" / "checkpoints")
 
 
-def test_what_is_written_is_pushed_and_what_is_gone_is_removed(bucket, fs):
+def test_push_uploads_changed_files_and_removes_deleted_ones(bucket, fs):
     one = storage.Store(f"{bucket}/push/")
     assert str(one) == f"{bucket}/push" and str(one.checkpoints) == f"{bucket}/push/checkpoints"
     one.pull()
@@ -60,19 +60,19 @@ def test_what_is_written_is_pushed_and_what_is_gone_is_removed(bucket, fs):
     assert [path.name for path in few.files.rglob("*") if path.is_file()] == ["a"]
 
 
-def test_what_says_that_others_are_whole_comes_last(bucket, monkeypatch):
-    """Pushed in the order of writing: a push that is cut short leaves no manifest without its data."""
-    place = storage.Store(f"{bucket}/order")
+def test_files_are_pushed_in_the_order_of_writing(bucket, monkeypatch):
+    """So an interrupted push never leaves a manifest without its data."""
+    store = storage.Store(f"{bucket}/order")
     for name in ("triplets", "quarantine", "a_manifest"):
-        (place.files / name).write_text(name)
+        (store.files / name).write_text(name)
     order = []
-    monkeypatch.setattr(place._bucket, "put_file", lambda local, remote: order.append(remote.split("/")[-1]))
-    place.push()
+    monkeypatch.setattr(store._bucket, "put_file", lambda local, remote: order.append(remote.split("/")[-1]))
+    store.push()
     assert order == ["triplets", "quarantine", "a_manifest"]
 
 
-@pytest.mark.parametrize("where", ["bucket", "here"])
-def test_a_folder_is_moved_in_place_of_what_was_there(bucket, tmp_path, where):
+@pytest.mark.parametrize("where", ["bucket", "local"])
+def test_move_replaces_the_target(bucket, tmp_path, where):
     root = epath.Path(f"{bucket}/move" if where == "bucket" else tmp_path)
     for name, text in (("a/x/1", "new"), ("a/2", "new"), ("aside/a/3", "old"), ("ab/1", "other")):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -86,42 +86,42 @@ def test_a_folder_is_moved_in_place_of_what_was_there(bucket, tmp_path, where):
     assert there == ["ab/1", "aside/a/x/1", "aside/a/2"]
 
 
-def test_copies_are_removed(bucket):
-    place = storage.Store(f"{bucket}/copies")
-    assert place.files.is_dir()
+def test_local_copies_are_removed(bucket):
+    store = storage.Store(f"{bucket}/copies")
+    assert store.files.is_dir()
     storage.remove_copies()
-    assert not place.files.exists()
+    assert not store.files.exists()
 
 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("gs://", "gs://: names no folder in a bucket; write gs://bucket/folder"),
-        ("gs://shop/", "gs://shop/: names no folder in a bucket"),
-        ("s3:/shop/run", "s3://shop/run: neither a folder of this machine nor gs://; mount it"),
+        ("gs://", "gs://: no folder in a bucket; write gs://bucket/folder"),
+        ("gs://shop/", "gs://shop/: no folder in a bucket"),
+        ("s3:/shop/run", "s3://shop/run: neither a local path nor gs://; mount it"),
     ],
 )
-def test_an_address_that_makes_no_sense(address, message):
+def test_an_invalid_address_is_refused(address, message):
     with pytest.raises(UserError) as error:
         storage.Store(address)
     assert str(error.value).startswith(message)
 
 
-def test_an_address_that_went_through_a_path_is_the_same(bucket):
+def test_an_address_survives_conversion_to_a_path(bucket):
     assert str(storage.Store(Path(f"{bucket}/run"))) == f"{bucket}/run" and storage.is_remote(Path(f"{bucket}/run"))
     assert not storage.is_address("c/d:/e") and not storage.is_address(Path("/a/b"))
 
 
-def test_a_bucket_that_is_not_there_is_one_line(bucket):
+def test_a_missing_bucket_is_reported_in_one_line(bucket):
     for work in ("pull", "push"):
-        place = storage.Store("gs://nowhere/run")
-        (place.files / "log").write_text("1")
+        store = storage.Store("gs://nowhere/run")
+        (store.files / "log").write_text("1")
         with pytest.raises(UserError, match=r"^gs://nowhere/run: .*; check that the bucket exists") as error:
-            getattr(place, work)()
+            getattr(store, work)()
         assert "\n" not in str(error.value)
 
 
-def test_without_gcsfs_it_says_what_to_install(monkeypatch):
+def test_the_error_without_gcsfs_says_what_to_install(monkeypatch):
     monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"gcsfs is not installed; pip install -e '.\[gcs\]'"):
         storage.Store("gs://shop/run")

@@ -1,7 +1,7 @@
-"""The first pass of augment: a unit of products becomes a Parquet file of what might be added to them.
+"""The first pass of augment: writes the candidate titles and images of each unit of products to a Parquet file.
 
-Units are written whole or not at all, and follow from data and options alone. What a model was asked and answered is
-kept, answer by answer, until its unit is written: a backend that dies costs nothing that was done.
+Units are written atomically and depend on data and options alone. Each answer of a model is stored until its unit is
+written, so no finished work is lost if a backend dies.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from moon_jax.ingest import units
 from moon_jax.types import Product
 
 UNIT = 64
-"""Products of a unit."""
+"""Products per unit."""
 
 PROVENANCE = [
     ("product", pa.int32()),  # index into the prepared products
     ("id", pa.string()),
     ("kind", pa.string()),  # text or image
-    ("number", pa.int32()),  # among the product's of that kind
+    ("number", pa.int32()),  # index among the product's results of this kind
     ("operation", pa.string()),  # of an image: background, viewpoint or detail
     ("backend", pa.string()),  # rules, chat, classical or diffusers
     ("model", pa.string()),
@@ -47,24 +47,24 @@ PROVENANCE = [
     ("detail", pa.string()),
     ("text", pa.string()),
 ]
-"""What is known of each result, whether it is added or not."""
+"""The columns for every result, added or not."""
 
 CANDIDATES = pa.schema([*PROVENANCE, ("image", pa.binary())])
 
 REFUSED, UNREADABLE = "not answered", "bad image"
-"""The reasons where a backend did not take a request, or made no image; those of titles are text.FLAWS."""
+"""The reasons if a backend refused a request or returned an unreadable image; those for titles are text.FLAWS."""
 
 
 @functools.lru_cache(maxsize=1)
 def opened(data: Path, fingerprint: str) -> Prepared:
-    """The prepared data of this fingerprint, opened once in each process.
+    """The prepared data with this fingerprint, opened once per process.
 
     Raises:
-        UserError: other data lies there now.
+        UserError: the folder now holds other data.
     """
     found = open_prepared(data)
     if found.fingerprint != fingerprint:
-        raise UserError(f"--data {data}: changed while it was augmented; give the command again")
+        raise UserError(f"--data {data}: changed while it was augmented; run the command again")
     return found
 
 
@@ -74,18 +74,18 @@ def unit_path(work: Path, unit: int) -> Path:
 
 
 def items(prepared: Prepared, unit: int, size: int) -> range:
-    """The products of a unit: of those to train on, which lie first."""
+    """The products of a unit. Only training products have units; they come first in the data."""
     return prepared.train[unit * size : (unit + 1) * size]
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """Answers in files, each written whole or not at all."""
+class AnswerCache:
+    """Answers in files, each written atomically."""
 
     folder: Path
 
     def __call__(self, name: str, make: Callable[[], bytes]) -> bytes:
-        """What was kept under `name`, or else what `make` gives."""
+        """The bytes stored under `name`; if there are none, the result of `make`, which is then stored."""
         path = self.folder / hashlib.blake2b(name.encode(), digest_size=12).hexdigest()
         if path.is_file():
             return path.read_bytes()
@@ -99,15 +99,15 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Makes units."""
+    """Generates units."""
 
     data: Path
     fingerprint: str  # of the data
     work: Path
     options: Options
     max_pixels: int
-    size: int  # products of a unit
-    connections: int  # requests to a server at a time; changes nothing of the unit
+    size: int  # products per unit
+    connections: int  # concurrent requests to a server; does not change the result
 
     def path(self, unit: int) -> Path:
         return unit_path(self.work, unit)
@@ -118,90 +118,90 @@ class Generate:
     def __call__(self, unit: int) -> None:
         prepared = opened(self.data, self.fingerprint)
         chosen = items(prepared, unit, self.size)
-        kept = Kept(self.work / "answers" / f"{unit:08}")
+        cache = AnswerCache(self.work / "answers" / f"{unit:08}")
 
-        def made(index: int) -> list[dict[str, Any]]:
+        def results_of(index: int) -> list[dict[str, Any]]:
             interrupt.check()
             product = prepared.products[index]
-            found = [*self._text(product, kept), *self._images(product, kept)]
+            found = [*self._text(product, cache), *self._images(product, cache)]
             return [{"product": index, "id": product.id} | one for one in found]
 
-        # Several at a time only where a server is waited for.
+        # Threads help only while waiting for a server.
         if self.options.asks_server:
             with interrupt.thread_pool(self.connections) as pool:
-                results = list(pool.map(made, chosen))
+                results = list(pool.map(results_of, chosen))
         else:
-            results = [made(index) for index in chosen]
+            results = [results_of(index) for index in chosen]
         rows = [row for result in results for row in result]
         path = self.path(unit)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         pq.write_table(pa.Table.from_pylist(rows, CANDIDATES), temporary, compression="none", write_statistics=False)
         temporary.replace(path)
-        shutil.rmtree(kept.folder, ignore_errors=True)
+        shutil.rmtree(cache.folder, ignore_errors=True)
 
     def _seed(self, product: Product, kind: str) -> int:
         return units.number("augment", self.options.seed, product.id, kind) >> 1  # Parquet's int64
 
-    def _text(self, product: Product, kept: Kept) -> Sequence[dict[str, Any]]:
-        """A product without a title gets none: it would have a view that it lacks."""
+    def _text(self, product: Product, cache: AnswerCache) -> Sequence[dict[str, Any]]:
+        """The row of the enriched title. A product without a title gets none: that would give it a text view."""
         if self.options.text == "none" or not (product.text and product.text.strip()):
             return ()
-        told: dict[str, Any] = {"kind": "text", "number": 0, "operation": "", "seed": 0}
+        row: dict[str, Any] = {"kind": "text", "number": 0, "operation": "", "seed": 0}
         if not self.options.asks_server:
             title = text.enriched(product)
-            told |= {"backend": "rules", "model": "", "prompt": ""}
-            return [told | {"text": title, "reason": text.flaw(title, product) or None}] if title else ()
+            row |= {"backend": "rules", "model": "", "prompt": ""}
+            return [row | {"text": title, "reason": text.flaw(title, product) or None}] if title else ()
         seed = self._seed(product, "text")
         server = chat.Chat(self.options.text, self.options.text_model)
-        told |= {"backend": "chat", "model": server.model, "prompt": chat.PROMPT_VERSION, "seed": seed}
+        row |= {"backend": "chat", "model": server.model, "prompt": chat.PROMPT_VERSION, "seed": seed}
 
-        def ask() -> bytes:
+        def request() -> bytes:
             try:
                 answer = {"title": server.answer(_client(server), server.request(product, seed, self.max_pixels))}
             except chat.Refused as refused:
                 answer = {"refused": str(refused)}
             return json.dumps(answer).encode()
 
-        answer = json.loads(kept(f"{product.id} text", ask))
+        answer = json.loads(cache(f"{product.id} text", request))
         if "refused" in answer:
-            return [told | {"text": "", "reason": REFUSED, "detail": answer["refused"]}]
+            return [row | {"text": "", "reason": REFUSED, "detail": answer["refused"]}]
         title = text.cleaned(answer["title"])
         return [
-            told | {"text": title, "reason": text.flaw(title, product, _brands(self.work, self.fingerprint)) or None}
+            row | {"text": title, "reason": text.flaw(title, product, _brands(self.work, self.fingerprint)) or None}
         ]
 
-    def _images(self, product: Product, kept: Kept) -> list[dict[str, Any]]:
+    def _images(self, product: Product, cache: AnswerCache) -> list[dict[str, Any]]:
         if self.options.images == "none" or not product.images or not self.options.expansions:
             return []
         picture = decode(product.images[0], self.max_pixels)
         if min(picture.size) < images.LEAST_SIDE:
             return []
         seed, count = self._seed(product, "image"), self.options.expansions
-        told = {"kind": "image", "backend": "classical", "model": "", "prompt": "", "seed": seed}
+        row = {"kind": "image", "backend": "classical", "model": "", "prompt": "", "seed": seed}
         if not self.options.asks_pipeline:
             found = images.expand(picture, count, np.random.default_rng(seed))
             return [
-                told | {"number": number, "operation": operation, "image": image}
+                row | {"number": number, "operation": operation, "image": image}
                 for number, (operation, image) in enumerate(found)
             ]
         pipeline = editor.Editor(self.options.images, self.options.image_steps)
-        told |= {"backend": "diffusers", "model": pipeline.model, "prompt": editor.PROMPT_VERSION}
+        row |= {"backend": "diffusers", "model": pipeline.model, "prompt": editor.PROMPT_VERSION}
         edited = editor.expand(
-            lambda *given: _edit(pipeline, *given),
+            lambda *arguments: _edit(pipeline, *arguments),
             picture,
             product.text or "",
             count,
             seed,
-            lambda name, make: kept(f"{product.id} image {name}", make),
+            lambda name, make: cache(f"{product.id} image {name}", make),
         )
         return [
-            told | _checked(image, self.max_pixels) | {"number": number, "operation": operation, "seed": own}
+            row | _checked(image, self.max_pixels) | {"number": number, "operation": operation, "seed": own}
             for number, (operation, own, image) in enumerate(edited)
         ]
 
 
 def _checked(image: bytes, max_pixels: int) -> dict[str, Any]:
-    """An image that a model made, and a reason if training could not read it."""
+    """The columns of a generated image, with a reason if training could not read it."""
     try:
         picture = decode(image, max_pixels)
         check_shape(picture.height, picture.width)
@@ -216,12 +216,12 @@ def _client(server: chat.Chat) -> Any:
 
 
 _ONE_AT_A_TIME = threading.Lock()
-"""A pipeline has a state, and fills the device."""
+"""A pipeline is stateful and fills the device."""
 
 
-def _edit(pipeline: editor.Editor, *given: Any) -> Any:
+def _edit(pipeline: editor.Editor, *arguments: Any) -> Any:
     with _ONE_AT_A_TIME:
-        return _loaded(pipeline, pipeline.signature())(*given)
+        return _loaded(pipeline, pipeline.signature())(*arguments)
 
 
 @functools.lru_cache(maxsize=1)
@@ -231,7 +231,7 @@ def _loaded(pipeline: editor.Editor, signature: str) -> Any:
 
 
 BRANDS = "brands.json"
-"""In the work folder: the brands of the catalogue."""
+"""The file of the work folder that lists the catalogue's brands."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -241,20 +241,20 @@ def _brands(work: Path, fingerprint: str) -> frozenset[str]:
 
 
 def check(options: Options) -> None:
-    """Tells at once what would fail later.
+    """Checks options and installed packages before any work starts.
 
     Raises:
-        UserError: an option that cannot be, or what is not installed.
+        UserError: an option is invalid, or a package that it needs is not installed.
     """
     if options.expansions < 0 or options.image_steps < 0:
         raise UserError("--expansions and --image-steps: give 0 or more")
     if not 0 <= options.quantile < 1:
         raise UserError(f"--quantile {options.quantile:g}: give a share from 0 to below 1")
-    given = (("--image-steps", options.image_steps, options.asks_pipeline, "a diffusers pipeline as --images"),)
-    given += (("--quantile", options.quantile != Options.quantile, options.model, "an embedder as --model"),)
-    for flag, asked, wanted, what in given:
-        if asked and not wanted:
-            raise UserError(f"{flag}: wants {what}")
+    needs = (("--image-steps", options.image_steps, options.asks_pipeline, "a diffusers pipeline as --images"),)
+    needs += (("--quantile", options.quantile != Options.quantile, options.model, "an embedder as --model"),)
+    for flag, is_set, available, what in needs:
+        if is_set and not available:
+            raise UserError(f"{flag}: needs {what}")
     if options.text == "none" and (options.images == "none" or not options.expansions):
         raise UserError("--text none --images none: nothing to do")
     if options.asks_server:

@@ -1,4 +1,4 @@
-"""Enriched titles by a multimodal language model, over any server of OpenAI's chat protocol: vLLM, SGLang,
+"""Enriched titles from a multimodal language model behind any server with OpenAI's chat API: vLLM, SGLang,
 `transformers serve`, or a hosted one. Needs `pip install -e '.[openai]'`.
 """
 
@@ -18,7 +18,7 @@ from moon_jax.errors import Unavailable, UserError
 from moon_jax.types import Product
 
 PROMPT_VERSION = "title-1"
-"""Changes with PROMPT, or with how it is filled."""
+"""Must change whenever PROMPT, or the way it is filled, changes."""
 
 PROMPT = f"""\
 Rewrite the title of a product so that a shopper finds it: keep what it says, and add what the facts and the picture \
@@ -31,22 +31,22 @@ Title: {{title}}
 Facts: {{facts}}"""
 
 LONGEST_SIDE = 512
-"""Of the picture that is sent, in pixels."""
+"""Of the image that is sent, in pixels."""
 
 MOST_TOKENS = 160
 """Of an answer."""
 
 SECONDS, TRIES = 120.0, 8
-"""Of a request; how often one is tried again. The waits double up to eight seconds, or are what the server asks for."""
+"""Timeout of a request, and its retries. The waits double up to eight seconds, or follow the server's Retry-After."""
 
 
 class Refused(Exception):
-    """The server does not take this one request."""
+    """The server rejects this particular request."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A server and its model. What a request asks follows from product and seed alone."""
+    """A server and its model. A request depends on product and seed alone."""
 
     url: str
     model: str
@@ -56,7 +56,7 @@ class Chat:
     def request(self, product: Product, seed: int, max_pixels: int) -> dict[str, Any]:
         """The body of the request for a product's enriched title."""
         facts = json.dumps({name: list(values) for name, values in entities(product).items()}, ensure_ascii=False)
-        asked = PROMPT.format(title=product.text, facts=facts)
+        prompt = PROMPT.format(title=product.text, facts=facts)
         content: list[dict[str, Any]] = []
         if product.images:
             picture = decode(product.images[0], max_pixels)
@@ -65,7 +65,7 @@ class Chat:
             picture.save(stream, "JPEG", quality=90)
             data = base64.b64encode(stream.getvalue()).decode()
             content.append({"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}})
-        content.append({"type": "text", "text": asked})
+        content.append({"type": "text", "text": prompt})
         return {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
@@ -75,7 +75,7 @@ class Chat:
         }
 
     def client(self) -> Any:
-        """The protocol's client; threads may share it. The key is $OPENAI_API_KEY, where a server wants one."""
+        """A client of the API; threads may share it. If the server needs a key, it is read from $OPENAI_API_KEY."""
         import openai  # behind an extra
 
         return openai.OpenAI(
@@ -86,66 +86,69 @@ class Chat:
         )
 
     def answer(self, client: Any, request: dict[str, Any]) -> str:
-        """What the model says.
+        """The text of the model's answer.
 
         Raises:
-            Refused: to this request: too long, or of a kind that the model does not take.
-            UserError: no such model there, or no permission.
-            Unavailable: no answer, however often it was asked.
+            Refused: the server rejects this request: too long, or of a kind that the model does not take.
+            UserError: the server has no such model, or denies permission.
+            Unavailable: no answer after all retries.
         """
         import openai
 
         try:
-            given = client.chat.completions.create(**request)
+            reply = client.chat.completions.create(**request)
         except (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError) as error:
-            raise Unavailable(f"--text {self.url}: {_short(error)}; nothing done is lost, try again later") from None
+            raise Unavailable(f"--text {self.url}: {_short(error)}; finished work is kept, try again later") from None
         except openai.APIStatusError as error:
             if error.status_code in REFUSALS:
                 raise Refused(_short(error)) from None
             raise UserError(
-                f"--text {self.url}: {_short(error)}; give the server's own --text-model, and OPENAI_API_KEY if it"
-                " wants one"
+                f"--text {self.url}: {_short(error)}; give a --text-model that the server has, and set OPENAI_API_KEY"
+                " if it needs a key"
             ) from None
         except (openai.APIError, ValueError) as error:
             raise UserError(f"--text {self.url}: {_short(error)}; {FOREIGN}") from None
-        if isinstance(given, str):
+        if isinstance(reply, str):
             raise UserError(f"--text {self.url}: {FOREIGN}")
         try:
-            content = given.choices[0].message.content or ""
+            content = reply.choices[0].message.content or ""
         except (AttributeError, IndexError, TypeError):
-            raise Refused("an answer without a choice") from None
+            raise Refused("the answer has no choices") from None
         if not isinstance(content, str):
-            raise Refused("an answer that is no text")
+            raise Refused("the answer is not text")
         return content.encode("utf-8", "replace").decode()
 
 
 REFUSALS = (400, 413, 422)
-"""Statuses that are about one request alone: too long, or of a kind that the model does not take."""
+"""HTTP statuses that concern one request only: too long, or of a kind that the model does not take."""
 
-FOREIGN = "what answers there does not speak OpenAI's protocol; its URL mostly ends in /v1"
+FOREIGN = "the server does not answer in OpenAI's format; give its API's URL, which usually ends in /v1"
 
 
 def _short(error: Exception) -> str:
-    """What an error says, without the key that it may repeat."""
-    told = " ".join(str(error).split())
+    """The error's message, shortened; the API key is removed if the message repeats it."""
+    message = " ".join(str(error).split())
     key = os.environ.get("OPENAI_API_KEY")
-    return ((told.replace(key, "…") if key else told)[:200] or type(error).__name__).rstrip(".")
+    return ((message.replace(key, "…") if key else message)[:200] or type(error).__name__).rstrip(".")
 
 
 def check(url: str, model: str) -> None:
     """
     Raises:
-        UserError: no URL, no model is named, or the client is not installed.
+        UserError: `url` is not a URL or contains a password, `model` is empty, or the client is not installed.
     """
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--text {url}: give rules, none, or a server's URL such as http://localhost:8000/v1")
     parts = urllib.parse.urlsplit(url)
     if parts.username or parts.password:
-        told = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        raise UserError(f"--text {told}: give no password in the URL, which is kept; OPENAI_API_KEY is not")
+        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        raise UserError(
+            f"--text {shown}: the URL is stored, so it must not contain a password; set OPENAI_API_KEY instead, which"
+            " is not stored"
+        )
     try:
         import openai  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--text {url}: wants the openai client ({error}); pip install -e '.[openai]'") from None
+        raise UserError(f"--text {url}: needs the openai client ({error}); pip install -e '.[openai]'") from None
     if not model:
-        raise UserError(f"--text {url}: name the server's model by --text-model")
+        raise UserError(f"--text {url}: needs a model; give --text-model")

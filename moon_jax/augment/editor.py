@@ -1,6 +1,7 @@
-"""Expanded images by an image-editing pipeline of diffusers, such as Qwen-Image-Edit: `pip install -e '.[diffusers]'`.
+"""Expanded images from an image-editing pipeline of diffusers, such as Qwen-Image-Edit.
 
-As MOON2.0 (arXiv 2511.12449) has it: I_m, the picture edited down to its subject, then I_k = edit(I_m, T, prompt_k).
+Needs `pip install -e '.[diffusers]'`. As in MOON2.0 (arXiv 2511.12449): first I_m, the image reduced to its subject,
+then I_k = edit(I_m, T, prompt_k).
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from moon_jax.errors import UserError
 from moon_jax.hub import folder as folder_lib
 
 LONGEST_SIDE = Prepare().longest_side
-"""Of what is kept, in pixels: no more than of the catalogue's own images."""
+"""Of the stored images, in pixels: the limit of the catalogue's own images."""
 
 PROMPT_VERSION = "image-1"
-"""Changes with the prompts."""
+"""Must change whenever the prompts change."""
 
 SUBJECT = (
     "Keep only the product, {title}, exactly as it is, on a plain white background. Remove people, hands, other"
@@ -41,26 +42,26 @@ PROMPTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Editor:
-    """A pipeline: a folder, or hf://owner/name[@revision]. On one kind of device a picture follows from its seed."""
+    """A pipeline: a folder, or hf://owner/name[@revision]. The same seed gives the same image on one kind of device."""
 
     model: str
-    steps: int = 0  # of denoising; 0 leaves the pipeline's own number
+    steps: int = 0  # of denoising; 0 uses the pipeline's default
 
     def signature(self) -> str:
-        """Of the weights: names, sizes and times of a folder's files; of the hub's, the name says it."""
+        """Identifies the weights: for a folder by names, sizes and times of its files, for the hub by the name."""
         if self.model.startswith(folder_lib.HUB):
             return self.model
         digest = hashlib.blake2b(digest_size=8)
         for path in sorted(path for path in Path(self.model).rglob("*") if path.is_file()):
-            told = path.stat()
-            digest.update(repr((str(path.relative_to(self.model)), told.st_size, told.st_mtime_ns)).encode())
+            stat = path.stat()
+            digest.update(repr((str(path.relative_to(self.model)), stat.st_size, stat.st_mtime_ns)).encode())
         return digest.hexdigest()
 
     def load(self) -> Callable[[Image.Image, str, int], Image.Image]:
-        """What edits a picture by a prompt and a seed. Weights are safetensors; no code of the folder is run.
+        """Returns edit(picture, prompt, seed). Reads safetensors only and runs no code from the folder.
 
         Raises:
-            UserError: diffusers is not installed, or that is no pipeline which edits images.
+            UserError: diffusers is not installed, or the model is not an image-editing pipeline.
         """
         check(self.model)
         import diffusers
@@ -98,22 +99,25 @@ class Editor:
 def check(model: str) -> None:
     """
     Raises:
-        UserError: there is no pipeline, or one with code of its own; or diffusers is not installed.
+        UserError: there is no pipeline, the pipeline contains code, or diffusers is not installed.
     """
     if not model.startswith(folder_lib.HUB):
         if not (Path(model) / "model_index.json").is_file():
             raise UserError(
-                f"--images {model}: no model_index.json there; give classical, none, a folder that diffusers saved, or"
+                f"--images {model}: has no model_index.json; give classical, none, a folder that diffusers saved, or"
                 f" {folder_lib.HUB}owner/name"
             )
         code = next(Path(model).rglob("*.py"), None)
         if code:
-            raise UserError(f"--images {model}: holds code, {code.relative_to(model)}, which is never run")
+            raise UserError(
+                f"--images {model}: contains code ({code.relative_to(model)}), which is never run; give a pipeline"
+                " without code"
+            )
     try:
         import diffusers  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--images {model}: wants diffusers ({error}); pip install -e '.[diffusers]'") from None
+        raise UserError(f"--images {model}: needs diffusers ({error}); pip install -e '.[diffusers]'") from None
 
 
 def expand(
@@ -122,21 +126,22 @@ def expand(
     title: str,
     count: int,
     seed: int,
-    kept: Callable[[str, Callable[[], bytes]], bytes],
+    cache: Callable[[str, Callable[[], bytes]], bytes],
 ) -> list[tuple[str, int, bytes]]:
-    """I_1 … I_count of an RGB picture: what the prompt asked for, the seed of that edit and a JPEG each.
+    """I_1 … I_count of an RGB image, each as (operation, seed of the edit, JPEG).
 
     Args:
-        kept: (name, make) → bytes: what was made under that name before, or what `make` gives.
+        cache: (name, make) → bytes: the bytes stored under that name, or else the result of `make`.
     """
 
     def edited(base: Image.Image, prompt: str, number: int) -> bytes:
         return jpeg(edit(base, prompt.format(title=title or "as in the picture"), seed + number))
 
-    subject = kept("subject", lambda: edited(picture, SUBJECT, 0))
+    subject = cache("subject", lambda: edited(picture, SUBJECT, 0))
     made = []
     for number in range(1, count + 1):
         name = tuple(PROMPTS)[(number - 1) % len(PROMPTS)]
         base = decode(subject, 2**31)
-        made.append((name, seed + number, kept(f"{number}", lambda b=base, n=name, k=number: edited(b, PROMPTS[n], k))))
+        image = cache(f"{number}", lambda b=base, n=name, k=number: edited(b, PROMPTS[n], k))
+        made.append((name, seed + number, image))
     return made

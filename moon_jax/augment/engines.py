@@ -1,7 +1,7 @@
-"""What does the work of a pass: processes of this machine, or Apache Beam, which any cluster runs.
+"""Engines that run the work of a pass: processes of this machine, or Apache Beam on any cluster.
 
-Work is numbered, each number's is done whole or not at all, and its result is a file: so it does not matter who does
-it, and the next try knows what is left.
+Work comes as numbered items. Each item is written atomically to a file of its own. So any worker can do any item, and
+the next run knows which ones are left.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moon_jax.progress import Progress
 
 
 class Work(Protocol):
-    """Numbered work, which can be pickled."""
+    """Numbered work. Must be picklable."""
 
     work: Path
     """A folder that all workers share."""
@@ -38,13 +38,14 @@ class Work(Protocol):
 
 
 class Engine(Protocol):
-    """Runs what is left of some work to its end."""
+    """Runs the items that are left."""
 
     def __call__(self, what: str, work: Work, numbers: Sequence[int], progress: Progress, alone: bool = False) -> None:
         """
         Args:
-            what: its name, for the progress.
-            alone: one at a time, in this process, as a model on its accelerator wants it. Beam's workers have one each.
+            what: the name shown with the progress.
+            alone: run one item at a time in this process, for a model on this process's accelerator. Beam ignores it:
+                each of its workers has a model of its own.
         """
 
 
@@ -73,15 +74,15 @@ class Local:
 
 
 FAILED = "failed"
-"""In the work folder: what went wrong where Beam's workers were."""
+"""The folder, within the work folder, for the errors of Beam's workers."""
 
 SECONDS = 1.0
-"""Between looks at how far a pipeline is."""
+"""Between polls of a pipeline's progress."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Beam:
-    """A pipeline of Apache Beam, whose workers see data and output at the same paths."""
+    """A pipeline of Apache Beam. Its workers must see data and output at the same paths."""
 
     arguments: tuple[str, ...]  # Beam's own, such as --runner=DataflowRunner
 
@@ -97,7 +98,7 @@ class Beam:
             advance(len(numbers) - len(left))
             try:
                 pipeline = beam.Pipeline(options=options)
-                # Neighbours in numbers shall not be one worker's.
+                # Reshuffle spreads neighbouring numbers over the workers.
                 _ = pipeline | beam.Create(left) | beam.Reshuffle() | beam.Map(functools.partial(_one, work))
                 running = pipeline.run()
                 while not beam.runners.runner.PipelineState.is_terminal(running.state):
@@ -105,24 +106,24 @@ class Beam:
                     if interrupt.REQUESTED.is_set():
                         running.cancel()
                 running.wait_until_finish()
-            except Exception as raised:  # Beam wraps what a worker raises, in ways of its own for every runner
+            except Exception as raised:  # each runner wraps a worker's exception in its own way
                 error = raised
         interrupt.check()
         _raise_failure(work.work / FAILED)
         if error or not all(map(work.done, left)):
             lines = [line for line in str(error or "").splitlines() if line.strip()]
-            told = lines[-1][:300] if lines else "work is left undone"
-            raise UserError(f"--beam: {told}; see Beam's own log") from error
+            reason = lines[-1][:300] if lines else "some work was not done"
+            raise UserError(f"--beam: {reason}; see Beam's own log") from error
 
 
 def load_beam(arguments: Sequence[str]) -> tuple[Any, Any]:
-    """The library, and its options.
+    """The Apache Beam module and its pipeline options.
 
     Raises:
-        UserError: it is not installed, or does not know the arguments.
+        UserError: Beam is not installed, or does not know an argument.
     """
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # of clouds whose clients are not installed
+    logging.disable(logging.WARNING)  # Beam warns about cloud clients that are not installed
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -130,13 +131,13 @@ def load_beam(arguments: Sequence[str]) -> tuple[Any, Any]:
         options = PipelineOptions(list(arguments))
         known = options.get_all_options()
     except ImportError as error:
-        raise UserError(f"--beam: wants Apache Beam ({error}); pip install -e '.[beam]'") from None
+        raise UserError(f"--beam: needs Apache Beam ({error}); pip install -e '.[beam]'") from None
     except SystemExit:  # argparse within Beam
         raise UserError(f"--beam {' '.join(arguments)}: not options of Apache Beam") from None
     finally:
         logging.disable(before)
     for argument in arguments:
-        # Beam leaves out what it does not know, and would run somewhere else.
+        # Beam ignores unknown options, and would then run on another runner.
         name = argument.removeprefix("--").partition("=")[0]
         if name.replace("-", "_") not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -145,7 +146,7 @@ def load_beam(arguments: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _one(work: Work, number: int) -> None:
-    """What a worker of Beam does. A mistake of the user's is noted: Beam would tell it by pages."""
+    """One item in a Beam worker. A UserError goes to a file: Beam would bury it in pages of output."""
     if interrupt.REQUESTED.is_set() or work.done(number):
         return
     try:
@@ -153,40 +154,40 @@ def _one(work: Work, number: int) -> None:
     except UserError as error:
         folder = work.work / FAILED
         folder.mkdir(exist_ok=True)
-        told = {"again": isinstance(error, Unavailable), "message": str(error)}
-        (folder / f"{number:08}.json").write_text(json.dumps(told), encoding="utf-8")
+        failure = {"again": isinstance(error, Unavailable), "message": str(error)}
+        (folder / f"{number:08}.json").write_text(json.dumps(failure), encoding="utf-8")
         raise
-    except KeyboardInterrupt:  # asked for within; the pipeline ends by itself
+    except KeyboardInterrupt:  # the work noticed the stop request; the main process cancels the pipeline
         return
 
 
 def _raise_failure(folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):
-        told = json.loads(path.read_text(encoding="utf-8"))
-        raise (Unavailable if told["again"] else UserError)(told["message"])
+        failure = json.loads(path.read_text(encoding="utf-8"))
+        raise (Unavailable if failure["again"] else UserError)(failure["message"])
 
 
 @contextlib.contextmanager
 def _watched(work: Work, left: Sequence[int], advance: Any) -> Iterator[None]:
-    """Reports progress by looking at what is done."""
-    ended, told = threading.Event(), 0
+    """Reports progress by polling which items are done."""
+    ended, reported = threading.Event(), 0
 
-    def look() -> None:
-        nonlocal told
+    def poll() -> None:
+        nonlocal reported
         while not ended.wait(SECONDS):
             done = sum(map(work.done, left))
-            if done > told:
-                with contextlib.suppress(KeyboardInterrupt):  # the main thread asks for itself
-                    advance(done - told)
-                told = done
+            if done > reported:
+                with contextlib.suppress(KeyboardInterrupt):  # the main thread checks for stop requests itself
+                    advance(done - reported)
+                reported = done
 
-    thread = threading.Thread(target=look, name="progress", daemon=True)
+    thread = threading.Thread(target=poll, name="progress", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        if len(left) > told and all(map(work.done, left)):
+        if len(left) > reported and all(map(work.done, left)):
             with contextlib.suppress(KeyboardInterrupt):
-                advance(len(left) - told)
+                advance(len(left) - reported)

@@ -1,8 +1,8 @@
-"""The image half of co-augmentation, without a model: the subject is cut out, and shown otherwise.
+"""The image half of co-augmentation, without a model: cuts out the subject and shows it in another way.
 
-As MOON2.0 (arXiv 2511.12449) has it, in two stages: I_m, the picture without clutter, then I_k, k = 1 … n_c: the same
-product before another background, from another viewpoint, or closer. OpenCV does the work: `pip install -e
-'.[augment]'`. What is drawn at random follows from the seed alone.
+Two stages, as in MOON2.0 (arXiv 2511.12449): I_m, the image without clutter, then I_k, k = 1 … n_c: the same product
+before another background, from another viewpoint, or closer. Uses OpenCV: `pip install -e '.[augment]'`. All random
+choices depend on the seed alone.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from moon_jax.errors import UserError
 JPEG_QUALITY = 92
 
 WORKING_SIDE = 256
-"""Pixels of the longer side while the subject is sought."""
+"""Length of the longer side, in pixels, at which the subject is segmented."""
 
 BORDER = 0.04
-"""Of the shorter side: the frame that is taken for background."""
+"""Width of the frame that is assumed to be background, as a share of the shorter side."""
 
 LEAST_SIDE = 16
-"""Pixels; of a smaller picture nothing is made, and in one that becomes smaller no subject is sought."""
+"""Pixels. Smaller images are not expanded; images that get smaller when scaled to WORKING_SIDE are not segmented."""
 
 ALIKE, PLAIN, REACH = 6.0, 0.5, (2.5, 6.0)
-"""Colours less apart than ALIKE (CIE76) are one; a frame of one colour for the share PLAIN is plain, and colours within
-REACH of it are background then: the nearer bound where it does not vary.
+"""Colours less than ALIKE apart (CIE76) count as equal. A frame is plain if at least the share PLAIN of it has one
+colour. Colours within REACH of that colour are then background: the smaller bound if the colour does not vary.
 """
 
 COMPACT = 0.75
-"""Share of its convex hull that a subject fills, before a background that is not plain."""
+"""Share of its convex hull that a subject must fill if the background is not plain."""
 
 LEAST_AREA, MOST_AREA = 0.04, 0.92
-"""Share of the picture that a subject may have; else none was found."""
+"""Share of the image that a subject may cover; otherwise no subject was found."""
 
 SCRAP = 0.12
-"""Of the largest part's area: smaller ones, such as a shop's badge, are no part of the subject."""
+"""Share of the largest part's area. Parts smaller than this, such as a shop's badge, do not belong to the subject."""
 
 WHITE = (255.0, 255.0, 255.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """I_m: what a picture is of."""
+    """I_m: the subject of an image."""
 
-    pixels: np.ndarray  # u8[height,width,3]: the whole picture
-    mask: np.ndarray | None  # f32[height,width]: 1 where the subject is; None where it was not found
+    pixels: np.ndarray  # u8[height,width,3]: the whole image
+    mask: np.ndarray | None  # f32[height,width]: 1 on the subject; None if no subject was found
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of the subject; of the whole picture where none was found."""
+        """Left, top, right and bottom of the subject, or of the whole image if no subject was found."""
         height, width = self.pixels.shape[:2]
         if self.mask is None:
             return 0, 0, width, height
@@ -62,7 +62,7 @@ class Subject:
         return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
     def alone(self, background: tuple[float, ...] | np.ndarray = WHITE) -> np.ndarray:
-        """The subject before a background, of one colour or f32[height,width,3]: f32[height,width,3]."""
+        """The subject on `background`, a colour or f32[height,width,3]. Returns f32[height,width,3]."""
         if self.mask is None:
             return self.pixels.astype(np.float32)
         mask = self.mask[..., None]
@@ -73,7 +73,7 @@ def _cv2() -> Any:
     import cv2  # behind an extra
 
     cv2.setNumThreads(1)  # processes share the cores
-    cv2.setRNGSeed(0)  # grabCut draws
+    cv2.setRNGSeed(0)  # grabCut uses random numbers
     return cv2
 
 
@@ -86,16 +86,17 @@ def check() -> None:
         import cv2  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"--images classical: wants OpenCV ({error}); pip install -e '.[augment]', or give --images none"
+            f"--images classical: needs OpenCV ({error}); pip install -e '.[augment]', or give --images none"
         ) from None
 
 
 def subject_of(picture: Image.Image) -> Subject:
-    """Finds the subject of an RGB picture.
+    """Finds the subject of an RGB image.
 
-    Where the frame is of one colour, as a studio's, the subject is what that colour does not reach from the edge.
-    Elsewhere GrabCut (Rother et al., 2004) is asked, which starts from the frame as background, and believed if what
-    it finds is compact. Parts that are small and lie apart, such as badges and captions, are left out, holes filled.
+    If the frame has one colour, as in a studio photo, the subject is everything that a flood fill of that colour from
+    the edge does not reach. Otherwise GrabCut (Rother et al., 2004) segments the image with the frame as background;
+    its result is used only if it is compact. Small separate parts, such as badges and captions, are removed and holes
+    are filled.
     """
     cv2 = _cv2()
     pixels = np.asarray(picture)
@@ -120,7 +121,7 @@ def subject_of(picture: Image.Image) -> Subject:
 
 
 def _from_frame(lab: np.ndarray, ring: np.ndarray) -> tuple[np.ndarray, float]:
-    """How far each pixel is from the frame's commonest colour (CIE76), and the share of the frame that has it."""
+    """Each pixel's distance (CIE76) from the frame's most common colour, and the frame's share of that colour."""
     there = lab[ring][:: max(1, int(ring.sum()) // 400)]
     between = np.sqrt(((there[:, None] - there[None]) ** 2).sum(-1))
     alike = there[between[np.argmax((between < ALIKE).sum(1))] < ALIKE]
@@ -129,17 +130,17 @@ def _from_frame(lab: np.ndarray, ring: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _beyond(distance: np.ndarray, ring: np.ndarray, cv2: Any) -> np.ndarray:
-    """What the frame's colour does not reach from the edge: u8[h,w]."""
+    """Mask u8[h,w] of the pixels that the frame's colour does not reach from the edge."""
     reach = np.clip(4 * np.median(distance[ring & (distance < ALIKE)]), *REACH)
     _, parts = cv2.connectedComponents((distance < reach).astype(np.uint8), connectivity=4)
     touching = np.unique(parts[ring & (distance < reach)])
     beyond = (~np.isin(parts, touching[touching > 0])).astype(np.uint8)
-    # Of what the camera and JPEG make of an edge, a pixel or two are background still.
+    # Camera and JPEG blur the edges: the outermost one or two pixels are still background.
     return cv2.erode(beyond, np.ones((3, 3), np.uint8), iterations=min(2, min(beyond.shape) // 120))
 
 
 def _grabbed(small: np.ndarray, ring: np.ndarray, cv2: Any) -> np.ndarray:
-    """What GrabCut takes for the subject: u8[h,w]."""
+    """GrabCut's mask of the subject, u8[h,w]."""
     labels = np.where(ring, cv2.GC_BGD, cv2.GC_PR_FGD).astype(np.uint8)
     models = np.zeros((2, 1, 65))
     cv2.grabCut(cv2.cvtColor(small, cv2.COLOR_RGB2BGR), labels, None, *models, 4, cv2.GC_INIT_WITH_MASK)
@@ -147,7 +148,7 @@ def _grabbed(small: np.ndarray, ring: np.ndarray, cv2: Any) -> np.ndarray:
 
 
 def _solid(mask: np.ndarray, cv2: Any) -> np.ndarray:
-    """A mask u8[h,w] without scraps and holes."""
+    """The mask u8[h,w] without small parts and holes."""
     mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     count, parts, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     if count == 1:
@@ -159,7 +160,7 @@ def _solid(mask: np.ndarray, cv2: Any) -> np.ndarray:
 
 
 def _compact(mask: np.ndarray, ring: np.ndarray, cv2: Any) -> bool:
-    """Whether a mask is one part that fills its hull, and leaves the frame."""
+    """Whether the mask is one part that fills its convex hull and leaves most of the frame free."""
     outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     if len(outlines) != 1:
         return False
@@ -168,7 +169,7 @@ def _compact(mask: np.ndarray, ring: np.ndarray, cv2: Any) -> bool:
 
 
 def background(subject: Subject, rng: np.random.Generator) -> np.ndarray:
-    """The subject before a wall and a floor, a gradient or soft patches of colour, with its shadow, moved a little."""
+    """The subject with its shadow, moved a little, before a wall and floor, a gradient or soft patches of colour."""
     cv2 = _cv2()
     height, width = subject.pixels.shape[:2]
     colours = _pale(rng), _pale(rng)
@@ -185,10 +186,10 @@ def background(subject: Subject, rng: np.random.Generator) -> np.ndarray:
     scene = colours[0] * (1 - share) + colours[1] * share
     left, top, right, bottom = subject.box
     scale = rng.uniform(0.8, 1.0) * min(1.0, 0.92 * width / (right - left), 0.92 * height / (bottom - top))
-    room = np.array([width - scale * (right - left), height - scale * (bottom - top)])
-    place = room * rng.uniform(0.25, 0.75, 2)
+    margin = np.array([width - scale * (right - left), height - scale * (bottom - top)])
+    corner = margin * rng.uniform(0.25, 0.75, 2)
     size = width, height
-    move = np.float32([[scale, 0, place[0] - scale * left], [0, scale, place[1] - scale * top]])
+    move = np.float32([[scale, 0, corner[0] - scale * left], [0, scale, corner[1] - scale * top]])
     pixels = cv2.warpAffine(
         subject.pixels, move, (width, height), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REPLICATE
     )
@@ -200,13 +201,13 @@ def background(subject: Subject, rng: np.random.Generator) -> np.ndarray:
 
 
 def _pale(rng: np.random.Generator) -> np.ndarray:
-    """A colour that no product is mistaken for: light, and of little saturation."""
+    """A light colour of low saturation, unlikely to be mistaken for a product."""
     grey = rng.uniform(150, 240)
     return np.clip(grey + rng.uniform(-35, 35, 3), 0, 255).astype(np.float32)
 
 
 def viewpoint(subject: Subject, rng: np.random.Generator) -> np.ndarray:
-    """The subject alone, seen from elsewhere: turned about three axes in perspective. It is never mirrored."""
+    """The subject alone from another viewpoint: rotated about three axes, in perspective, never mirrored."""
     cv2 = _cv2()
     height, width = subject.pixels.shape[:2]
     yaw, pitch, roll = rng.choice([-1, 1], 3) * rng.uniform((12, 4, 2), (28, 14, 9)) * np.pi / 180
@@ -220,7 +221,7 @@ def viewpoint(subject: Subject, rng: np.random.Generator) -> np.ndarray:
     turned = flat @ (about_z @ about_x @ about_y).T
     eye = 2.5 * max(height, width)
     seen = turned[:, :2] * (eye / (eye + turned[:, 2:]))
-    # As large as fits, in the middle.
+    # Centre it, and shrink it if it does not fit.
     seen -= (seen.min(0) + seen.max(0)) / 2
     seen *= min(1.0, 0.94 * min(np.array([width, height]) / np.ptp(seen, axis=0)))
     seen += [width / 2, height / 2]
@@ -238,7 +239,7 @@ def viewpoint(subject: Subject, rng: np.random.Generator) -> np.ndarray:
 
 
 def _edge_colour(subject: Subject) -> np.ndarray:
-    """The colour of the picture's edge, f32[3], where the subject was not found; else white."""
+    """f32[3]: white, or the colour of the image's edge if no subject was found."""
     if subject.mask is not None:
         return np.float32(WHITE)
     pixels = subject.pixels
@@ -247,12 +248,12 @@ def _edge_colour(subject: Subject) -> np.ndarray:
 
 
 def detail(subject: Subject, rng: np.random.Generator) -> np.ndarray:
-    """A part of the picture where the subject has most to show, enlarged."""
+    """A crop of the part of the subject with the most detail, enlarged to the image's size."""
     cv2 = _cv2()
     height, width = subject.pixels.shape[:2]
     left, top, right, bottom = subject.box
     share = rng.uniform(0.5, 0.7)
-    # A window of the picture's aspect, that share of the subject's longer side.
+    # The window has the image's aspect ratio and covers that share of the subject's longer side.
     scale = min(1.0, share * max((right - left) / width, (bottom - top) / height))
     wide, high = max(8, round(scale * width)), max(8, round(scale * height))
     wide, high = min(wide, width), min(high, height)
@@ -261,7 +262,7 @@ def detail(subject: Subject, rng: np.random.Generator) -> np.ndarray:
     weight = edges if subject.mask is None else edges * subject.mask + 8 * subject.mask
     total = cv2.integral(weight)
     score = total[high:, wide:] - total[:-high, wide:] - total[high:, :-wide] + total[:-high, :-wide]
-    score = score * rng.uniform(0.9, 1.0, score.shape)  # among windows that show about as much, any
+    score = score * rng.uniform(0.9, 1.0, score.shape)  # choose at random among windows of similar score
     y, x = np.unravel_index(int(np.argmax(score)), score.shape)
     part = subject.pixels[y : y + high, x : x + wide]
     return cv2.resize(part, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.float32)
@@ -275,9 +276,9 @@ OPERATIONS: dict[str, Callable[[Subject, np.random.Generator], np.ndarray]] = {
 
 
 def expand(picture: Image.Image, count: int, rng: np.random.Generator) -> list[tuple[str, bytes]]:
-    """I_1 … I_count of an RGB picture, of its size: the operation and a JPEG each.
+    """I_1 … I_count of an RGB image, in its size, each as (operation, JPEG).
 
-    Operations alternate, in an order that is drawn. Where no subject was found there is no other background.
+    Operations alternate in a random order. If no subject was found, the background is not changed.
     """
     subject = subject_of(picture)
     names = [name for name in OPERATIONS if name != "background" or subject.mask is not None]

@@ -1,4 +1,4 @@
-"""What `moon-jax augment` is asked for."""
+"""The options of `moon-jax augment`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """All that the result depends on, beside the data. The numbers are ours; the paper states none."""
+    """Everything besides the data that the result depends on. The numbers are ours; the paper states none."""
 
-    text: str = "rules"  # enriched titles: rules, none, or the URL of a server of OpenAI's protocol
-    text_model: str = ""  # the model that is asked there
+    text: str = "rules"  # enriched titles: rules, none, or the URL of an OpenAI-compatible server
+    text_model: str = ""  # the model to request from it
     images: str = "classical"  # expanded images: classical, none, or a diffusers pipeline
-    image_steps: int = 0  # steps of that pipeline; 0 leaves its own number
-    expansions: int = 2  # n_c, expanded images of a product
-    model: str = ""  # the embedder of the consistency filter; without one, nothing is filtered
-    quantile: float = 0.1  # share of the results, those that agree least, that the filter drops
+    image_steps: int = 0  # steps of that pipeline; 0 uses its default
+    expansions: int = 2  # n_c, expanded images per product
+    model: str = ""  # the embedder of the consistency filter; empty: no filter
+    quantile: float = 0.1  # share of the results that the filter drops: the least consistent ones
     seed: int = 0
 
     @property

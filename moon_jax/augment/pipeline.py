@@ -1,10 +1,9 @@
-"""Co-augmentation (MOON2.0, arXiv 2511.12449), offline: prepared data in, the same with enriched titles and expanded
-images out.
+"""Offline co-augmentation (MOON2.0, arXiv 2511.12449): copies prepared data and adds enriched titles and images.
 
-Three passes. Units of products become candidates (candidates.py). An embedder tells how well each agrees with what it
-was made from: an expanded image with the title, an enriched title with the image. Those of a catalogue that agree
-least are dropped, and the rest is written into the records, with where it came from beside them. Only products to
-train on are touched; triplets, split and all that is evaluated stay byte by byte.
+Three passes. The first writes the candidates of each unit of products (candidates.py). In the second an embedder scores
+how well each candidate agrees with its origin: an expanded image with the title, an enriched title with the image. The
+third drops the candidates that agree least and writes the rest into the records; augmented.parquet lists where each
+came from. Only training products change; triplets, split and all evaluation data stay identical byte for byte.
 """
 
 from __future__ import annotations
@@ -39,21 +38,21 @@ from moon_jax.progress import Progress, silent
 from moon_jax.types import Product
 
 PARTS = ("units", "scores", "shards", "answers")
-"""The folders of the output's WORK."""
+"""The folders within outputs.WORK."""
 
 RESULTS = "augmented.parquet"
-"""In the output: candidates.PROVENANCE, and the score, of all that was made."""
+"""File of the output: candidates.PROVENANCE and the score of every result."""
 
 PICTURE, SHOWN = "augmented.png", 8
-"""In the output: so many products and what was made of them."""
+"""File of the output that shows products with their results, and how many products it shows."""
 
 DISAGREES = "disagrees"
-"""The reason of what the filter drops."""
+"""The reason given for results that the filter drops."""
 
 SCORED = pa.schema([*candidates.PROVENANCE, ("score", pa.float32())])
 
 ROWS = 1 << 14
-"""Of a row group of RESULTS, at least."""
+"""Minimum rows of a row group of RESULTS; the last may have fewer."""
 
 
 def augment(
@@ -65,27 +64,27 @@ def augment(
     connections: int,
     progress: Progress = silent,
 ) -> Prepared:
-    """Augments prepared data into the folder `output`, or goes on with that; opens it.
+    """Augments prepared data into the folder `output`, or resumes there. Opens the result.
 
     Args:
-        max_pixels: a picture of more is refused.
-        connections: requests to a server that a worker may have at a time.
+        max_pixels: larger images are refused.
+        connections: concurrent requests to a server, per worker.
 
     Raises:
-        UserError: not prepared data, an option that cannot be, or the output holds something else.
-        Unavailable: a server does not answer; what is done stays.
-        KeyboardInterrupt: a stop was asked for; what is done stays.
+        UserError: `data` is not prepared data, an option is invalid, or the output holds something else.
+        Unavailable: a server does not answer; finished work is kept.
+        KeyboardInterrupt: a stop was requested; finished work is kept.
     """
     data, output = Path(data).resolve(), Path(output).resolve()
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
     if not prepared_lib.is_prepared(data):
-        raise UserError(f"--data {data}: not prepared data; moon-jax prepare makes it of any catalogue")
+        raise UserError(f"--data {data}: not prepared data; run moon-jax prepare on your catalogue first")
     if output.is_relative_to(data):
-        raise UserError(f"--output {output}: within --data; give another folder")
+        raise UserError(f"--output {output}: inside --data; give another folder")
     prepared = prepared_lib.open_prepared(data)
     if prepared.manifest.get("augmented"):
-        raise UserError(f"--data {data}: augmented already; give what it was made from")
+        raise UserError(f"--data {data}: already augmented; give the prepared data that it was made from")
     candidates.check(options)
     embedder = registry.open_embedder(options.model, max_pixels) if options.model else None
     if embedder:
@@ -93,7 +92,7 @@ def augment(
         EMBEDDERS[embedder.name] = embedder
     server = options.asks_server and chat.PROMPT_VERSION
     editing = options.asks_pipeline and [editor.PROMPT_VERSION, editor.Editor(options.images).signature()]
-    told = json.dumps(
+    source = json.dumps(
         {
             "data": prepared.fingerprint,
             "options": dataclasses.asdict(options),
@@ -104,11 +103,11 @@ def augment(
         sort_keys=True,
     )
     if prepared_lib.is_prepared(output):
-        if not outputs.is_from(output, told):
+        if not outputs.is_from(output, source):
             raise outputs.conflict(output)
         shutil.rmtree(output / outputs.WORK, ignore_errors=True)
         return prepared_lib.open_prepared(output)
-    with outputs.claim(output, told, PARTS) as work:
+    with outputs.claim(output, source, PARTS) as work:
         if options.asks_server:
             _note_brands(prepared, work, progress)
         units = range(-(-len(prepared.train) // candidates.UNIT))
@@ -132,15 +131,15 @@ def augment(
         counts = _write_results(work, units, output / RESULTS, thresholds)
         _draw(prepared, work, output / PICTURE, thresholds, max_pixels)
         manifest = _manifest(prepared, output, work, options, embedder.name if embedder else "", thresholds, counts)
-        outputs.write_atomic(output / outputs.SOURCE, told)
-        # The manifest comes last: where it stands, the rest is whole.
+        outputs.write_atomic(output / outputs.SOURCE, source)
+        # The manifest is written last: if it exists, everything else is complete.
         outputs.write_atomic(output / prepared_lib.MANIFEST, json.dumps(manifest, indent=2) + "\n")
         shutil.rmtree(work)
     return prepared_lib.open_prepared(output)
 
 
 def _note_brands(prepared: Prepared, work: Path, progress: Progress) -> None:
-    """Which brands the catalogue has: a title shall not name another product's."""
+    """Writes the catalogue's brands to a file: an enriched title must not name another product's brand."""
     path = work / candidates.BRANDS
     if path.is_file():
         return
@@ -153,16 +152,16 @@ def _note_brands(prepared: Prepared, work: Path, progress: Progress) -> None:
 
 
 EMBEDDERS: dict[str, protocol.Embedder] = {}
-"""The one that this process judges by, by name."""
+"""The embedder that this process scores with, under its name."""
 
 _ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Embeds a unit's candidates and what they were made from: cosine similarities f32[rows], NaN where there is none.
+    """Writes the cosine similarity of each candidate of a unit to its origin: f32[rows], NaN if it has none.
 
-    An image is held against the title, a title against the first image, across modalities as CLIP's filter does it.
+    An image is compared with the title, a title with the first image: across modalities, as filters by CLIP score do.
     """
 
     data: Path
@@ -182,13 +181,13 @@ class Score:
         prepared = candidates.opened(self.data, self.fingerprint)
         rows = pq.read_table(candidates.unit_path(self.work, unit)).to_pylist()
         items: list[Product] = []
-        places: dict[Any, int] = {}
+        positions: dict[Any, int] = {}
 
-        def place(key: Any, item: Product) -> int:
-            if key not in places:
-                places[key] = len(items)
+        def position(key: Any, item: Product) -> int:
+            if key not in positions:
+                positions[key] = len(items)
                 items.append(item)
-            return places[key]
+            return positions[key]
 
         pairs = np.full((len(rows), 2), -1)
         for number, row in enumerate(rows):
@@ -196,18 +195,18 @@ class Score:
             if row["reason"]:
                 continue
             if row["kind"] == "image" and product.text and product.text.strip():
-                origin = place((row["product"], "title"), Product(text=product.text))
-                pairs[number] = origin, place(number, Product(images=(row["image"],)))
+                origin = position((row["product"], "title"), Product(text=product.text))
+                pairs[number] = origin, position(number, Product(images=(row["image"],)))
             elif row["kind"] == "text" and product.images:
-                origin = place((row["product"], "image"), Product(images=product.images[:1]))
-                pairs[number] = origin, place(number, Product(text=row["text"]))
+                origin = position((row["product"], "image"), Product(images=product.images[:1]))
+                pairs[number] = origin, position(number, Product(text=row["text"]))
         scores = np.full(len(rows), np.nan, np.float32)
         chosen = pairs[:, 0] >= 0
         if items:
             vectors = self._encode(items)
             scores[chosen] = np.einsum("nd,nd->n", vectors[pairs[chosen, 0]], vectors[pairs[chosen, 1]])
             if not np.isfinite(scores[chosen]).all():
-                raise UserError(f"--model {self.model}: gives vectors that are not finite")
+                raise UserError(f"--model {self.model}: produces vectors that are not finite; give another model")
         temporary = self.path(unit).with_name(f"{unit:08}.{os.getpid()}.tmp")
         with temporary.open("wb") as file:
             np.save(file, scores)
@@ -218,19 +217,19 @@ class Score:
             if self.name not in EMBEDDERS:
                 found = registry.open_embedder(self.model, self.max_pixels)
                 if found.name != self.name:
-                    raise UserError(f"--model {self.model}: changed since this began; remove the output to begin anew")
+                    raise UserError(f"--model {self.model}: changed since the start; remove the output to start again")
                 EMBEDDERS[self.name] = found
             return EMBEDDERS[self.name].encode(items)
 
 
 def _scores(work: Path, unit: int, rows: int) -> np.ndarray:
-    """f32[rows]; NaN where nothing was scored."""
+    """f32[rows]; NaN for rows without a score."""
     path = work / "scores" / f"{unit:08}.npy"
     return np.load(path, allow_pickle=False) if path.is_file() else np.full(rows, np.nan, np.float32)
 
 
 def _thresholds(work: Path, units: range, quantile: float) -> dict[str, float]:
-    """By kind, the score below which a result is dropped: the ⌊quantile · n⌋ + 1st of n. Of equal ones, all stay."""
+    """By kind, the score below which results are dropped: number ⌊quantile · n⌋ + 1 of n. Ties at it are kept."""
     scores: dict[str, list[np.ndarray]] = {"text": [], "image": []}
     for unit in units:
         kinds = (
@@ -238,20 +237,20 @@ def _thresholds(work: Path, units: range, quantile: float) -> dict[str, float]:
             .column("kind")
             .to_numpy(zero_copy_only=False)
         )
-        told = _scores(work, unit, len(kinds))
+        of_unit = _scores(work, unit, len(kinds))
         for kind, parts in scores.items():
-            parts.append(told[(kinds == kind) & ~np.isnan(told)])
+            parts.append(of_unit[(kinds == kind) & ~np.isnan(of_unit)])
     found = {}
     for kind, parts in scores.items():
         all_scores = np.concatenate(parts) if parts else np.zeros(0, np.float32)
         if len(all_scores):
-            place = int(quantile * len(all_scores) + 1e-9)
-            found[kind] = float(np.partition(all_scores, place)[place])
+            rank = int(quantile * len(all_scores) + 1e-9)
+            found[kind] = float(np.partition(all_scores, rank)[rank])
     return found
 
 
-def _judged(work: Path, unit: int, thresholds: dict[str, float], columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a unit with their score, and with the filter's verdict as the reason."""
+def _filtered(work: Path, unit: int, thresholds: dict[str, float], columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a unit with their scores. Rows that the filter drops have DISAGREES as their reason."""
     rows = pq.read_table(candidates.unit_path(work, unit), columns=columns).to_pylist()
     for row, score in zip(rows, _scores(work, unit, len(rows)).tolist(), strict=True):
         scored = score == score
@@ -262,13 +261,13 @@ def _judged(work: Path, unit: int, thresholds: dict[str, float], columns: list[s
 
 @dataclasses.dataclass(frozen=True)
 class Write:
-    """Writes a shard again, with what was added to its products."""
+    """Rewrites a shard with the results added to its products."""
 
     data: Path
     fingerprint: str  # of the data
     work: Path
     output: Path
-    size: int  # products of a unit
+    size: int  # products per unit
     thresholds: tuple[tuple[str, float], ...]
 
     def _name(self, number: int) -> str:
@@ -298,10 +297,10 @@ class Write:
             yield raw
 
     def _added(self, unit: int) -> dict[int, Product]:
-        """By product, what stays of what was made for it."""
+        """The results to add, by product."""
         found: dict[int, Product] = {}
         columns = ["product", "kind", "reason", "text", "image"]
-        for row in _judged(self.work, unit, dict(self.thresholds), columns):
+        for row in _filtered(self.work, unit, dict(self.thresholds), columns):
             if not row["reason"]:
                 held = found.get(row["product"], Product())
                 if row["kind"] == "text":
@@ -313,7 +312,7 @@ class Write:
 
 
 def _write_results(work: Path, units: range, path: Path, thresholds: dict[str, float]) -> dict[str, Any]:
-    """Writes RESULTS; returns, by kind, how many were made, added, and left out by reason."""
+    """Writes RESULTS. Returns by kind how many results were made, added, and left out by reason."""
     made: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {"text": Counter(), "image": Counter()}
     temporary = path.with_name(f"{path.name}.tmp")
@@ -321,7 +320,7 @@ def _write_results(work: Path, units: range, path: Path, thresholds: dict[str, f
     with pq.ParquetWriter(temporary, SCORED, write_statistics=False) as file:
         held: list[dict[str, Any]] = []
         for unit in units:
-            for row in _judged(work, unit, thresholds, columns):
+            for row in _filtered(work, unit, thresholds, columns):
                 made[row["kind"]] += 1
                 if row["reason"]:
                     reasons[row["kind"]][row["reason"]] += 1
@@ -342,16 +341,16 @@ def _write_results(work: Path, units: range, path: Path, thresholds: dict[str, f
 
 
 def _draw(prepared: Prepared, work: Path, path: Path, thresholds: dict[str, float], max_pixels: int) -> None:
-    """Some products that have an image, drawn at random, with what was made of them."""
+    """Draws random products that have an image, with their results."""
     drawn = np.random.default_rng(0).permutation(min(len(prepared.train), 1 << 20))[: 8 * SHOWN]
     shown = []
-    for index in (prepared.train[place] for place in drawn.tolist()):
+    for index in (prepared.train[number] for number in drawn.tolist()):
         product = prepared.products[index]
         if not product.images or len(shown) == SHOWN:
             continue
         images, titles = [], []
         columns = ["product", "kind", "operation", "reason", "text", "image"]
-        for row in _judged(work, index // candidates.UNIT, thresholds, columns):
+        for row in _filtered(work, index // candidates.UNIT, thresholds, columns):
             if row["product"] != index:
                 continue
             score = "" if row["score"] is None else f" {row['score']:.2f}"
@@ -360,7 +359,7 @@ def _draw(prepared: Prepared, work: Path, path: Path, thresholds: dict[str, floa
             else:
                 titles.append((f"{row['text']}{score}", not row["reason"]))
         shown.append((product, images, titles))
-    footer = "crossed (✗): left out" + (" · numbers: agreement of image and title" if thresholds else "")
+    footer = "crossed out (✗): not added" + (" · numbers: cosine of image and title" if thresholds else "")
     pictures.additions(path, shown, max_pixels, footer)
 
 
@@ -373,7 +372,7 @@ def _manifest(
     thresholds: dict[str, float],
     counts: dict[str, Any],
 ) -> dict[str, Any]:
-    """That of the data, with what was added; copies what lies beside the shards."""
+    """The data's manifest plus a summary of the augmentation. Also copies the files beside the shards."""
     for name in (prepared_lib.GROUPS, prepared_lib.TRIPLETS, prepared_lib.VAL_QUERIES, prepared_lib.QUARANTINE):
         temporary = output / f"{name}.tmp"
         shutil.copyfile(prepared.folder / name, temporary)

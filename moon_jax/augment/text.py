@@ -1,8 +1,8 @@
 """The text half of co-augmentation: T⁺ = MLLM_text(T, I, E) (MOON2.0, arXiv 2511.12449).
 
-Entities E are what a product's title, description, brand, category and attributes say of it. The enriched title T⁺ is
-made of them by rules, or by a multimodal language model behind a server of OpenAI's protocol under a controlled,
-versioned prompt. Whoever made it, it may say nothing that the product does not (`flaw`).
+Entities E are the facts in a product's title, description, brand, category and attributes. The enriched title T⁺ is
+built from them by rules, or by a multimodal language model behind an OpenAI-compatible server with a controlled,
+versioned prompt. Either way it may state nothing that the product's own data does not state (`flaw`).
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ _UNITS = {
     "%": "%|percent",
     "°": "°[cf]?|degrees?",
 }
-"""What makes a size of the number before it, in all spellings."""
+"""Units that turn the number before them into a size, in all spellings."""
 
 _NUMBER = r"\d+(?:[.,/]\d+)*"
-# Not within a code. In scripts without spaces a word may touch the number.
+# Not within a product code. In scripts without spaces a word may touch the number.
 _BEFORE, _AFTER = rf"(?<![^\W{UNSPACED.pattern[1:-1]}])(?<![.,/])", rf"(?![^\W{UNSPACED.pattern[1:-1]}])"
 _MEASURE = re.compile(rf"{_BEFORE}({_NUMBER})\s*({'|'.join(_UNITS.values())}){_AFTER}", re.IGNORECASE)
 _DIMENSIONS = re.compile(rf"{_BEFORE}{_NUMBER}(?:\s*[x×*]\s*{_NUMBER})+{_AFTER}", re.IGNORECASE)
@@ -64,24 +64,24 @@ _UNIT_NAMES = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _UN
 
 SIZE_WORDS = re.compile("small|medium|large|oversized|petite")
 NUMBER_WORDS = re.compile("two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|hundred|double|triple|twin")
-"""Words that say a size or a number; English alone has them here."""
+"""Words for sizes and numbers, in English only."""
 
 YES = frozenset({"yes", "true"})
 NO = frozenset({"no", "none", "nan", "null", "nil", "false", "na", "n/a", "n.a.", "not applicable", "-", "unknown"})
-"""Values that say whether, not what."""
+"""Values that only confirm or deny the attribute's name."""
 
 MOST_FACTS, MOST_VALUES, LONGEST_FACT, LONGEST_NAME = 8, 2, 4, 2
-"""Facts of an enriched title; of them, those of one name; words of a fact; words of a name that is told with it."""
+"""Limits of an enriched title: facts; facts per name; words per fact; words of a name that may be added with a fact."""
 
 LONGEST_TITLE = 300
 """Characters of an enriched title."""
 
 FLAWS = ("empty", "signs", "too long", "language", "number", "size", "brand", "nothing new")
-"""Why an enriched title is refused (`flaw`)."""
+"""The reasons for rejecting an enriched title (`flaw`)."""
 
 
 def entities(product: Product) -> dict[str, tuple[str, ...]]:
-    """E: the facts of a product by name: brand, category, its attributes, and the sizes of title and description."""
+    """E: a product's facts by name: brand, category, attributes, and the sizes in title and description."""
     found: dict[str, tuple[str, ...]] = {}
     if product.brand:
         found["brand"] = (product.brand,)
@@ -96,7 +96,7 @@ def entities(product: Product) -> dict[str, tuple[str, ...]]:
 
 
 def _sizes(text: str) -> dict[str, str]:
-    """The sizes that a text gives: in a form that compares → as written."""
+    """The sizes in a text: normalised form → as written."""
     text = unicodedata.normalize("NFKC", text)
     found = {}
     for match in _MEASURE.finditer(text):
@@ -108,16 +108,17 @@ def _sizes(text: str) -> dict[str, str]:
 
 
 def enriched(product: Product) -> str:
-    """T⁺ by rules: the title, and behind it what else is known, each fact once. Empty where nothing else is.
+    """T⁺ by rules: the title followed by further facts, each once; empty if there are none.
 
-    A fact is a short value; of a number, or of one that says whether, the name is told. Codes are no facts.
+    A fact is a short value. A number is given with its attribute's name; for a value such as "yes" the name is used
+    alone. Product codes are left out.
     """
     facts: list[str] = []
     for name, values in entities(product).items():
         for value in values[:MOST_VALUES]:
             fact = _fact(name, " ".join(value.split()))
-            told = "\n".join([product.text or "", *facts])
-            if not fact or not _beyond(fact, told) or len(facts) == MOST_FACTS:
+            stated = "\n".join([product.text or "", *facts])
+            if not fact or not _beyond(fact, stated) or len(facts) == MOST_FACTS:
                 continue
             if name == "brand":
                 facts.insert(0, fact)
@@ -131,7 +132,7 @@ def enriched(product: Product) -> str:
 
 
 def _fact(name: str, value: str) -> str:
-    """What a value tells, as a few words; empty if it tells nothing by itself."""
+    """A value as a few words, with its name if it needs one; empty if it is not informative by itself."""
     short = len(name.split()) <= LONGEST_NAME and name not in ("brand", "category")
     if value.casefold() in YES:
         return name if short else ""
@@ -148,7 +149,7 @@ def _fact(name: str, value: str) -> str:
 
 
 def cleaned(answer: str) -> str:
-    """A model's answer without the quotation marks and spaces that some put around it."""
+    """A model's answer without surrounding quotation marks and spaces."""
     answer = answer.strip()
     while len(answer) > 1 and (answer[0], answer[-1]) in (('"', '"'), ("'", "'"), ("“", "”"), ("`", "`"), ("「", "」")):
         answer = answer[1:-1].strip()
@@ -156,20 +157,20 @@ def cleaned(answer: str) -> str:
 
 
 def source_text(product: Product) -> str:
-    """All that a product says of itself in words."""
+    """All text of a product, one field per line."""
     pairs = itertools.chain.from_iterable(product.attributes.items())
     return "\n".join([product.text or "", product.description, product.brand, *product.category, *pairs])
 
 
 def flaw(title: str, product: Product, brands: frozenset[str] = frozenset()) -> str:
-    """Why a title is no enriched one of this product, one of FLAWS; empty if it is one.
+    """Why a title is rejected as an enriched title of this product: one of FLAWS, or empty if it is accepted.
 
     Args:
-        brands: of the catalogue, as `brand_key` gives them.
+        brands: the catalogue's brands, as `brand_key` returns them.
 
-    Signs are those that control a terminal or mark text up. A number, a size, and whatever looks like a name (a word
-    with a capital, or a brand of the catalogue) must stand in what the product says of itself. Its language is that of
-    the product if the script is, and if at least half of its different words stand there.
+    "signs" are characters that control a terminal, or markup. Every number, size and apparent name (a capitalised
+    word, or a brand of the catalogue) must occur in the product's own text. The language counts as the product's if
+    the scripts match and at least half of the title's distinct words occur in that text.
     """
     if not title.strip():
         return "empty"
@@ -203,17 +204,17 @@ def flaw(title: str, product: Product, brands: frozenset[str] = frozenset()) -> 
 
 
 _CONTROLS, _JOINERS = ("Cc", "Cf", "Zl", "Zp", "Cs", "Co", "Cn"), "\u200c\u200d"
-"""Categories of signs that are not seen; those that Persian, Indian scripts and emoji are written with."""
+"""Unicode categories of invisible characters, and the exceptions that Persian, Indian scripts and emoji need."""
 
 
 def _plain(text: str) -> str:
-    """A text as it compares: compatible signs are one, and joiners are none."""
+    """A text normalised for comparison: compatible characters (NFKC) unified, joiners removed."""
     text = unicodedata.normalize("NFKC", text)
     return "".join(sign for sign in text if unicodedata.category(sign) != "Cf")
 
 
 def _pieces(text: str) -> list[str]:
-    """The words of a text; in scripts without spaces, its signs."""
+    """The words of a text; in scripts without spaces, its characters."""
     tokens = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text))
     return [
         piece for token in tokens for piece in (re.findall(r"\d+|\D", token) if UNSPACED.search(token) else [token])
@@ -221,7 +222,7 @@ def _pieces(text: str) -> list[str]:
 
 
 def _beyond(title: str, text: str) -> list[str]:
-    """The words of a title that a text does not hold, but for case and plural endings, as one word or as two."""
+    """The words of a title that do not occur in a text, ignoring case, plurals and one-word or two-word spelling."""
     known, folded = words(text), unicodedata.normalize("NFKC", text).casefold()
     return [
         piece
@@ -231,24 +232,24 @@ def _beyond(title: str, text: str) -> list[str]:
 
 
 def _scripts(text: str) -> set[str]:
-    """The scripts of a text's letters, by their Unicode names."""
+    """The scripts of a text's letters, from their Unicode names."""
     letters = (sign for sign in set(unicodedata.normalize("NFKC", text)) if sign.isalpha())
     return {unicodedata.name(sign, "?").split()[0] for sign in letters}
 
 
 MOST_WORDS, MOST_SIGNS = 8, 16
-"""Of a brand's name; in scripts without spaces, signs."""
+"""Longest brand name, in words, or in characters for scripts without spaces."""
 
 
 def brand_key(name: str) -> str:
-    """A brand's name in a form that compares, without spaces, case and accents; empty for what is no name."""
+    """A brand's name normalised for comparison, without spaces, case and accents; empty if it is not a name."""
     apart = unicodedata.normalize("NFKD", _plain(name)).casefold()
     key = "".join(sign for sign in apart if sign.isalnum())
     return key if re.search(r"[^\W\d_]", key) else ""
 
 
 def _named(text: str, brands: frozenset[str]) -> set[str]:
-    """The brands that stand in a text, as whole words; in scripts without spaces, anywhere."""
+    """The brands that occur in a text as whole words, or anywhere in scripts without spaces."""
     if not brands:
         return set()
     tokens = [key for key in map(brand_key, _pieces(text)) if key]

@@ -33,7 +33,7 @@ examples:
 The network is used only for a server that --text names, whose key is read from OPENAI_API_KEY, and for hf://.
 """
 
-AFTER_STOP = "goes on from here"
+AFTER_STOP = "resumes from here"
 """What the same command does after it was interrupted."""
 
 

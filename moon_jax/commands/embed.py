@@ -23,7 +23,7 @@ examples:
   moon-jax embed --model runs/nested --data prepared --output vectors --width 64 --dtype int8
 """
 
-AFTER_STOP = "goes on with the files that are not whole"
+AFTER_STOP = "resumes with the unfinished files"
 """What the same command does after it was interrupted."""
 
 

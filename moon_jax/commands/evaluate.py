@@ -30,7 +30,7 @@ examples:
   moon-jax evaluate --model models/clip --data prepared --output scores/clip --prompt 'a photo of {}' --prompt '{}'
 """
 
-AFTER_STOP = "starts anew"
+AFTER_STOP = "starts from scratch"
 """What the same command does after it was interrupted."""
 
 
@@ -89,50 +89,50 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     older = report_lib.check_output(output.files)
     log = None
     if parsed.queries:
-        from moon_jax.evaluation import qrels as judged_lib
+        from moon_jax.evaluation import qrels as qrels_lib
         from moon_jax.ingest import columns
 
-        log = judged_lib.read(parsed.queries, parsed.qrels, columns.load(parsed.columns), config.data.max_pixels)
+        log = qrels_lib.read(parsed.queries, parsed.qrels, columns.load(parsed.columns), config.data.max_pixels)
     terminal = progress.Terminal(output.files)
     with terminal.busy("opening the model" if parsed.model else "reading the vectors"):
         ours = Vectors(parsed.vectors) if parsed.vectors else opened("--model", parsed.model, config)
     prepared = workdir.prepare_data(config, output, terminal)
     prepared = workdir.keep_data(prepared, output.files / "data", output)
-    said = {"known": parsed.probe_products, "prompts": prompts}
+    options = {"known": parsed.probe_products, "prompts": prompts}
     if log:
-        judged = judged_lib.of(log, prepared)
-        if parsed.vectors and judged.shared:
-            raise UserError(f"--vectors: {judged.shared!r} is the id of a query and of a product; rename one of them")
-        prepared, said["judgements"] = judged.prepared, judged.relevance
-        number = judged.relevance.queries
+        own = qrels_lib.collection(log, prepared)
+        if parsed.vectors and own.shared:
+            raise UserError(f"--vectors: {own.shared!r} is the id of a query and of a product; rename one of them")
+        prepared, options["qrels"] = own.prepared, own.qrels
+        number = own.qrels.queries
         terminal.line(
-            f"{number:,} {'query' if number == 1 else 'queries'} evaluated; left out: {judged.left_out or 'nothing'}"
+            f"{number:,} {'query' if number == 1 else 'queries'} evaluated; left out: {own.left_out or 'nothing'}"
         )
-    judged_before = bool(parsed.compare) and report_lib.is_evaluated(other)
-    if judged_before:
+    evaluated_before = bool(parsed.compare) and report_lib.is_evaluated(other)
+    if evaluated_before:
         report_lib.check_comparable(other, prepared.fingerprint)
     if older:
         terminal.line(f"replacing the older scores in {output}")
-    metrics = report_lib.evaluate(ours, prepared, output.files, terminal, **said)
+    metrics = report_lib.evaluate(ours, prepared, output.files, terminal, **options)
     compared_before = output.files / "compared"
     if other.resolve() != compared_before.resolve():
         shutil.rmtree(compared_before, ignore_errors=True)
     for table in (*tables.scores(metrics), *tables.details(metrics)):
         terminal.console.print(table)
     if parsed.compare:
-        if not judged_before:
+        if not evaluated_before:
             theirs = opened("--compare", parsed.compare, config)
             other = output.files / "compared"
             terminal.line(f"comparing with {theirs.name}:")
-            report_lib.evaluate(theirs, prepared, other, progress.Terminal(other), **said)
+            report_lib.evaluate(theirs, prepared, other, progress.Terminal(other), **options)
         terminal.line(f"scores of {parsed.compare}, {other}/{report_lib.METRICS}:")
         for table in tables.scores(report_lib.read(other)[0]):
             terminal.console.print(table)
         compared = report_lib.compare(output.files, other)
         for table in tables.differences(compared, parsed.model or parsed.vectors, parsed.compare):
             terminal.console.print(table)
-        told = json.dumps(compared, indent=2, ensure_ascii=False) + "\n"
-        (output.files / report_lib.COMPARED).write_text(told, encoding="utf-8")
+        content = json.dumps(compared, indent=2, ensure_ascii=False) + "\n"
+        (output.files / report_lib.COMPARED).write_text(content, encoding="utf-8")
         alone = tables.not_compared(compared, metrics)
         if alone:
             terminal.line(f"not compared, since queries or candidates differ: {alone}")

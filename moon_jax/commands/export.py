@@ -22,7 +22,7 @@ examples:
   moon-jax export --model runs/2b --output served --dtype bfloat16 --verify
 """
 
-AFTER_STOP = "starts anew"
+AFTER_STOP = "starts from scratch"
 """What the same command does after it was interrupted."""
 
 

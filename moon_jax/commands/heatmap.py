@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moon_jax import config as config_lib
-from moon_jax.commands.shared import hush, readable
+from moon_jax.commands.shared import hush, image, readable
 from moon_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ examples:
   moon-jax heatmap --model runs/first --text 'red mug' --item-image mug.jpg --output pair.png --contributions
 """
 
-AFTER_STOP = "starts anew"
+AFTER_STOP = "starts from scratch"
 """What the same command does after it was interrupted."""
 
 
@@ -50,10 +50,10 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise UserError(f"{overrides[0]}: heatmap takes no config; leave this out")
     readable(parsed, "text", "item-text")
-    asked = {"query": (parsed.text.strip(), parsed.image), "item": (parsed.item_text.strip(), parsed.item_image)}
-    if not any(part for parts in asked.values() for part in parts):
+    parts = {"query": (parsed.text.strip(), parsed.image), "item": (parsed.item_text.strip(), parsed.item_image)}
+    if not any(part for one in parts.values() for part in one):
         raise UserError("--text: give a text, an --image, or both; compare with --item-text and --item-image")
-    if parsed.contributions and not all(any(parts) for parts in asked.values()):
+    if parsed.contributions and not all(any(one) for one in parts.values()):
         raise UserError("--contributions: needs a query and an item")
     if parsed.contributions and (parsed.layer, parsed.head) != (None, None):
         raise UserError("--contributions: have no layer or head; leave --layer and --head out")
@@ -71,11 +71,11 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     hush()
     terminal = progress.Terminal()
     items = {
-        name: Product(text=text or None, images=image(flag, image))
-        for (name, (text, image)), flag in zip(asked.items(), ("--image", "--item-image"), strict=True)
-        if text or image
+        name: Product(text=text or None, images=image(flag, path))
+        for (name, (text, path)), flag in zip(parts.items(), ("--image", "--item-image"), strict=True)
+        if text or path
     }
-    if len(items) == 1:  # compared with nothing
+    if len(items) == 1:  # there is nothing to compare
         items = {"item": next(iter(items.values()))}
     columns, arrays = [], {}
     for number, model in enumerate([parsed.model, parsed.compare] if parsed.compare else [parsed.model]):
@@ -86,7 +86,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
         columns.append((f"{Path(model).name}\nmodel {embedder.fingerprint}", shown))
     layer, head = ("mean" if number is None else number for number in (parsed.layer, parsed.head))
     which = "what each token adds to the cosine" if parsed.contributions else f"attention, layer {layer}, head {head}"
-    footer = f"{which}; of patches and the title's tokens, not of the template's"
+    footer = f"{which}; image patches and title tokens only, without the template"
     heatmap.draw(output, columns, config_lib.Config().data.max_pixels, footer, parsed.contributions)
     heatmap.save(output.with_suffix(".npz"), arrays)
     terminal.line(f"{output}; arrays of all layers and heads: {output.with_suffix('.npz')}")

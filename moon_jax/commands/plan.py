@@ -26,7 +26,7 @@ examples:
   moon-jax plan --config quickstart
 """
 
-AFTER_STOP = "starts anew"
+AFTER_STOP = "starts from scratch"
 """What the same command does after it was interrupted."""
 
 

@@ -29,7 +29,7 @@ Images are downloaded only from hosts that --fetch names (*.example.com includes
 of a private network; hf:// downloads from the hub.
 """
 
-AFTER_STOP = "goes on from here"
+AFTER_STOP = "resumes from here"
 """What the same command does after it was interrupted."""
 
 

@@ -27,7 +27,7 @@ examples:
 --config.a.b=VALUE sets any option of the config; moon_jax/config.py documents them all.
 """
 
-AFTER_STOP = "goes on from here"
+AFTER_STOP = "resumes from here"
 """What the same command does after it was interrupted."""
 
 

@@ -21,7 +21,7 @@ examples:
   moon-jax search --index vectors --faiss vectors.faiss
 """
 
-AFTER_STOP = "starts anew"
+AFTER_STOP = "starts from scratch"
 """What the same command does after it was interrupted."""
 
 

@@ -1,4 +1,4 @@
-"""What several commands share: reading flags, opening models, quieter libraries."""
+"""Code shared by the commands: reading flags, opening models, silencing libraries."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def expand(parsed: argparse.Namespace, addresses: tuple[str, ...]) -> None:
             raise UserError(f"--{flag}: empty; give a path")
         if storage.is_address(given) and not given.startswith(addresses):
             raise UserError(f"--{flag} {given}: not a local path; mount it and give that path")
-        # As a shell leaves it in --output=~/x.
+        # A shell does not expand ~ in --output=~/x.
         setattr(parsed, flag, os.path.expanduser(given))
 
 
 def configured(parsed: argparse.Namespace, overrides: list[str], name: str, init: str = "") -> config_lib.Config:
-    """The config of a run: the defaults, what the model to begin from decides, the config's differences, the flags."""
+    """The config of a run: the defaults, then the base model's options, the config's differences, and the flags."""
     for flag in ("data", "workdir"):
         if getattr(parsed, flag) == "":
             raise UserError(f"--{flag}: empty; give a path, or leave the flag out")
@@ -58,15 +58,15 @@ def configured(parsed: argparse.Namespace, overrides: list[str], name: str, init
         raise UserError(f"--steps {parsed.steps}: give 1 or more")
     base = {}
     if init:
-        base = _begun(init, parsed.workdir)
+        base = _base_options(init, parsed.workdir)
     config = config_lib.load(name, base)
     given = {"data.path": parsed.data, "training.steps": parsed.steps, "training.init": init}
     config = config_lib.replace(config, {name: value for name, value in given.items() if value})
     return config_lib.override(config, overrides)
 
 
-def _begun(init: str, workdir: str) -> dict[str, object]:
-    """The options that the model to begin from decides. A run that goes on asks its own config, and needs no folder."""
+def _base_options(init: str, workdir: str) -> dict[str, object]:
+    """The options that the base model determines. A resumed run reads them from its own config.json instead."""
     from moon_jax.hub import folder
 
     store = storage.Store(workdir)
@@ -88,7 +88,7 @@ def process_count(parsed: argparse.Namespace) -> int:
 
 
 def opened(flag: str, model: str, config: config_lib.Config) -> Embedder:
-    """An embedder of any kind; one of ours on all devices."""
+    """Opens an embedder of any kind; our own models on all devices."""
     from moon_jax.embedders import registry
 
     found = registry.open_embedder(model, config.data.max_pixels, flag)
@@ -96,7 +96,7 @@ def opened(flag: str, model: str, config: config_lib.Config) -> Embedder:
 
 
 def readable(parsed: argparse.Namespace, *flags: str) -> None:
-    """Refuses bytes that are no text: a shell hands them on as they are."""
+    """Rejects flags that are not valid UTF-8: a shell passes any bytes."""
     for flag in flags:
         try:
             getattr(parsed, flag.replace("-", "_")).encode()
@@ -105,7 +105,7 @@ def readable(parsed: argparse.Namespace, *flags: str) -> None:
 
 
 def image(flag: str, given: str) -> tuple[str, ...]:
-    """The image of a flag, as a product has it.
+    """The image given by a flag, as `Product.images`.
 
     Raises:
         UserError: it cannot be read.

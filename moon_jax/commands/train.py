@@ -33,7 +33,7 @@ from that, only the hosts of the run talk to each other.
 --config.a.b=VALUE sets any option of the config; moon_jax/config.py documents them all.
 """
 
-AFTER_STOP = "goes on from here"
+AFTER_STOP = "resumes from here"
 """What the same command does after it was interrupted."""
 
 
@@ -61,13 +61,14 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     config = configured(parsed, overrides, parsed.config, init)
     from moon_jax import distributed, progress
     from moon_jax.evaluation import validation
+    from moon_jax.training import watchdog
 
     interrupt.check()
     hush()
     workdir = parsed.workdir
-    watching = progress.Watching(parsed.profile and progress.parse_profile(parsed.profile), parsed.stall_minutes)
+    watch = watchdog.Watchdog(parsed.profile and watchdog.parse_profile(parsed.profile), parsed.stall_minutes)
     distributed.initialize()
-    validation.train(config, workdir, watching)
+    validation.train(config, workdir, watch)
     served = f"{Path(workdir).name if storage.is_address(workdir) else workdir}-served"
     export = shlex.join(["moon-jax", "export", "--model", workdir, "--output", served])
     progress.Terminal().line(f"the model is in {workdir}; to serve it: {export}")

@@ -1,4 +1,4 @@
-"""Images on the host: bounded decoding, Qwen's resize rule, crops, and patches in the order the tower expects."""
+"""Images on the host: bounded decoding, Qwen's resize rule, crops, and patches in the order of the vision tower."""
 
 from __future__ import annotations
 
@@ -16,36 +16,40 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from moon_jax import config as config_lib
 
 LONGEST_TO_SHORTEST = 200
-"""Qwen refuses images more elongated than this."""
+"""Qwen rejects images with a larger aspect ratio."""
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is decoded. Pillow knows more, some of which start other programs."""
+"""The formats that are decoded. Pillow supports more, but some of them start other programs."""
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; the message is the reason, without the file's name."""
+    """An unusable image; the message is the reason, without the file name."""
 
 
 def check_shape(height: int, width: int) -> None:
-    """Raises BadImage for an image that Qwen's rule refuses. A crop of a good image is never checked again."""
+    """Checks the aspect ratio against Qwen's limit. Crops of a checked image need no check.
+
+    Raises:
+        BadImage: the image is too elongated.
+    """
     if max(height, width) > LONGEST_TO_SHORTEST * min(height, width):
         raise BadImage(f"{width} x {height} pixels: more elongated than {LONGEST_TO_SHORTEST}:1")
 
 
 @dataclasses.dataclass(frozen=True)
 class ResizeRule:
-    """The pixel budget of an image and the grid it must fit, in pixels."""
+    """The pixel budget of an image and the grid that its size must fit, in pixels."""
 
     patch: int
     merge: int
     min_pixels: int
     max_pixels: int
-    within_budget: bool  # never above max_pixels
+    within_budget: bool  # whether max_pixels is a hard limit
 
     @classmethod
     def of(cls, config: config_lib.Config, within_budget: bool = True) -> ResizeRule:
-        """The config's rule; without `within_budget` it is Qwen's own."""
+        """The config's rule; with `within_budget=False` exactly Qwen's rule."""
         area = (config.vision.patch * config.vision.merge) ** 2
         return cls(
             patch=config.vision.patch,
@@ -56,10 +60,10 @@ class ResizeRule:
         )
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after resizing: Qwen's rule (`smart_resize`), multiples of patch · merge.
+        """Height and width after resizing by Qwen's rule (`smart_resize`): multiples of patch · merge.
 
-        Qwen's rule rounds outwards and so overruns a small budget for elongated images (one of 200 visual tokens or
-        more is kept to at any aspect). Training has room for the budget only: there the longer side is then cut back.
+        Qwen's rule rounds up, so elongated images can exceed a small budget (never one of 200 visual tokens or more).
+        Training rows have a fixed size, so `within_budget` then shortens the longer side.
         """
         factor = self.patch * self.merge
         high, wide = round(height / factor) * factor, round(width / factor) * factor
@@ -81,33 +85,33 @@ class ResizeRule:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """One image, ready for the tower: patches in merge-block order, so that merge² neighbours follow one another."""
+    """One image as input of the tower: patches in merge-block order, in which merge² neighbours are consecutive."""
 
     pixels: np.ndarray  # u8[P,3·patch²]: channel, row, column
     yx: np.ndarray  # i32[P,2]
-    hw: tuple[int, int]  # the grid in patches
+    hw: tuple[int, int]  # height and width of the grid, in patches
 
 
 def decode(source: Any, max_pixels: int) -> Image.Image:
-    """An RGB image from encoded bytes, a path, or a `PIL.Image.Image`.
+    """Decodes encoded bytes, a path, or a `PIL.Image.Image` to an RGB image.
 
-    Orientation tags are honoured. Grey, palette and CMYK images become RGB; what is transparent lies on white, as
-    transformers' image processors have it.
+    Applies orientation tags. Grey, palette and CMYK images become RGB; transparent pixels become white, as in
+    transformers' image processors.
 
     Raises:
-        BadImage: missing, empty, truncated, of an unknown format, or of more than `max_pixels` pixels.
+        BadImage: missing, empty, truncated, in an unknown format, or larger than `max_pixels` pixels.
     """
     try:
         if isinstance(source, Image.Image):
             image = source
         elif isinstance(source, bytes | bytearray | memoryview):
             if not len(source):
-                raise BadImage("no bytes")
+                raise BadImage("the image is empty")
             image = Image.open(io.BytesIO(source), formats=FORMATS)
         elif isinstance(source, str | os.PathLike):
             image = Image.open(io.BytesIO(Path(source).read_bytes()), formats=FORMATS)
         else:
-            raise BadImage(f"a {type(source).__name__} is no image; give bytes, a path or a PIL image")
+            raise BadImage(f"of type {type(source).__name__}, not an image; give bytes, a path or a PIL image")
         if image.width * image.height > max_pixels:
             raise BadImage(f"{image.width} x {image.height} pixels, above data.max_pixels = {max_pixels}")
         image = ImageOps.exif_transpose(image)
@@ -118,16 +122,18 @@ def decode(source: Any, max_pixels: int) -> Image.Image:
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage(f"not an image, or none of {', '.join(FORMATS)}") from None
+        raise BadImage(f"not an image, or not one of {', '.join(FORMATS)}") from None
     except OSError as error:
         raise BadImage(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
     except Exception as error:
-        # Pillow's decoders raise nearly anything on broken files: SyntaxError, RuntimeError, struct.error, …
+        # Pillow's decoders raise nearly any type on broken files: SyntaxError, RuntimeError, struct.error, …
         raise BadImage(str(error) or type(error).__name__) from None
 
 
 def crop_box(width: int, height: int, area: tuple[float, float], rng: np.random.Generator) -> tuple[float, ...]:
-    """A box of the image's own aspect, its share of the area uniform in `area`, its place uniform."""
+    """A random crop (left, top, right, bottom) in pixels, with the image's aspect ratio and a uniform position. Its
+    share of the image's area is uniform in `area`.
+    """
     scale = math.sqrt(rng.uniform(*area))
     left, top = rng.uniform(0, width * (1 - scale)), rng.uniform(0, height * (1 - scale))
     return left, top, left + width * scale, top + height * scale
@@ -136,7 +142,7 @@ def crop_box(width: int, height: int, area: tuple[float, float], rng: np.random.
 def patchify(
     image: Image.Image, rule: ResizeRule, box: tuple[float, ...] | None = None, flipped: bool = False
 ) -> Patches:
-    """Resizes (bicubic, the part in `box`) and cuts into patches."""
+    """Resizes the image, or the part in `box` (left, top, right, bottom), bicubically and cuts it into patches."""
     left, top, right, bottom = box or (0, 0, image.width, image.height)
     high, wide = rule.size(max(1, round(bottom - top)), max(1, round(right - left)))
     pixels = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC, box=box))
@@ -152,7 +158,7 @@ def patchify(
 
 @functools.lru_cache(maxsize=1024)
 def _grid(rows: int, columns: int, merge: int) -> np.ndarray:
-    """i32[P,2]: row and column of each patch, in merge-block order; shared, so it may not be written."""
+    """i32[P,2]: row and column of each patch, in merge-block order. Read-only, because it is cached."""
     grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).astype(np.int32)
     grid = grid.reshape(rows // merge, merge, columns // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
     grid.flags.writeable = False

@@ -1,6 +1,6 @@
-"""Batch = f(seed, step): a randomly addressable Grain dataset whose element number `step` is the batch of that step.
+"""Batch = f(seed, step): a Grain dataset with random access, in which element `step` is the batch of that step.
 
-Nothing is consumed and nothing is remembered, so resuming needs the step and nothing else, on any number of hosts.
+The pipeline has no state, so resuming needs only the step, on any number of hosts.
 """
 
 from __future__ import annotations
@@ -24,25 +24,30 @@ from moon_jax.types import VIEWS, Batch, Product
 
 @dataclasses.dataclass(frozen=True)
 class Alteration:
-    """How a query is made from the product that it seeks."""
+    """How a query is derived from its target product."""
 
-    keep_word: float
-    least_words: int
-    crop: tuple[float, float]
-    flip: float
+    keep_word: float  # probability of keeping each word
+    least_words: int  # words that are kept in any case
+    crop: tuple[float, float]  # range of a crop's share of the image's area
+    flip: float  # probability of flipping an image horizontally
 
 
 class Reader:
-    """Products → segments: tokenizes, decodes, resizes; alters on demand."""
+    """Turns products into segments: tokenizes, decodes and resizes; alters text and images on request."""
 
     def __init__(self, config: config_lib.Config, tokenizer: Tokenizer, within_budget: bool = True):
-        """`within_budget` keeps elongated images to `data.visual_tokens`, which Qwen's own rule may overrun."""
+        """`within_budget` limits elongated images to `data.visual_tokens`, which Qwen's own rule may exceed."""
         self.config = config
         self.tokenizer = tokenizer
         self.template = tokenizer.template(config.data.template)
         self.rule = ResizeRule.of(config, within_budget)
 
     def image(self, source: Any, alteration: Alteration | None, rng: np.random.Generator | None) -> Patches:
+        """Decodes an image, alters it if requested, and cuts it into patches.
+
+        Raises:
+            BadImage: it cannot be used.
+        """
         picture = decode(source, self.config.data.max_pixels)
         check_shape(picture.height, picture.width)
         if alteration is None:
@@ -57,11 +62,11 @@ class Reader:
         alteration: Alteration | None = None,
         rng: np.random.Generator | None = None,
     ) -> list[rows_lib.Segment]:
-        """The segments of a product's `views`, of its own title and its first images: what was added to it is left out.
+        """The segments of a product's `views`, from its own title and first images, without augmented content.
 
         Args:
-            alteration: how text and images are altered; None leaves them alone.
-            rng: needed by `alteration`.
+            alteration: how text and images are altered; None for no change.
+            rng: required with `alteration`.
         """
         return self.segments(titles_of(product), product.images[: self.config.data.images], views, alteration, rng)
 
@@ -73,7 +78,7 @@ class Reader:
         alteration: Alteration | None = None,
         rng: np.random.Generator | None = None,
     ) -> list[rows_lib.Segment]:
-        """The segments of titles, one behind the other, and images, as `read` has them."""
+        """Like `read`, for given titles (concatenated) and images."""
         parts = []
         if set(views) & {"t", "mm"}:
             if alteration:
@@ -86,24 +91,25 @@ class Reader:
 
 
 def titles_of(product: Product) -> list[str]:
-    """A product's own title, if it has one."""
+    """A product's own title as a list of one, or an empty list."""
     return [product.text.strip()] if product.text and product.text.strip() else []
 
 
-def drawn(
+def draw_content(
     product: Product, augmented: str, images: int, rng: np.random.Generator | None
 ) -> tuple[list[str], list[Any]]:
-    """The titles and images by which a training step reads a product; of more than fit, some are drawn.
+    """The titles and images of a product that a training step reads, drawn at random if there are more than fit.
 
     Args:
-        augmented: what of it, and of what was added to it, is read (`config.data.augmented`). drawn: one title, and so
-            many images, of both; original: of its own; augmented: of what was added, where there is any; all: an
-            added title behind its own, and images of both.
-        images: at most so many.
-        rng: needed where `draws` says so.
+        augmented: which content is read (`config.data.augmented`). drawn: one title and up to `images` images from
+            original and augmented content together; original: only original content; augmented: only augmented
+            content, or original content if there is none; all: the original title followed by an augmented one, and
+            images of both.
+        images: maximum number of images.
+        rng: required if `needs_rng` is true.
     """
 
-    def some(items: Sequence[Any], most: int) -> list[Any]:
+    def sample(items: Sequence[Any], most: int) -> list[Any]:
         if len(items) <= most:
             return list(items)
         return [items[index] for index in sorted(rng.choice(len(items), most, replace=False))]
@@ -111,35 +117,41 @@ def drawn(
     own, added = titles_of(product), product.enriched_texts
     pictures = product.images + product.expanded_images
     if augmented == "original":
-        return own, some(product.images, images)
+        return own, sample(product.images, images)
     if augmented == "augmented":
-        return some(added or own, 1), some(product.expanded_images or product.images, images)
-    return own + some(added, 1) if augmented == "all" else some([*own, *added], 1), some(pictures, images)
+        return sample(added or own, 1), sample(product.expanded_images or product.images, images)
+    return own + sample(added, 1) if augmented == "all" else sample([*own, *added], 1), sample(pictures, images)
 
 
-def draws(product: Product, augmented: str, images: int) -> bool:
-    """Whether `drawn` may need random numbers."""
+def needs_rng(product: Product, augmented: str, images: int) -> bool:
+    """Whether `draw_content` may need random numbers."""
     if augmented == "original":
         return len(product.images) > images
     return bool(product.enriched_texts) or len(product.images) + len(product.expanded_images) > images
 
 
-def mixed(text: bool, image: bool, mixture: Sequence[float], rng: np.random.Generator) -> tuple[str, ...]:
-    """The one view of a query that has text, image or both, drawn by the shares of t, i and mm among those it has."""
+def draw_view(text: bool, image: bool, mixture: Sequence[float], rng: np.random.Generator) -> tuple[str, ...]:
+    """One view of a query with text, image or both, drawn by the `mixture` weights of t, i and mm among those it has.
+
+    Empty if the available views have no weight.
+    """
     shares = np.array(mixture) * (text, image, text and image)
     return (VIEWS[rng.choice(3, p=shares / shares.sum())],) if shares.any() else ()
 
 
 STEPS = 2**40
-"""Length of a dataset that nobody reads to its end."""
+"""Length of the dataset in steps, practically infinite."""
 
 
 def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = None) -> grain.MapDataset[Batch]:
-    """The endless dataset whose element `step` is that step's batch, as numpy arrays.
+    """The endless dataset of training batches, as numpy arrays; element `step` is the batch of that step.
 
     Args:
-        share: the rows of the batch, rising, that this process reads, its `rows`; the rest of a Batch, which costs
-            nothing, is whole. All rows by default. What a row holds does not depend on who reads it.
+        share: ascending indices of the rows that this process reads into `Batch.rows`; all rows by default. The other
+            fields of a Batch are cheap and always complete. A row does not depend on the process that reads it.
+
+    Raises:
+        UserError: an image cannot be decoded; raised when the element is read.
     """
     config = reader.config
     layout = rows_lib.Layout.of(config, reader.template)
@@ -150,14 +162,16 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
 
     def read(product: Product, role: int, rng: np.random.Generator | None) -> list[rows_lib.Segment]:
         try:
-            # Shoppers write no enriched titles: a query is what it was.
-            titles, images = drawn(product, data.augmented if role else "original", data.images, rng)
-            views = VIEWS if role or not data.mixture else mixed(bool(titles), bool(images), data.mixture, rng)
+            # Shoppers do not write enriched titles, so queries are not augmented.
+            titles, images = draw_content(product, data.augmented if role else "original", data.images, rng)
+            views = VIEWS if role or not data.mixture else draw_view(bool(titles), bool(images), data.mixture, rng)
             return reader.segments(titles, images, views, None if role else query_alteration, rng)
         except BadImage as error:
-            raise UserError(f"product {product.id}: image: {error}; it could be read when the run began") from None
+            raise UserError(
+                f"product {product.id}: image: {error}; it was readable when the data were prepared"
+            ) from None
 
-    # Random numbers follow from the row's number, and cost as much as its packing: only who draws asks for them.
+    # A row's number determines its random numbers. They cost as much as packing, so only rows that need them use them.
     held: dict[int, tuple[Product, int]] = {}
     random_rows = grain.MapDataset.range(STEPS * count).seed(config.seed)
     random_rows = random_rows.random_map(lambda number, rng: read(*held.pop(number), rng))
@@ -166,20 +180,20 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
         if product is None:
             return []
         role = number % count // data.batch
-        if role and not draws(product, data.augmented, data.images):
+        if role and not needs_rng(product, data.augmented, data.images):
             return read(product, role, None)
         held[number] = product, role
         return random_rows[number]
 
     def batch(step: int) -> Batch:
-        indices = [int(order[step * data.batch + place]) for place in range(data.batch)]
+        indices = [int(order[step * data.batch + offset]) for offset in range(data.batch)]
         chosen = [prepared.triplets[index] for index in indices]
         members = np.array(
             [-1 if triplet[role] is None else triplet[role] for role in range(3) for triplet in chosen], np.int32
         )
-        asked = np.unique([members[place] for place in share if members[place] >= 0]).tolist()
-        products = dict(zip(asked, records.several(prepared.products, asked), strict=True))
-        segments = [row(step * count + place, products.get(int(members[place]))) for place in share]
+        needed = np.unique([members[r] for r in share if members[r] >= 0]).tolist()
+        products = dict(zip(needed, records.read_many(prepared.products, needed), strict=True))
+        segments = [row(step * count + r, products.get(int(members[r]))) for r in share]
         return Batch(
             rows=rows_lib.pack([[parts] for parts in segments], layout, reader.tokenizer.pad),
             product=members,
@@ -192,6 +206,6 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
 
 
 def from_step(dataset: grain.MapDataset[Batch], step: int, threads: int) -> Iterator[Batch]:
-    """The batches of `step`, `step` + 1, …, read ahead by `threads` threads."""
+    """Iterates over the batches from `step` on; `threads` threads read ahead."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(dataset[step:].to_iter_dataset(options))

@@ -1,4 +1,4 @@
-"""What prepare wrote, opened: products, triplets as indices, the split. Training and evaluation read this."""
+"""Opens prepared data for training and evaluation: products, triplets as indices, and the split."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ MANIFEST, QUARANTINE, TRIPLETS, VAL_QUERIES, GROUPS = (
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A catalogue ready for use. Indices point into `products`; nothing of it is held in memory but what is small."""
+    """A catalogue ready for use. Indices refer to `products`; large parts stay on disk."""
 
     products: Sequence[Product]
-    group: np.ndarray  # i32[products]: number of the title group, -1 without a title
+    group: np.ndarray  # i32[len(products)]: index of the title group, -1 without a title
     triplets: Sequence[Triplet]  # training
     train: Sequence[int]  # training products
-    val: Sequence[int]  # candidates of the evaluation; those of `train` where none are kept apart
-    val_queries: Sequence[tuple[int, int]]  # query, the product it seeks
-    manifest: Mapping[str, Any]  # as docs/data.md tells it
-    folder: Path | None = None  # where it lies
+    val: Sequence[int]  # candidates of the evaluation: held-out products, or `train` if there are none
+    val_queries: Sequence[tuple[int, int]]  # query, its target product
+    manifest: Mapping[str, Any]  # described in docs/data.md
+    folder: Path | None = None  # None for data in memory
 
     @property
     def synthetic(self) -> bool:
-        """Rendered, not sold."""
+        """Whether the products are rendered, not real."""
         return bool(self.manifest.get("synthetic"))
 
     @property
     def fingerprint(self) -> str:
-        """Of products, split and triplets."""
+        """Digest of products, split and triplets."""
         return str(self.manifest.get("fingerprint", ""))
 
     @property
@@ -55,39 +55,42 @@ class Prepared:
         return self.manifest.get("quarantined", {})
 
     def summary(self) -> str:
-        """How many were left out for each reason, and one example; empty if none was."""
+        """The number of records left out for each reason, and an example; empty if none was left out."""
         if not self.quarantined:
             return ""
         counts = ", ".join(f"{count:,} {reason}" for reason, count in self.quarantined.items())
-        told = f"{sum(self.quarantined.values()):,} left out ({counts})"
+        total = f"{sum(self.quarantined.values()):,} left out ({counts})"
         first = self.manifest["first_quarantined"]
-        return printable(f"{told}, such as {first['file']} {first['number']}: {first['detail'] or first['reason']}")
+        return printable(f"{total}, such as {first['file']} {first['number']}: {first['detail'] or first['reason']}")
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether this is a folder that prepare wrote."""
+    """Whether this is a folder written by prepare."""
     return (Path(path) / MANIFEST).is_file() and (Path(path) / GROUPS).is_file()
 
 
 def open_prepared(folder: str | Path) -> Prepared:
-    """
+    """Opens a folder written by prepare.
+
     Raises:
-        UserError: another version's, or a file is missing or shorter than it was.
+        UserError: it has another format version, or a file is missing or has changed in size.
     """
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST}: not what moon-jax prepare wrote ({error})") from None
+        raise UserError(f"{folder / MANIFEST}: not written by moon-jax prepare ({error})") from None
     if version != SCHEMA:
-        raise UserError(f"{folder}: prepared in format {version}, this version reads {SCHEMA}; prepare the data again")
-    for name, told in manifest["files"].items():
+        raise UserError(
+            f"{folder}: has format {version}, but this version reads format {SCHEMA}; prepare the data again"
+        )
+    for name, entry in manifest["files"].items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else -1
-        if size != told["bytes"]:
-            what = "is missing" if size < 0 else f"has {size} bytes, not {told['bytes']}"
-            raise UserError(f"{path}: {what}; prepare the data again")
+        if size != entry["bytes"]:
+            wrong = "is missing" if size < 0 else f"has {size} bytes, not {entry['bytes']}"
+            raise UserError(f"{path}: {wrong}; prepare the data again")
     shards = [Shard(**shard) for shard in manifest["shards"]]
     counts = manifest["splits"]
     train, val = range(counts["train"]), range(counts["train"], counts["train"] + counts["val"])
@@ -105,12 +108,12 @@ def open_prepared(folder: str | Path) -> Prepared:
 
 
 def _array(path: Path, dtype: np.dtype) -> np.ndarray:
-    """An array in its file, read where it is touched."""
+    """A memory-mapped array."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError:
         # An empty array cannot be mapped.
         array = np.load(path, allow_pickle=False)
     if array.dtype != dtype:
-        raise UserError(f"{path}: holds {array.dtype}, not {dtype}; prepare the data again")
+        raise UserError(f"{path}: has dtype {array.dtype}, not {dtype}; prepare the data again")
     return array

@@ -1,7 +1,8 @@
-"""Products as records of ArrayRecord shards: one `tf.train.Example` each, and arrays of indices beside them.
+"""Stores products as records of ArrayRecord shards, one `tf.train.Example` each, and index arrays beside them.
 
-The folder's layout is that of TensorFlow Datasets, whose `builder_from_directory` reads it (tfds.py); the message is
-declared here, so that neither TensorFlow nor its datasets is needed. Text features hold one value, empty for none.
+The folder has the layout of TensorFlow Datasets, whose `builder_from_directory` reads it (ingest/tfds.py). The message
+type is declared here, so neither TensorFlow nor TensorFlow Datasets is needed. Text features hold one value; an empty
+one means that there is none.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from moon_jax.errors import UserError
 from moon_jax.types import Product, Triplet
 
 NAME = "moon_jax"
-"""Of the data set, as its files are named."""
+"""Name of the dataset in its file names."""
 
 SHARD_OPTIONS = "group_size:1,uncompressed"
-"""ArrayRecord's: records are read one by one, and images are compressed already."""
+"""Options of ArrayRecord: records are read one by one, and images are already compressed."""
 
 TRIPLET = np.dtype([("query", "<i4"), ("positive", "<i4"), ("negative", "<i4"), ("weight", "<f4")])
-"""A triplet on disk; −1 where there is no negative."""
+"""A triplet on disk; negative is −1 if there is none."""
 
 PAIR = np.dtype([("query", "<i4"), ("positive", "<i4")])
-"""A query of the evaluation, and a product that it seeks."""
+"""An evaluation query and a target product."""
 
 
 def _example_class() -> Any:
-    """The class of tf.train.Example, from a declaration in a pool of its own: TensorFlow may declare it, too."""
+    """The class of tf.train.Example, declared in its own descriptor pool: TensorFlow may declare it too."""
     file = descriptor_pb2.FileDescriptorProto(name="moon_jax/example.proto", package="tensorflow", syntax="proto3")
     field = descriptor_pb2.FieldDescriptorProto
     lists = {"BytesList": field.TYPE_BYTES, "FloatList": field.TYPE_FLOAT, "Int64List": field.TYPE_INT64}
@@ -82,12 +83,12 @@ Example = _example_class()
 
 
 def title_group(title: str) -> str:
-    """Products whose titles differ in case, spacing or Unicode form only share a group."""
+    """The key of a title group: titles that differ only in case, spacing or Unicode form have the same key."""
     return " ".join(unicodedata.normalize("NFC", title).casefold().split())
 
 
 def encode(product: Product) -> bytes:
-    """A product as a serialised Example; the same product gives the same bytes. Images must be bytes."""
+    """Serialises a product as an Example, deterministically. Images must be bytes."""
     features = {
         "id": (product.id,),
         "title": (product.text or "",),
@@ -108,7 +109,7 @@ def encode(product: Product) -> bytes:
 
 
 def decode(record: bytes) -> Product:
-    """The inverse of `encode`."""
+    """Deserialises a product; the inverse of `encode`."""
     features = Example.FromString(record).features.feature
 
     def texts(name: str) -> tuple[str, ...]:
@@ -131,23 +132,23 @@ def decode(record: bytes) -> Product:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of records, as the manifest lists it."""
+    """A file of records, as listed in the manifest."""
 
     file: str
     records: int
     bytes: int
-    checksum: str  # blake2b of the file, in hex
+    checksum: str  # BLAKE2b-128 of the file, in hexadecimal
 
 
 def shard_name(split: str, number: int, count: int) -> str:
-    """As TensorFlow Datasets names them."""
+    """File name of a shard, as in TensorFlow Datasets."""
     return f"{NAME}-{split}.array_record-{number:05}-of-{count:05}"
 
 
 class Records(Sequence[Product]):
-    """The products of a folder, read when they are asked for; threads may share it.
+    """The products of a folder, read from disk on access. Thread-safe.
 
-    Not held: neither products nor, beyond a few bytes each, their places.
+    Neither products nor an index of them (beyond a few bytes each) is held in memory.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard]):
@@ -165,11 +166,11 @@ class Records(Sequence[Product]):
     def __getitem__(self, index: slice) -> list[Product]: ...
     def __getitem__(self, index: int | slice) -> Product | list[Product]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return [self[i] for i in range(*index.indices(len(self)))]
         return decode(self.raw(index))
 
     def raw(self, index: int) -> bytes:
-        """The record at `index`, undecoded.
+        """The undecoded record at `index`.
 
         Raises:
             UserError: its shard is damaged.
@@ -177,8 +178,8 @@ class Records(Sequence[Product]):
         [record] = self._read([index])
         return record
 
-    def several(self, indices: Sequence[int]) -> list[Product]:
-        """The products at `indices`, read at once: a record alone costs as much as dozens together.
+    def read_many(self, indices: Sequence[int]) -> list[Product]:
+        """The products at `indices`, read in one batch: a single read costs as much as a batch of dozens.
 
         Raises:
             UserError: a shard is damaged.
@@ -193,24 +194,24 @@ class Records(Sequence[Product]):
         numbers = np.searchsorted(self._first, wanted, side="right") - 1
         found: list[bytes] = [b""] * len(wanted)
         for number in np.unique(numbers).tolist():
-            places = np.flatnonzero(numbers == number)
-            rows = wanted[places] - self._first[number]
-            for place, record in zip(places.tolist(), self._of_shard(number, rows.tolist()), strict=True):
-                found[place] = record
+            positions = np.flatnonzero(numbers == number)
+            rows = wanted[positions] - self._first[number]
+            for position, record in zip(positions.tolist(), self._of_shard(number, rows.tolist()), strict=True):
+                found[position] = record
         return found
 
     def _of_shard(self, number: int, rows: list[int]) -> list[bytes]:
         try:
             with self._lock:
-                # The reader keeps a position of its own.
+                # A reader has a file position, so threads must take turns.
                 if number not in self._readers:
                     path = self.folder / self.shards[number].file
                     self._readers[number] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
                 return self._readers[number].read(rows)
         except (ValueError, RuntimeError, IndexError, OSError) as error:
-            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"{self.folder / self.shards[number].file}: damaged ({told}); prepare the data again"
+                f"{self.folder / self.shards[number].file}: damaged ({reason}); prepare the data again"
             ) from None
 
     def __iter__(self) -> Iterator[Product]:
@@ -224,10 +225,10 @@ class Records(Sequence[Product]):
 
 
 class Chosen(Sequence[Product]):
-    """Some products of many, in an order of their own, read when they are asked for."""
+    """A selection of products in a given order, read on access."""
 
     def __init__(self, products: Sequence[Product], indices: Sequence[int], texts: Sequence[str | None] | None = None):
-        """`texts`, where given, stand in for the products' own."""
+        """`texts`, if given, replace the products' own titles."""
         self._products, self._indices, self._texts = products, indices, texts
 
     def __len__(self) -> int:
@@ -239,18 +240,18 @@ class Chosen(Sequence[Product]):
     def __getitem__(self, index: slice) -> list[Product]: ...
     def __getitem__(self, index: int | slice) -> Product | list[Product]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return [self[i] for i in range(*index.indices(len(self)))]
         product = self._products[int(self._indices[index])]
         return product if self._texts is None else dataclasses.replace(product, text=self._texts[index])
 
 
-def several(products: Sequence[Product], indices: Sequence[int]) -> list[Product]:
-    """The products at `indices`; of Records, at once."""
-    return products.several(indices) if isinstance(products, Records) else [products[index] for index in indices]
+def read_many(products: Sequence[Product], indices: Sequence[int]) -> list[Product]:
+    """The products at `indices`; reads Records in one batch."""
+    return products.read_many(indices) if isinstance(products, Records) else [products[index] for index in indices]
 
 
 class Triplets(Sequence[Triplet]):
-    """Triplets in an array of TRIPLET, which may lie on disk."""
+    """Triplets in an array of dtype TRIPLET, which may be memory-mapped."""
 
     def __init__(self, array: np.ndarray):
         self.array = array

@@ -1,13 +1,13 @@
-"""Packing: products become segments, segments become static rows of arrays.
+"""Packing: turns products into segments, and segments into rows of static shape.
 
-A product is at most two segments, [text] and [images then text]. Its three views are spans of them: `t` is all of the
-first, `mm` all of the second, `i` the second's image prefix (attention is causal, so the text behind cannot change it).
-A view's tokens, in this order: for each image `<|vision_start|>`, its `<|image_pad|>` tokens, `<|vision_end|>`; then
-the text's tokens. A product without text (or images) lacks `t` and `mm` (or `i` and `mm`).
+A product has at most two segments, [text] and [images then text]. Its three views are spans of them: `t` is the whole
+first segment, `mm` the whole second, and `i` the image prefix of the second (attention is causal, so the text after it
+cannot change it). The tokens of a view are, in order: for each image `<|vision_start|>`, its `<|image_pad|>` tokens and
+`<|vision_end|>`; then the text tokens. A product without text lacks `t` and `mm`; without images it lacks `i` and `mm`.
 
-A template puts tokens before and behind a view's own, and they belong to its span. Where some stand behind, or the
-router asks which view a token is of (`experts.router_term`), view `i` is no prefix of `mm`, and gets a segment of its
-own; its images still go through the vision tower once.
+A template adds tokens before and after those of a view, and they belong to its span. If it adds tokens after, or if the
+router depends on the view of a token (`experts.router_term`), view `i` is not a prefix of `mm` and has its own segment;
+its images still pass through the vision tower only once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moon_jax.types import VIEWS, Rows
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Tokens that attend to one another, with their images and the views pooled from them."""
+    """Tokens that attend to each other, with their images and the views pooled from them."""
 
     tokens: np.ndarray  # i32[n]
     position: np.ndarray  # i32[n,3]: M-RoPE time, row, column
@@ -36,12 +36,12 @@ class Segment:
 
 
 def prefix_is_view(template: Template, router_term: str) -> bool:
-    """Whether images before a text are computed as they would be alone, so that one segment gives both views."""
+    """Whether view `i` is a prefix of `mm`, so that one segment gives both views."""
     return not len(template.suffix) and router_term == "none"
 
 
 def row_text(config: config_lib.Config) -> int:
-    """Text tokens of a training row's product: its own title, and an enriched one where both are read."""
+    """Maximum text tokens of a product in a training row: its own title, plus an enriched one if both are read."""
     return config.data.text_tokens * (2 if config.data.augmented == "all" else 1)
 
 
@@ -52,7 +52,7 @@ class Layout:
     length: int  # S
     patches: int  # P
     images: int  # N
-    products: int  # whose views the row holds; G = 3 · products
+    products: int  # products in the row; G = 3 · products
     patch_width: int  # 3 · patch²
     merge: int
 
@@ -60,7 +60,7 @@ class Layout:
     def of(
         cls, config: config_lib.Config, template: Template = BARE, with_images: bool = True, all_views: bool = True
     ) -> Layout:
-        """A row of one product: all its segments, or only the one that holds all it has."""
+        """The layout for one product: with all its segments, or only with the one that holds all its content."""
         data, merge = config.data, config.vision.merge
         images = data.images if with_images else 0
         visual = images * data.visual_tokens
@@ -79,7 +79,7 @@ class Layout:
         )
 
     def holding(self, products: Sequence[Sequence[Segment]]) -> Layout:
-        """This layout, or the first of its doublings that each of the products fits."""
+        """This layout, doubled until each of the products fits."""
         length = max((sum(len(part.tokens) for part in parts) for parts in products), default=0)
         patches = max((sum(len(image.pixels) for image in _images(parts)) for parts in products), default=0)
         layout = self
@@ -89,17 +89,17 @@ class Layout:
 
 
 def _images(segments: Iterable[Segment]) -> list[Patches]:
-    """The images of a product's segments, each once."""
+    """The distinct images of a product's segments."""
     return list({id(image): image for segment in segments for image in segment.images}.values())
 
 
 def _assemble(
     text: np.ndarray | None, images: Sequence[Patches], tokenizer: Tokenizer, merge: int, template: Template
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, positions and the visual mask of one segment, positions as Qwen3-VL counts them."""
+    """Tokens i32[n], positions i32[n,3] and the visual mask bool[n] of one segment; positions follow Qwen3-VL."""
     grids = tuple((image.hw[0] // merge, image.hw[1] // merge) for image in images)
     words = 0 if text is None else len(text)
-    position, visual = _places(len(template.prefix), grids, words + len(template.suffix))
+    position, visual = _positions(len(template.prefix), grids, words + len(template.suffix))
     frames = [_frame(rows * columns, tokenizer) for rows, columns in grids]
     parts = [template.prefix, *frames, *(() if text is None else (text,)), template.suffix]
     return np.concatenate(parts).astype(np.int32, copy=False), position, visual
@@ -107,7 +107,7 @@ def _assemble(
 
 @functools.lru_cache(maxsize=256)
 def _frame(count: int, tokenizer: Tokenizer) -> np.ndarray:
-    """i32[count+2]: the tokens of an image; shared, so it may not be written."""
+    """i32[count+2]: the tokens of an image. Read-only, because it is cached."""
     tokens = np.full(count + 2, tokenizer.image_pad, np.int32)
     tokens[0], tokens[-1] = tokenizer.vision_start, tokenizer.vision_end
     tokens.flags.writeable = False
@@ -115,35 +115,36 @@ def _frame(count: int, tokenizer: Tokenizer) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4096)
-def _places(before: int, grids: tuple[tuple[int, int], ...], behind: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions i32[n,3] and the visual mask bool[n] of words, images of these merged grids, and words; shared.
+def _positions(before: int, grids: tuple[tuple[int, int], ...], after: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions i32[n,3] and the visual mask bool[n] of `before` text tokens, images with these merged grids, and
+    `after` text tokens. Read-only, because they are cached.
 
     An image advances the next position by the longer side of its grid.
     """
     positions, visual, start = [], [], 0
 
-    def add_words(count: int) -> None:
+    def add_text(count: int) -> None:
         nonlocal start
         positions.append(np.repeat(np.arange(start, start + count)[:, None], 3, axis=1))
         visual.append(np.zeros(count, bool))
         start += count
 
-    add_words(before)
+    add_text(before)
     for rows, columns in grids:
         count = rows * columns
-        place, seen = np.zeros((count + 2, 3), int), np.ones(count + 2, bool)
-        place[1:-1, 1], place[1:-1, 2] = np.divmod(np.arange(count), columns)
-        place[1:-1] += 1
-        place[-1] = 1 + max(rows, columns)
-        seen[0] = seen[-1] = False
-        positions.append(place + start)
-        visual.append(seen)
+        position, mask = np.zeros((count + 2, 3), int), np.ones(count + 2, bool)
+        position[1:-1, 1], position[1:-1, 2] = np.divmod(np.arange(count), columns)
+        position[1:-1] += 1
+        position[-1] = 1 + max(rows, columns)
+        mask[0] = mask[-1] = False
+        positions.append(position + start)
+        visual.append(mask)
         start += 2 + max(rows, columns)
-    add_words(behind)
-    found = np.concatenate(positions).astype(np.int32), np.concatenate(visual)
-    for array in found:
+    add_text(after)
+    arrays = np.concatenate(positions).astype(np.int32), np.concatenate(visual)
+    for array in arrays:
         array.flags.writeable = False
-    return found
+    return arrays
 
 
 def segments(
@@ -155,13 +156,13 @@ def segments(
     template: Template = BARE,
     router_term: str = "none",
 ) -> list[Segment]:
-    """The segments that give the wanted views of a product, as far as it has them.
+    """The segments for the requested views of a product; views that it lacks are omitted.
 
     Args:
-        text: token ids i32[n], or None. An empty text counts as none.
+        text: token ids i32[n], or None. Empty text counts as none.
         images: may be empty.
         views: any of `VIEWS`.
-        router_term: that of the config.
+        router_term: `config.experts.router_term`.
     """
     text = None if text is None or not len(text) else text
     made = []
@@ -187,12 +188,16 @@ def segments(
 
 
 def pack(rows: Sequence[Sequence[Sequence[Segment]]], layout: Layout, pad: int) -> Rows:
-    """Numpy rows: for each row its products, for each product its segments.
+    """Packs segments into numpy Rows.
 
-    Views of the row's j-th product take slots 3j to 3j + 2; `owner` counts products in the order given.
+    The views of a row's j-th product use slots 3j to 3j + 2; `owner` numbers the products in the given order.
+
+    Args:
+        rows: for each row its products, for each product its segments.
+        pad: the padding token id.
 
     Raises:
-        ValueError: a row that does not fit the layout.
+        ValueError: a row does not fit the layout.
     """
     count, length = len(rows), layout.length
     slots = layout.products * len(VIEWS)
@@ -213,9 +218,9 @@ def pack(rows: Sequence[Sequence[Sequence[Segment]]], layout: Layout, pad: int) 
     for r, products in enumerate(rows):
         at = patch = image_index = number = 0
         if len(products) > layout.products:
-            raise ValueError(f"row {r} holds {len(products)} products, its layout {layout.products}")
+            raise ValueError(f"row {r} holds {len(products)} products; its layout allows {layout.products}")
         for j, parts in enumerate(products):
-            merged: dict[int, np.ndarray] = {}  # an image's visual tokens, whichever of the segments show it
+            merged: dict[int, np.ndarray] = {}  # id of an image → indices of its visual tokens, shared by its segments
             for image in _images(parts):
                 stop = patch + len(image.pixels)
                 if stop > layout.patches or image_index == layout.images:
@@ -235,8 +240,8 @@ def pack(rows: Sequence[Sequence[Sequence[Segment]]], layout: Layout, pad: int) 
                 packed.segment[r, at:end] = number
                 packed.position[r, at:end] = part.position
                 if part.images:
-                    shown = np.concatenate([merged[id(image)] for image in part.images])
-                    packed.visual[r, at:end][part.is_visual] = shown
+                    visual = np.concatenate([merged[id(image)] for image in part.images])
+                    packed.visual[r, at:end][part.is_visual] = visual
                 for view, start, stop in part.spans:
                     slot = len(VIEWS) * j + VIEWS.index(view)
                     packed.span[r, slot] = at + start, at + stop

@@ -1,4 +1,4 @@
-"""Text on the host: the tokenizer, and the alteration of a title."""
+"""Text on the host: the tokenizer, and the random removal of words."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from moon_jax import config as config_lib
 from moon_jax.errors import UserError
 
 PAD, VISION_START, VISION_END, IMAGE_PAD = "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
-VIDEO_PAD = "<|video_pad|>"  # never used here; Qwen3-VL's processor asks for it
+VIDEO_PAD = "<|video_pad|>"  # unused here, but Qwen3-VL's processor requires it
 SPECIAL = (PAD, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """Token ids that stand before and behind a view's own."""
+    """Token ids before and after those of a view."""
 
     prefix: np.ndarray  # i32[n]
     suffix: np.ndarray  # i32[n]
@@ -35,7 +35,7 @@ BARE = Template(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A fast tokenizer and the ids of the tokens that frame an image."""
+    """A fast tokenizer and the ids of its special tokens."""
 
     base: BaseTokenizer
     pad: int
@@ -48,19 +48,20 @@ class Tokenizer:
     def of(cls, base: BaseTokenizer, where: str) -> Tokenizer:
         ids = [base.token_to_id(token) for token in SPECIAL]
         if None in ids:
-            raise UserError(f"{where}: no token {SPECIAL[ids.index(None)]}; a Qwen-VL tokenizer.json has it")
-        # A title that spells a special token gets ordinary tokens: it must not be able to forge an image.
+            raise UserError(f"{where}: no token {SPECIAL[ids.index(None)]}; use the tokenizer.json of a Qwen-VL model")
+        # Special tokens spelled out in a title become ordinary tokens, so that a title cannot forge an image.
         base.encode_special_tokens = True
         return cls(base, *ids)
 
     @classmethod
     def load(cls, path: str | Path, vocab: int | None = None) -> Tokenizer:
-        """
+        """Loads a tokenizer.json.
+
         Args:
-            vocab: rows of the token embedding that it is for.
+            vocab: number of rows of the token embedding, if it is to be checked.
 
         Raises:
-            UserError: not a tokenizer of Qwen-VL's kind, or one with more tokens than that.
+            UserError: it lacks the special tokens of Qwen-VL, or has more tokens than `vocab`.
         """
         try:
             base = BaseTokenizer.from_file(str(path))
@@ -79,21 +80,21 @@ class Tokenizer:
         return max(self.base.get_vocab().values()) + 1
 
     def encode(self, texts: Iterable[str], longest: int) -> list[np.ndarray]:
-        """i32[n] per text, n ≤ `longest`."""
+        """Token ids i32[n] of each text, truncated to n ≤ `longest`."""
         texts = list(texts)
-        if len(texts) == 1:  # a batch would wake threads for it
+        if len(texts) == 1:  # encode_batch would start threads
             encoded = [self.base.encode(texts[0], add_special_tokens=False)]
         else:
             encoded = self.base.encode_batch(texts, add_special_tokens=False)
         return [np.array(item.ids[:longest], np.int32) for item in encoded]
 
     def template(self, name: str) -> Template:
-        """The template of that name in `config.TEMPLATES`, or of that text, with what the tokenizer adds to any text.
+        """The template named in `config.TEMPLATES`, or the given template text, with the tokenizer's own added tokens.
 
         Raises:
-            UserError: with a text between them its ends get other tokens than alone; servers read all as one string.
+            UserError: the template's tokens change when text is inserted; servers tokenize the whole as one string.
         """
-        # Here special tokens are meant.
+        # In a template, special tokens are intended.
         self.base.encode_special_tokens = False
         try:
             before, after = config_lib.TEMPLATES.get(name, name).split("{}")
@@ -105,7 +106,7 @@ class Tokenizer:
                 starts = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
                 found = (whole[: starts[0]], whole[starts[0] + len(bare) :]) if starts else None
                 if found is None or found != (ends or found):
-                    raise UserError(f"config.data.template: {name!r} runs into the text with this tokenizer; take bare")
+                    raise UserError(f"config.data.template: {name!r} merges with the text in this tokenizer; use bare")
                 ends = found
         finally:
             self.base.encode_special_tokens = True
@@ -116,10 +117,10 @@ class Tokenizer:
 
 
 def train(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab` tokens, lower-cased; every text can be encoded."""
+    """Trains a lower-casing byte-level BPE of at most `vocab` tokens; it can encode any text."""
     base = BaseTokenizer(models.BPE())
     base.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    # A word gets the same tokens at the start of a text as within it.
+    # A word has the same tokens at the start of a text as elsewhere.
     base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     base.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -133,7 +134,7 @@ def train(texts: Iterable[str], vocab: int) -> Tokenizer:
 
 
 def keep_words(text: str, probability: float, least: int, rng: np.random.Generator) -> str:
-    """Each word kept with `probability`, in order; at least `least` of them, or all if there are fewer."""
+    """Keeps each word with `probability`, in order; at least `least` words, or all if there are fewer."""
     words = text.split()
     kept = rng.random(len(words)) < probability
     missing = min(least, len(words)) - int(kept.sum())

@@ -1,4 +1,4 @@
-"""Colour histograms: the image baseline."""
+"""Colour histograms, the image baseline."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moon_jax.types import Product
 
 
 class Colours(ByItem):
-    """The colours of an image: a histogram of hue, saturation and value in 12 × 4 × 4 bins. Vectors are its roots:
-    their dot product is the Bhattacharyya coefficient.
+    """Histograms of hue, saturation and value in 12 × 4 × 4 bins. A vector holds the square roots of the bins, so that
+    the dot product is the Bhattacharyya coefficient.
     """
 
     name = "colour histogram"
@@ -29,7 +29,7 @@ class Colours(ByItem):
 
     def _histogram(self, item: Product) -> np.ndarray:
         if not item.images:
-            raise UserError("--model colours: sees images only")
+            raise UserError("--model colours: embeds images only; give an image")
         picture = decode(item.images[0], self.max_pixels)
         picture.thumbnail((128, 128))
         pixels = np.asarray(picture.convert("HSV")).reshape(-1, 3)

@@ -1,4 +1,4 @@
-"""CLIP, SigLIP and SigLIP 2, by transformers."""
+"""CLIP, SigLIP and SigLIP 2, run by transformers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from moon_jax.hub.folder import digest
 from moon_jax.types import Product
 
 MODEL_TYPES = ("clip", "siglip", "siglip2")
-"""Models of transformers that have a tower for texts and one for images."""
+"""transformers model types with a text tower and an image tower."""
 
 
 class Contrastive(ByItem):
-    """CLIP, SigLIP or SigLIP 2 by transformers. An item with both text and image gets the mean of the two vectors."""
+    """CLIP, SigLIP or SigLIP 2. The vector of an item with text and image is the mean of the two, of unit length."""
 
     def __init__(self, folder: Path, max_pixels: int):
         """
@@ -31,11 +31,11 @@ class Contrastive(ByItem):
             import torch
             from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
         except ImportError as error:
-            raise UserError(f"{folder}: wants transformers ({error}); pip install -e '.[hf]'") from None
+            raise UserError(f"{folder}: needs transformers ({error}); pip install -e '.[hf]'") from None
         try:
             self._model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            # Pillow's resizing is the one that such models were trained with.
+            # These models were trained with Pillow's resizing.
             self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
@@ -43,7 +43,7 @@ class Contrastive(ByItem):
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model.to(self._device)
         kind = self._model.config.model_type
-        # SigLIP was trained on texts that are filled up; CLIP masks what fills them.
+        # SigLIP was trained on texts padded to full length; CLIP masks padding.
         self._padding = "longest" if kind == "clip" else "max_length"
         self.name = f"{kind} {digest(folder)}"
 
@@ -53,12 +53,12 @@ class Contrastive(ByItem):
             batch = items[start : start + BATCH]
             sums: list[Any] = [0.0] * len(batch)
             for has, features in ((lambda item: item.text, self._texts), (lambda item: item.images, self._images)):
-                chosen = [place for place, item in enumerate(batch) if has(item)]
-                for place, vector in zip(chosen, features([batch[p] for p in chosen]) if chosen else (), strict=True):
-                    sums[place] = sums[place] + vector
-            for place, vector in enumerate(sums):
+                chosen = [index for index, item in enumerate(batch) if has(item)]
+                for index, vector in zip(chosen, features([batch[n] for n in chosen]) if chosen else (), strict=True):
+                    sums[index] = sums[index] + vector
+            for index, vector in enumerate(sums):
                 if isinstance(vector, float):
-                    raise UserError(f"item {start + place}: neither text nor image; nothing to embed")
+                    raise UserError(f"item {start + index}: neither text nor image; give one")
                 found.append(vector / np.linalg.norm(vector))
         return np.array(found, np.float32)
 
@@ -79,5 +79,5 @@ class Contrastive(ByItem):
 
     def _unit(self, features: Any, inputs: Any) -> np.ndarray:
         with self._torch.inference_mode():
-            given = features(**inputs.to(self._device)).pooler_output.float().cpu().numpy()
-        return given / np.linalg.norm(given, axis=1, keepdims=True)
+            vectors = features(**inputs.to(self._device)).pooler_output.float().cpu().numpy()
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

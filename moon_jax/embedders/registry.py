@@ -1,4 +1,4 @@
-"""Which embedder a model's name or folder opens."""
+"""Opens an embedder by its name or folder."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from moon_jax.errors import UserError
 from moon_jax.hub import folder as folder_lib
 
 BASELINES: dict[str, Callable[[int], ByItem]] = {"bm25": BM25, "colours": Colours}
-"""Baselines by the name that --model takes."""
+"""Baselines by the name that --model accepts."""
 
 
 def open_embedder(model: str, max_pixels: int, flag: str = "--model") -> Embedder:
-    """The embedder of a workdir; of a Hugging Face folder, or hf://owner/name, of ours, Qwen3-VL(-Embedding), CLIP,
-    SigLIP, SigLIP 2 or sentence-transformers; or one of BASELINES.
+    """Opens a workdir, a Hugging Face folder, hf://owner/name, or one of BASELINES.
+
+    Supported models: ours, Qwen3-VL, Qwen3-VL-Embedding, CLIP, SigLIP, SigLIP 2 and sentence-transformers.
 
     Args:
-        flag: by which it was given, for errors.
+        flag: the command-line flag of `model`, for error messages.
 
     Raises:
-        UserError: there is no model, or one that cannot be read.
+        UserError: there is no such model, or it cannot be read.
     """
     try:
         return _open(model, max_pixels)

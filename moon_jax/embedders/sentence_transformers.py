@@ -1,4 +1,4 @@
-"""Models of sentence-transformers."""
+"""sentence-transformers models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moon_jax.types import Product
 
 
 class SentenceTransformer(ByItem):
-    """A model of sentence-transformers: of texts, or of texts and images."""
+    """A sentence-transformers model of texts, or of texts and images."""
 
     def __init__(self, folder: Path, max_pixels: int):
         """
@@ -27,7 +27,7 @@ class SentenceTransformer(ByItem):
         try:
             import sentence_transformers
         except ImportError as error:
-            need = f"wants sentence-transformers ({error}); pip install -e '.[hf]'"
+            need = f"needs sentence-transformers ({error}); pip install -e '.[hf]'"
             raise UserError(f"{folder}: {need}") from None
         try:
             self._model = sentence_transformers.SentenceTransformer(
@@ -44,7 +44,7 @@ class SentenceTransformer(ByItem):
         for number, item in enumerate(items):
             image = decode(item.images[0], self.max_pixels) if item.images else None
             if not item.text and image is None:
-                raise UserError(f"item {number}: neither text nor image; nothing to embed")
+                raise UserError(f"item {number}: neither text nor image; give one")
             both = {"text": item.text, "image": image}
             given.append(item.text if image is None else {name: part for name, part in both.items() if part})
         return self._model.encode(given, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False)

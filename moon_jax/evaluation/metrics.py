@@ -1,8 +1,9 @@
-"""Measures of ranked lists, query by query: pure functions of what was found and what is relevant.
+"""Per-query measures of ranked lists: pure functions of the ranked candidates and the relevant ones.
 
-R@k is the share of queries with a relevant candidate among the first k (the paper's). MRR is the inverse rank of the
-first relevant one, mAP the mean of the precisions at the ranks of relevant ones over how many there are; both look at
-the first DEPTH. nDCG@10 takes the grade as the gain, as trec_eval does. All in percent.
+R@k is the share of queries with a relevant candidate among the first k, as in the paper. MRR is the inverse rank of the
+first relevant candidate. mAP is the sum of the precisions at the ranks of relevant candidates, divided by the number of
+relevant candidates. MRR and mAP are cut off at DEPTH. nDCG@10 uses the grade as the gain, like trec_eval. All are in
+percent.
 """
 
 from __future__ import annotations
@@ -16,41 +17,41 @@ import numpy as np
 
 RANKS = (1, 5, 10)
 DEPTH = 100
-"""Candidates of a ranked list."""
+"""Length of a ranked list."""
 
 RESAMPLES = 1000
-"""Of the bootstrap."""
+"""Bootstrap resamples."""
 
 ALL = slice(None)
-"""Queries, or candidates."""
+"""Selects all queries, or all candidates."""
 
 LEVEL = 0.95
-"""Of its intervals."""
+"""Confidence level of bootstrap intervals."""
 
 FEWEST = 10
-"""Queries. Resampling fewer says nothing: of one query every resample is the same."""
+"""Minimum number of queries for an interval. Resampling very few says nothing: all resamples of one query are equal."""
 
 
 class Relevance(Protocol):
-    """Which candidates answer which queries, and how well."""
+    """Which candidates are relevant to which queries, with grades."""
 
     @property
     def number(self) -> np.ndarray:
-        """i64[Q], relevant candidates of each query."""
+        """i64[Q], number of relevant candidates of each query."""
 
     def gains(self, found: np.ndarray) -> np.ndarray:
-        """f64[Q,k], the grades of the candidates i64[Q,k]; 0 is not relevant."""
+        """f64[Q,k], the grades of the candidates `found` i64[Q,k]; 0 means not relevant."""
 
     def ideal(self, depth: int) -> np.ndarray:
-        """f64[Q,depth], the highest grades of each query, falling; 0 where there are fewer."""
+        """f64[Q,depth], the highest grades of each query in descending order, padded with 0."""
 
     def take(self, queries: Any, candidates: Any = ALL) -> Relevance:
-        """That of some queries and candidates, which any index of numpy chooses."""
+        """The relevance restricted to some queries and candidates; each argument is any numpy index."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """A candidate is relevant, of grade 1, to the queries of its key, such as a title group."""
+    """A candidate is relevant, with grade 1, to every query with the same key, such as a title group."""
 
     query: np.ndarray  # i64[Q]
     candidate: np.ndarray  # i64[C]
@@ -71,18 +72,18 @@ class Keys:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judgements:
-    """Graded pairs, as in a qrels file. A pair that is not there has grade 0."""
+class Qrels:
+    """Graded pairs of query and candidate, as in a qrels file. A pair that is not listed has grade 0."""
 
-    query: np.ndarray  # i64[pairs], rising
-    candidate: np.ndarray  # i64[pairs], rising within a query; no pair twice
+    query: np.ndarray  # i64[pairs], ascending
+    candidate: np.ndarray  # i64[pairs], ascending within a query; no duplicate pairs
     grade: np.ndarray  # f64[pairs], positive
     queries: int
     candidates: int
 
     @classmethod
-    def of(cls, pairs: Mapping[tuple[int, int], float], queries: int, candidates: int) -> Judgements:
-        """From (query, candidate) → grade."""
+    def of(cls, pairs: Mapping[tuple[int, int], float], queries: int, candidates: int) -> Qrels:
+        """From {(query, candidate): grade}; pairs of grade 0 or less are dropped."""
         kept = sorted((pair, grade) for pair, grade in pairs.items() if grade > 0)
         query = np.array([pair[0] for pair, _ in kept], np.int64)
         candidate = np.array([pair[1] for pair, _ in kept], np.int64)
@@ -94,9 +95,9 @@ class Judgements:
 
     def gains(self, found: np.ndarray) -> np.ndarray:
         known = np.append(self.query * self.candidates + self.candidate, -1)
-        asked = np.arange(self.queries)[:, None] * self.candidates + found
-        place = np.searchsorted(known[:-1], asked)
-        return np.where(known[place] == asked, np.append(self.grade, 0.0)[place], 0.0)
+        wanted = np.arange(self.queries)[:, None] * self.candidates + found
+        index = np.searchsorted(known[:-1], wanted)
+        return np.where(known[index] == wanted, np.append(self.grade, 0.0)[index], 0.0)
 
     def ideal(self, depth: int) -> np.ndarray:
         order = np.lexsort((-self.grade, self.query))
@@ -106,27 +107,27 @@ class Judgements:
         best[self.query[top], rank[top]] = self.grade[order][top]
         return best
 
-    def take(self, queries: Any, candidates: Any = ALL) -> Judgements:
-        asked, queries = _renumbered(self.query, self.queries, queries)
-        offered, candidates = _renumbered(self.candidate, self.candidates, candidates)
-        kept = (asked >= 0) & (offered >= 0)
-        parts = asked[kept], offered[kept], self.grade[kept]
+    def take(self, queries: Any, candidates: Any = ALL) -> Qrels:
+        query, queries = _renumbered(self.query, self.queries, queries)
+        candidate, candidates = _renumbered(self.candidate, self.candidates, candidates)
+        kept = (query >= 0) & (candidate >= 0)
+        parts = query[kept], candidate[kept], self.grade[kept]
         order = np.lexsort((parts[1], parts[0]))
-        return Judgements(*(part[order] for part in parts), queries, candidates)
+        return Qrels(*(part[order] for part in parts), queries, candidates)
 
 
 def _renumbered(entries: np.ndarray, count: int, chosen: Any) -> tuple[np.ndarray, int]:
-    """Where the `entries` below `count` stand among the chosen ones, -1 where they do not; and how many are chosen."""
-    chosen, place = np.arange(count)[chosen], np.full(count, -1)
-    place[chosen] = np.arange(len(chosen))
-    return place[entries], len(chosen)
+    """The index of each of `entries` among the chosen of `count` items, -1 if not chosen; and the number chosen."""
+    chosen, position = np.arange(count)[chosen], np.full(count, -1)
+    position[chosen] = np.arange(len(chosen))
+    return position[entries], len(chosen)
 
 
 def by_query(found: np.ndarray, relevance: Relevance) -> dict[str, np.ndarray]:
-    """The measures of each query, f64[Q] in percent.
+    """The measures of each query: name → f64[Q] in percent.
 
     Args:
-        found: i64[Q,k], candidates by falling similarity, k = DEPTH or all there are.
+        found: i64[Q,k], candidates by descending similarity; k is DEPTH, or the number of candidates if smaller.
     """
     gains, number = relevance.gains(found), relevance.number
     hits = gains > 0
@@ -146,7 +147,12 @@ def by_query(found: np.ndarray, relevance: Relevance) -> dict[str, np.ndarray]:
 
 
 def chance(number: np.ndarray, total: int, k: int) -> float:
-    """R@k in percent of a random order: 1 − C(total−h, k) / C(total, k) of h hits, the mean over queries."""
+    """R@k in percent of a random order: 1 − C(total−h, k) / C(total, k) for h relevant candidates, mean over queries.
+
+    Args:
+        number: i64[Q], relevant candidates of each query.
+        total: number of candidates.
+    """
     k = min(k, total)
     numbers, queries = np.unique(number, return_counts=True)
     missed = [math.comb(total - hits, k) / math.comb(total, k) for hits in numbers.tolist()]
@@ -154,7 +160,7 @@ def chance(number: np.ndarray, total: int, k: int) -> float:
 
 
 def means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Means over queries drawn with replacement, f64[resamples,M] of f64[Q,M]."""
+    """Bootstrap means f64[resamples,M] of `values` f64[Q,M]: each over Q queries drawn with replacement."""
     rng, found = np.random.default_rng(seed), np.empty((resamples, values.shape[1]))
     for number in range(resamples):
         drawn = np.bincount(rng.integers(len(values), size=len(values)), minlength=len(values))
@@ -163,18 +169,21 @@ def means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.n
 
 
 def intervals(measures: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """The bootstrap's interval of each mean over queries, by percentiles."""
+    """The percentile bootstrap interval of the mean over queries of each measure f64[Q]: name → (low, high)."""
     drawn = means(np.stack(list(measures.values()), axis=1))
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return {name: (float(low[m]), float(high[m])) for m, name in enumerate(measures)}
 
 
 def compared(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """How two models differ on the same queries: the mean difference, its interval by a paired bootstrap, and whether
-    zero lies outside (never of fewer than FEWEST queries).
+    """The difference of two models on the same queries, by a paired bootstrap.
 
     Args:
-        ours, theirs: measures f64[Q], the same queries in the same order.
+        ours, theirs: measures f64[Q] of the same queries in the same order.
+
+    Returns:
+        {measure: {"difference": its mean, "low", "high": the ends of its interval, "told": whether it is significant,
+        that is, whether the interval excludes 0; never with fewer than FEWEST queries}}.
     """
     names = [name for name in ours if name in theirs]
     difference = np.stack([ours[name] - theirs[name] for name in names], axis=1)
@@ -191,5 +200,5 @@ def compared(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -
 
 
 def rounded(values: Sequence[float]) -> list[float]:
-    """As scores are written."""
+    """Rounded to the four decimals of metrics.json."""
     return [round(value, 4) for value in values]

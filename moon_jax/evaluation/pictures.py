@@ -198,10 +198,10 @@ VIEW_NAMES = {"t": "text", "i": "image", "mm": "text + image"}
 
 
 def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, seed: int, footer: str) -> None:
-    """SHOWN queries from two directions with their top FOUND results; hits are framed. `seed` draws the queries at random.
+    """SHOWN queries from two directions with their top FOUND results; hits are framed. `seed` draws the queries.
 
-    It prefers directions without altered queries: t→i, and the catalogue's own image queries or i→t, if they exist. An
-    altered query is shown as altered.
+    Directions without altered queries come first: t→i, then the catalogue's own image queries, if any, or i→t. An
+    altered query is shown as it was altered.
     """
     first = next(iter(encoded.queries))
     wanted = [(first, "t", "i")]
@@ -218,13 +218,13 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
     drawn = [min(shown, len(task[-1].queries)) for task in tasks]
     size = (7.6 * len(tasks), 1.75 * max(drawn) + 1.0)
     footer += " · faint captions: text that the view does not include"
-    title = f"{words(sum(drawn))} random queries and their top-{FOUND} results"
+    title = f"{sum(drawn)} random queries and their top-{FOUND} results"
     with sheet(path, title, footer, size) as figure:
         halves = figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0]
         for half, (name, query, candidate, task) in zip(halves, tasks, strict=True):
-            title = f"{query} → {candidate}: {VIEW_NAMES[query]} finds {VIEW_NAMES[candidate]}"
-            right = "relevant by your qrels" if name == "judged" else "same title"
-            title += f" (framed ✓: {right}; {len(task.candidates):,} candidates"
+            title = f"{query} → {candidate}: {VIEW_NAMES[query]} to {VIEW_NAMES[candidate]}"
+            framed = "relevant by your qrels" if name == "judged" else "same title"
+            title += f" (framed ✓: {framed}; {len(task.candidates):,} candidates"
             title += "; seen in training)" if name == "products_trained_on" else ")"
             half.suptitle(title, x=0.01, ha="left", fontsize=11)
             chosen = np.sort(rng.permutation(len(task.queries))[:shown])
@@ -233,7 +233,7 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
                 axes.axis("off")
             best = dataclasses.replace(task, queries=task.queries[chosen]).found(FOUND)
             hits = task.relevance.take(chosen).gains(best) > 0
-            for row, number, ranked, right in zip(cells, chosen, best, hits, strict=False):
+            for row, number, ranked, relevant in zip(cells, chosen, best, hits, strict=False):
                 index = int(task.query_product[number])
                 asked, label = prepared.products[index], "query"
                 if shares_modality(query, candidate) and name.startswith("products"):
@@ -241,7 +241,7 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
                     asked = altered(asked, ALTERATION, np.random.default_rng((SEED, position)), max_pixels)
                     label = "query, altered"
                 _cell(row[0], asked, query, max_pixels, label, shows_picture=query != "t")
-                for rank, (index, hit) in enumerate(zip(ranked, right.tolist(), strict=True), start=1):
+                for rank, (index, hit) in enumerate(zip(ranked, relevant.tolist(), strict=True), start=1):
                     product = prepared.products[task.candidate_product[index]]
                     _cell(row[rank], product, candidate, max_pixels, f"{rank} ✓" if hit else str(rank), hit)
 
@@ -291,10 +291,10 @@ def additions(
     """Products with their co-augmented images and titles; those that were left out are crossed out.
 
     Args:
-        shown: for each product: the product, its images (label, bytes, whether added), its titles (text, whether added).
+        shown: (product, its images (label, bytes, whether added), its titles (text, whether added)) for each product.
     """
     columns = 1 + max((len(images) for _, images, _ in shown), default=0)
-    rows, title = -(-len(shown) // 2), "Co-augmentation of random products (✗: left out)"
+    rows, title = -(-len(shown) // 2), "Co-augmentation: random products with their new images and titles"
     with sheet(path, title, footer, (max(8.0, 3.0 * columns + 0.6), 2.3 * rows + 0.8)) as figure:
         for part, (product, images, titles) in zip(
             figure.subfigures(rows, 2, squeeze=False).ravel(), shown, strict=False

@@ -1,4 +1,4 @@
-"""What a few labelled vectors tell of others: the nearest of them, and a linear probe."""
+"""Labels predicted from labelled vectors: by nearest neighbours, and by a linear probe."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from moon_jax import similarity
 from moon_jax.types import Array
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""Of the vote; each neighbour weighs exp(similarity / TEMPERATURE) (arXiv 1805.01978)."""
+"""Number of neighbours that vote; each has weight exp(similarity / TEMPERATURE) (arXiv 1805.01978)."""
 
 DECAY = 1e-2
-"""Of the probe's weights: what is added to the mean loss is DECAY / 2 · |W|²."""
+"""Weight decay of the probe: DECAY / 2 · |W|² is added to the mean loss."""
 
 
 def nearest(known: np.ndarray, truth: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """The labels that the neighbours vote for, i64[Q]; of equal votes the lowest label.
+    """The labels that the neighbours vote for, i64[Q]; ties go to the lowest label.
 
     Args:
-        known: f32[N,D], unit; truth: i64[N], their labels.
-        vectors: f32[Q,D], unit.
+        known: f32[N,D], unit length; truth: i64[N], their labels.
+        vectors: f32[Q,D], unit length.
     """
     scores, found = similarity.top_k(vectors, known, min(NEIGHBOURS, len(known)))
     votes = np.zeros((len(vectors), int(truth.max()) + 1))
@@ -32,9 +32,9 @@ def nearest(known: np.ndarray, truth: np.ndarray, vectors: np.ndarray) -> np.nda
 
 
 def linear(known: np.ndarray, truth: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """The labels that a logistic regression on the known vectors gives, i64[Q].
+    """The labels i64[Q] that a logistic regression predicts after fitting on the known vectors.
 
-    Coordinates are brought to mean 0 and variance 1 by the known vectors; the loss is convex and is solved by L-BFGS.
+    Coordinates are standardized to mean 0 and variance 1 on the known vectors. L-BFGS minimizes the convex loss.
 
     Args: see `nearest`.
     """
@@ -55,7 +55,7 @@ def linear(known: np.ndarray, truth: np.ndarray, vectors: np.ndarray) -> np.ndar
 @jax.jit
 @jax.value_and_grad
 def _loss(parameters: Array, inputs: Array, target: Array) -> Array:
-    """Of bias and weights f32[1+D,labels] on f32[N,D] and i64[N]."""
+    """Loss and gradient of bias and weights f32[1+D,labels] on inputs f32[N,D] and targets i64[N]."""
     logits = jnp.einsum("nd,dl->nl", inputs, parameters[1:], precision=similarity.PRECISION) + parameters[0]
     right = jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=1)
     return DECAY / 2 * (parameters[1:] ** 2).sum() - right.mean()

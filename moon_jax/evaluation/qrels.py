@@ -1,7 +1,8 @@
-"""One's own queries, and judgements of what answers them: files → a catalogue with queries, and graded relevance.
+"""The user's own queries and qrels: reads the files and attaches them to a catalogue.
 
-Queries are in Parquet, JSONL, CSV or TSV, as a catalogue is, with the columns query_id and title or image. Judgements
-have query_id, product_id and grade, or are lines of TREC's qrels. A column map renames both (data/columns.py).
+Like a catalogue, queries are Parquet, JSONL, CSV or TSV, with the columns query_id and title or image. Qrels have the
+columns query_id, product_id and grade, or are in TREC format. A column map renames the columns of both
+(ingest/columns.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from moon_jax.data.images import BadImage, decode
 from moon_jax.data.prepared import Prepared
 from moon_jax.errors import UserError, printable
-from moon_jax.evaluation.metrics import Judgements
+from moon_jax.evaluation.metrics import Qrels
 from moon_jax.ingest import parse, readers
 from moon_jax.ingest.columns import ColumnMap
 from moon_jax.ingest.files import SUFFIXES, File, confined
@@ -29,18 +30,18 @@ from moon_jax.types import Product
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
-    """A catalogue with one's own queries."""
+class Collection:
+    """A catalogue with the user's queries and qrels."""
 
     prepared: Prepared  # val: the whole catalogue; val_queries: the queries, each with its best product
-    relevance: Judgements  # of prepared.val_queries and prepared.val, by their places
-    left_out: str  # what could not be used, in words; empty if nothing
-    shared: str  # an id that both a query and a product have, empty if there is none
+    qrels: Qrels  # indices into prepared.val_queries and prepared.val
+    left_out: str  # queries and qrels that could not be used, in words; empty if none
+    shared: str  # an id that a query and a product share; empty if there is none
 
 
 @dataclasses.dataclass(frozen=True)
 class _Both(collections.abc.Sequence):
-    """A catalogue's products, then queries."""
+    """A catalogue's products followed by the queries."""
 
     products: Sequence[Product]
     queries: Sequence[Product]
@@ -55,85 +56,85 @@ class _Both(collections.abc.Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """What both files hold."""
+    """The contents of both files."""
 
-    queries: dict[str, Product]
-    grades: dict[tuple[str, str], float]  # of a query and a product, by their ids
+    queries: dict[str, Product]  # by query id
+    grades: dict[tuple[str, str], float]  # by query id and product id
 
 
 def read(queries: str | Path, qrels: str | Path, columns: ColumnMap, max_pixels: int) -> Log:
-    """
+    """Reads the files of queries and qrels.
+
     Args:
-        columns: says which column is what.
-        max_pixels: of an image.
+        columns: maps columns to fields.
+        max_pixels: limit for the size of an image.
 
     Raises:
-        UserError: a file cannot be read, or is empty; a line of it is wrong; an id or a pair is there twice.
+        UserError: a file cannot be read or is empty; a line is invalid; an id is repeated; a pair has two grades.
     """
-    asked = {query.id: query for query in _queries(Path(queries), columns, max_pixels)}
+    products = {query.id: query for query in _queries(Path(queries), columns, max_pixels)}
     grades = _grades(Path(qrels), columns)
-    for flag, path, what, found in (("--queries", queries, "query", asked), ("--qrels", qrels, "judgement", grades)):
+    for flag, path, what, found in (("--queries", queries, "queries", products), ("--qrels", qrels, "qrels", grades)):
         if not found:
-            raise UserError(f"{flag} {path}: holds no {what}")
-    return Log(asked, grades)
+            raise UserError(f"{flag} {path}: contains no {what}")
+    return Log(products, grades)
 
 
-def of(log: Log, prepared: Prepared) -> Judged:
-    """The log's queries, to be sought among all products of the catalogue.
+def collection(log: Log, prepared: Prepared) -> Collection:
+    """Attaches the log's queries to the catalogue; all its products become candidates.
 
-    Judgements of products that the catalogue has not, and of queries that are not there, are left out, and so are
-    queries of which none is left.
+    Qrels of unknown products or unknown queries are left out, and so are queries without a relevant product.
 
     Raises:
         UserError: no query is left.
     """
-    asked, grades = log.queries, log.grades
+    queries, grades = log.queries, log.grades
     count = len(prepared.train) + (len(prepared.val) if prepared.val != prepared.train else 0)
     wanted = {product for _, product in grades}
-    places, shared = {}, ""
-    for place in range(count):
-        identity = prepared.products[place].id
+    positions, shared = {}, ""
+    for position in range(count):
+        identity = prepared.products[position].id
         if identity in wanted:
-            places[identity] = place
-        if identity in asked:
+            positions[identity] = position
+        if identity in queries:
             shared = shared or identity
     known: dict[str, dict[int, float]] = {}
-    absent, unasked = set(), set()
+    absent, unknown = set(), set()
     for (query, product), grade in grades.items():
-        if query not in asked:
-            unasked.add(query)
-        elif product not in places:
+        if query not in queries:
+            unknown.add(query)
+        elif product not in positions:
             absent.add(product)
         else:
-            known.setdefault(query, {})[places[product]] = grade
-    answered = [query for query in asked if any(grade > 0 for grade in known.get(query, {}).values())]
+            known.setdefault(query, {})[positions[product]] = grade
+    answered = [query for query in queries if any(grade > 0 for grade in known.get(query, {}).values())]
     if not answered:
         raise UserError(
-            "--qrels: no query has a product of this catalogue with a grade above 0; are the ids the same in queries,"
-            " qrels and catalogue?"
+            "--qrels: no query has a product of this catalogue with a grade above 0; check that queries, qrels and"
+            " catalogue use the same ids"
         )
     best = [max(known[query].items(), key=lambda pair: (pair[1], -pair[0]))[0] for query in answered]
     total = len(prepared.products)
-    digest = hashlib.blake2b(repr([(asked[q], sorted(known[q].items())) for q in answered]).encode(), digest_size=8)
-    told = (
-        (len(asked) - len(answered), "query", "queries", "without a product to be found"),
-        (len(unasked), "judged query", "judged queries", "not in the queries' file"),
-        (len(absent), "judged product", "judged products", "not in the catalogue"),
+    digest = hashlib.blake2b(repr([(queries[q], sorted(known[q].items())) for q in answered]).encode(), digest_size=8)
+    reasons = (
+        (len(queries) - len(answered), "query", "queries", "without a relevant product"),
+        (len(unknown), "query", "queries", "of the qrels not in the queries file"),
+        (len(absent), "product", "products", "of the qrels not in the catalogue"),
     )
-    return Judged(
+    return Collection(
         dataclasses.replace(
             prepared,
-            products=_Both(prepared.products, [asked[query] for query in answered]),
+            products=_Both(prepared.products, [queries[query] for query in answered]),
             val=range(count),
             val_queries=[(total + number, product) for number, product in enumerate(best)],
             manifest={**prepared.manifest, "fingerprint": f"{prepared.fingerprint} {digest.hexdigest()}"},
         ),
-        Judgements.of(
-            {(n, place): grade for n, query in enumerate(answered) for place, grade in known[query].items()},
+        Qrels.of(
+            {(n, position): grade for n, query in enumerate(answered) for position, grade in known[query].items()},
             len(answered),
             count,
         ),
-        ", ".join(f"{number:,} {one if number == 1 else many} {why}" for number, one, many, why in told if number),
+        ", ".join(f"{number:,} {one if number == 1 else many} {why}" for number, one, many, why in reasons if number),
         shared,
     )
 
@@ -146,13 +147,13 @@ def _file(path: Path, flag: str, kind: str) -> File:
     return File(path, path.name, kind, "", format, path.parent)
 
 
-def _mistake(where: str, bad: BadRecord) -> UserError:
+def _error(where: str, bad: BadRecord) -> UserError:
     return UserError(printable(f"{where}: {': '.join(filter(None, (bad.reason, bad.detail)))}"))
 
 
 def _rows(file: File, columns: ColumnMap) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each record stands, and the record."""
-    checked = file.format in ("csv", "tsv")  # by their reader
+    """Yields each record with its location, "FILE NUMBER"."""
+    checked = file.format in ("csv", "tsv")  # their reader checks the columns
     if file.format in ("parquet", "arrow"):
         columns.check(file.kind, readers.schema_of(file).names, str(file.path))
         checked = True
@@ -160,7 +161,7 @@ def _rows(file: File, columns: ColumnMap) -> Iterator[tuple[str, dict[str, Any]]
         for number, row in readers.rows(chunk):
             where = f"{file.path} {number}"
             if isinstance(row, BadRecord):
-                raise _mistake(where, row)
+                raise _error(where, row)
             if not checked:
                 columns.check(file.kind, row, str(file.path))
                 checked = True
@@ -170,7 +171,7 @@ def _rows(file: File, columns: ColumnMap) -> Iterator[tuple[str, dict[str, Any]]
 def _queries(path: Path, columns: ColumnMap, max_pixels: int) -> Iterator[Product]:
     file = _file(path, "--queries", "asked")
     if not file.format:
-        raise UserError(f"--queries {path}: none of {', '.join(SUFFIXES)}")
+        raise UserError(f"--queries {path}: unknown format; give one of {', '.join(SUFFIXES)}")
     seen: set[str] = set()
     for where, record in _rows(file, columns):
         try:
@@ -180,7 +181,7 @@ def _queries(path: Path, columns: ColumnMap, max_pixels: int) -> Iterator[Produc
             seen.add(query.id)
             yield dataclasses.replace(query, images=tuple(_image(image, file, max_pixels) for image in query.images))
         except BadRecord as bad:
-            raise _mistake(where, bad) from None
+            raise _error(where, bad) from None
 
 
 def _image(image: bytes | str, file: File, max_pixels: int) -> bytes:
@@ -196,7 +197,7 @@ def _image(image: bytes | str, file: File, max_pixels: int) -> bytes:
 
 
 def _grades(path: Path, columns: ColumnMap) -> dict[tuple[str, str], float]:
-    """The grade of each pair of a query and a product."""
+    """The grade of each pair of query id and product id."""
     file = _file(path, "--qrels", "judgement")
     found: dict[tuple[str, str], float] = {}
     for where, record in _trec(file) if _is_trec(file) else _rows(file, columns):
@@ -208,11 +209,12 @@ def _grades(path: Path, columns: ColumnMap) -> dict[tuple[str, str], float]:
             if not math.isfinite(grade):
                 raise ValueError
         except BadRecord as bad:
-            raise _mistake(where, bad) from None
+            raise _error(where, bad) from None
         except (TypeError, ValueError, OverflowError):
-            raise UserError(printable(f"{where}: grade {record.get('grade')!r} is no number")) from None
+            raise UserError(printable(f"{where}: grade {record.get('grade')!r} is not a finite number")) from None
         if found.setdefault(pair, grade) != grade:
-            raise UserError(printable(f"{where}: query {pair[0]}, product {pair[1]}: judged {found[pair]:g} before"))
+            conflict = f"query {pair[0]}, product {pair[1]}: grade {grade:g}, but {found[pair]:g} earlier"
+            raise UserError(printable(f"{where}: {conflict}"))
     return found
 
 
@@ -225,7 +227,7 @@ def _undamaged(file: File) -> Iterator[None]:
 
 
 def _is_trec(file: File) -> bool:
-    """By its ending, or, of tab-separated values, by a first line that is no header."""
+    """Whether the file is in TREC format: by its suffix, or, for .tsv, by a first line that is not a header."""
     if file.format != "tsv":
         return not file.format
     with _undamaged(file), readers.open_file(file) as lines:
@@ -237,13 +239,13 @@ def _is_trec(file: File) -> bool:
 
 
 def _trec(file: File) -> Iterator[tuple[str, dict[str, Any]]]:
-    """TREC's qrels: query, a number that nobody reads, product and grade, with spaces between them."""
+    """Lines in TREC format: query, an unused number, product and grade, separated by white space."""
     with _undamaged(file), readers.open_file(file) as lines:
         for number, line in enumerate(lines, 1):
             parts = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").split()
             if parts and len(parts) != 4:
-                told = f"{len(parts)} words; TREC's qrels have 4: query, 0, product, grade"
-                raise UserError(printable(f"{file.path} {number}: {told}"))
+                wrong = f"{len(parts)} fields; TREC qrels have 4: query, 0, product, grade"
+                raise UserError(printable(f"{file.path} {number}: {wrong}"))
             if parts:
                 record = dict(zip(("query_id", "", "product_id", "grade"), parts, strict=True))
                 yield f"{file.path} {number}", record

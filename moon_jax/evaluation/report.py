@@ -1,4 +1,4 @@
-"""A trained model judged on prepared data: numbers, embeddings and pictures into the workdir, and the last screen."""
+"""Evaluates a model on prepared data: writes scores, embeddings and pictures; and compares two evaluations."""
 
 from __future__ import annotations
 
@@ -33,57 +33,62 @@ def evaluate(
     *,
     known: int = 0,
     prompts: Sequence[str] = labels.PROMPTS,
-    judgements: measures_lib.Judgements | None = None,
+    qrels: measures_lib.Qrels | None = None,
 ) -> dict[str, Any]:
-    """Judges `embedder` on the products to be found.
+    """Evaluates `embedder` on the held-out products.
 
-    Writes into `workdir`: metrics.json, queries.parquet, embeddings/val.parquet, and pictures/ (those of the training
-    need its metrics.jsonl there).
+    Writes metrics.json, queries.parquet, embeddings/val.parquet and pictures/ into `workdir`. The pictures of the
+    training need its metrics.jsonl there.
 
     Args:
-        known: products to train on, at most, whose labels neighbours and a linear probe know; 0 leaves these out.
-        prompts: texts with {} in them, by which a label is put to the model.
-        judgements: of one's own queries (evaluation/judged.py); then these alone are asked, no label is told, and no
-            vector is written.
+        known: maximum number of training products on which nearest neighbours and the linear probe are fitted; 0 leaves
+            both out.
+        prompts: templates of a label's text; {} stands for the label.
+        qrels: relevant products of the user's own queries (evaluation/qrels.py). If given, only these queries are
+            evaluated, no labels, and no vectors are written.
 
     Returns:
-        What metrics.json holds; docs/workdir.md tells it.
+        The contents of metrics.json; see docs/workdir.md.
 
     Raises:
-        UserError: no product has a vector, one is not finite, or of given vectors nothing can be asked; the older
-            scores there stay.
+        UserError: no product has a vector, a vector is not finite, or precomputed vectors allow no evaluation. Older
+            scores in `workdir` are kept.
     """
     workdir = Path(workdir)
     terminal = terminal or Terminal(workdir)
-    lessons = labels.known(prepared, known) if judgements is None else []
-    tasks = labels.tasks(prepared, lessons)
-    # What is compared otherwise than by the dot product knows no label.
-    asked = [] if hasattr(embedder, "rank") or judgements is not None else tasks
-    lessons = lessons if asked else []
+    fitted_on = labels.known(prepared, known) if qrels is None else []
+    tasks = labels.tasks(prepared, fitted_on)
+    # Labels are compared by dot product; an embedder with its own `rank` has none.
+    evaluated = [] if hasattr(embedder, "rank") or qrels is not None else tasks
+    fitted_on = fitted_on if evaluated else []
     with terminal.progress(
-        "embedding", retrieval.count(prepared, judgements) + labels.count(asked, lessons)
+        "embedding", retrieval.count(prepared, qrels) + labels.count(evaluated, fitted_on)
     ) as advance:
-        encoded = retrieval.encode(embedder, prepared, advance, judgements)
-        answers = labels.encode(embedder, prepared, encoded, asked, lessons, prompts, advance)
+        encoded = retrieval.encode(embedder, prepared, advance, qrels)
+        answers = labels.encode(embedder, prepared, encoded, evaluated, fitted_on, prompts, advance)
     covered = int(encoded.present.any(axis=1).sum())
     if not covered:
         first = prepared.products[prepared.val[0]].id if len(prepared.val) else ""
-        raise UserError(f"{embedder.name}: no vector of any product, such as {first!r}; are the ids the same?")
+        raise UserError(
+            f"{embedder.name}: no vector for any product, such as {first!r}; check that the ids are the same"
+        )
     if covered < len(prepared.val):
-        left = len(prepared.val) - covered
-        terminal.line(f"{left:,} of {len(prepared.val):,} products have no vector, and are neither sought nor found")
+        missing = len(prepared.val) - covered
+        terminal.line(
+            f"{missing:,} of {len(prepared.val):,} products have no vector; they are left out of queries and candidates"
+        )
     seconds = getattr(embedder, "seconds", None)
     if seconds and sum(seconds.values()):
         share = 100 * seconds["device"] / sum(seconds.values())
-        terminal.line(f"of the time of embedding: device {share:.1f}%, waiting for data {100 - share:.1f}%")
+        terminal.line(f"share of embedding time: device {share:.1f}%, waiting for data {100 - share:.1f}%")
     config = getattr(embedder, "config", config_lib.Config())
     dimension = encoded.candidates.shape[-1]
     widths = (dimension, *reversed(config.objective.matryoshka))
-    asked_in = len(retrieval.DIRECTIONS) * len(encoded.queries)
+    possible = len(retrieval.DIRECTIONS) * len(encoded.queries)
     category = _category(tasks, prepared)
-    with terminal.progress("evaluating", len(widths) * (asked_in + len(answers))) as advance:
-        judged: dict[int, dict[str, Any]] = {}
-        of_queries = []  # of all dimensions
+    with terminal.progress("evaluating", len(widths) * (possible + len(answers))) as advance:
+        by_width: dict[int, dict[str, Any]] = {}
+        searches = []  # at full width
         for width in widths:
             scores: dict[str, Any] = {name: {} for name in encoded.queries}
             categories: dict[str, Any] = {name: {} for name in encoded.queries}
@@ -93,44 +98,46 @@ def evaluate(
                 scores[name][direction] = retrieval.summary(task, measures)
                 if width == dimension:
                     categories[name][direction] = retrieval.by_category(task, measures, category)
-                    of_queries.append((name, direction, task, measures))
+                    searches.append((name, direction, task, measures))
                 advance()
-            advance(asked_in - sum(map(len, scores.values())))  # directions in which nothing could be asked
-            told = {}
+            advance(possible - sum(map(len, scores.values())))  # directions without queries
+            accuracies = {}
             for part in answers:
-                told[part.task.name] = labels.measure(part.truncated(width))
+                accuracies[part.task.name] = labels.measure(part.truncated(width))
                 advance()
-            judged[width] = {"retrieval": {name: found for name, found in scores.items() if found}, "labels": told}
+            found_in = {name: found for name, found in scores.items() if found}
+            by_width[width] = {"retrieval": found_in, "labels": accuracies}
             if width == dimension:
-                judged[width]["categories"] = {name: found for name, found in categories.items() if category and found}
-    whole = judged.pop(dimension)
+                found_in = {name: found for name, found in categories.items() if category and found}
+                by_width[width]["categories"] = found_in
+    whole = by_width.pop(dimension)
     answered = bool(whole["retrieval"]) or any(map(_answered, whole["labels"].values()))
     if getattr(embedder, "fixed", False) and not answered:
         views = ", ".join(view for view, there in zip(VIEWS, encoded.present.any(axis=0), strict=True) if there)
-        why = f"vectors of {views} alone; t→i and i→t want both t and i (moon-jax embed --views t,i,mm)"
-        if judgements is not None:
-            why = "no query has a vector, under its query_id, that some product of its answers has as well"
-        raise UserError(f"{embedder.name}: nothing to be asked: {why}")
-    for name, asked_with in encoded.queries.items():
-        spoke = {index for part, _, task, _ in of_queries if part == name for index in task.query_product.tolist()}
-        silent = len(asked_with.product) - len(spoke)
-        if silent:
+        why = f"the vectors are {views} only; t→i and i→t need t and i; create them with moon-jax embed --views t,i,mm"
+        if qrels is not None:
+            why = "no query and relevant product both have vectors; the id of a query's vector is its query_id"
+        raise UserError(f"{embedder.name}: nothing to evaluate: {why}")
+    for name, queries in encoded.queries.items():
+        used = {index for part, _, task, _ in searches if part == name for index in task.query_product.tolist()}
+        unused = len(queries.product) - len(used)
+        if unused:
             which = retrieval.QUERY_SETS[name].partition(",")[0]
-            told = "the model sees none of their views, or nothing that answers them"
-            terminal.line(f"{silent:,} of {len(asked_with.product):,} ({which}) are asked in no direction: {told}")
+            why = "the model embeds none of their views, or no relevant product"
+            terminal.line(f"{unused:,} of {len(queries.product):,} queries ({which}) count in no direction: {why}")
     for old in (METRICS, QUERIES, EMBEDDINGS, COMPARED, "pictures/directions.png", "pictures/gallery.png"):
         (workdir / old).unlink(missing_ok=True)
-    write_queries(workdir / QUERIES, prepared, of_queries, _name(embedder))
+    write_queries(workdir / QUERIES, prepared, searches, _name(embedder))
     metrics = {
         "step": getattr(embedder, "step", None),
         "model": _name(embedder),
         "synthetic": prepared.synthetic,
         "data": prepared.fingerprint,
         **whole,
-        "widths": {str(width): found for width, found in judged.items()},
+        "widths": {str(width): found for width, found in by_width.items()},
     }
     ids = [prepared.products[index].id for index in prepared.val]
-    if encoded.candidates.dtype == np.float32 and judgements is None:
+    if encoded.candidates.dtype == np.float32 and qrels is None:
         write_vectors(
             workdir / EMBEDDINGS, ids, encoded.candidates, encoded.present, metrics["model"], prepared.synthetic
         )
@@ -139,13 +146,16 @@ def evaluate(
         for picture in drawn:
             picture()
             advance()
-    lacking = [warning for warning in caught if "missing from font" in str(warning.message)]
+    missing_glyphs = [warning for warning in caught if "missing from font" in str(warning.message)]
     for warning in caught:
-        if warning not in lacking:
+        if warning not in missing_glyphs:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    if lacking:
-        terminal.line("some titles hold characters that no font here has: install Noto Sans, for Chinese Noto Sans CJK")
-    # Last: a first metrics.json says that the rest is whole.
+    if missing_glyphs:
+        terminal.line(
+            "pictures: no installed font has some characters of the titles; install Noto Sans, or Noto Sans CJK for"
+            " Chinese"
+        )
+    # Written last: its presence means that all other files are complete.
     write_atomic(workdir / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     return metrics
 
@@ -159,24 +169,24 @@ def _answered(scores: dict[str, Any]) -> bool:
 
 
 def check_output(folder: Path) -> bool:
-    """Whether an evaluation wrote there before.
+    """Whether `folder` already contains an evaluation.
 
     Raises:
-        UserError: it cannot be made, or holds what no evaluation wrote.
+        UserError: it cannot be created, or contains files that no evaluation wrote.
     """
     if folder.is_file():
         raise UserError(f"--output {folder}: is a file; give a folder")
     own = {"data", PARTIAL, "run.log", METRICS, QUERIES, "embeddings", "pictures", "compared", COMPARED}
     try:
-        if not folder.exists():  # it is made where something is written
+        if not folder.exists():  # tries to create it; the real one is created at the first write
             folder.mkdir(parents=True)
             folder.rmdir()
             return False
         names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
     except OSError as error:
-        raise UserError(f"--output {folder}: {error.strerror}; give a folder that can be made") from None
+        raise UserError(f"--output {folder}: {error.strerror}; give a folder that can be created") from None
     if names - own:
-        raise UserError(f"--output {folder}: holds other things ({min(names - own)}); give a new folder")
+        raise UserError(f"--output {folder}: contains other files ({min(names - own)}); give a new folder")
     return METRICS in names
 
 
@@ -185,7 +195,7 @@ def _name(embedder: protocol.Embedder) -> str:
 
 
 def _category(tasks: Sequence[labels.Task], prepared: Prepared) -> dict[int, str]:
-    """The category of each product to be found that has one, by its index."""
+    """Product index → category, for held-out products that have one."""
     found = next((task for task in tasks if task.name == "category"), None)
     if found is None:
         return {}
@@ -199,15 +209,18 @@ def _category(tasks: Sequence[labels.Task], prepared: Prepared) -> dict[int, str
 def write_queries(
     path: Path,
     prepared: Prepared,
-    judged: Sequence[tuple[str, str, retrieval.Search, dict[str, np.ndarray]]],
+    searches: Sequence[tuple[str, str, retrieval.Search, dict[str, np.ndarray]]],
     model: str,
 ) -> None:
-    """The measures of every query: set, direction, query (the number of its record, and its id), and a column each.
+    """Writes a Parquet file with one row per query: set, direction, query (record number and id), and the measures.
 
-    The file's metadata say of which `model`.
+    The file's metadata contain the name of the `model`.
+
+    Args:
+        searches: what retrieval.directions yields.
     """
     ids: dict[int, str] = {}
-    for _, _, task, _ in judged:
+    for _, _, task, _ in searches:
         for index in set(task.query_product.tolist()) - set(ids):
             ids[index] = f"{index} {prepared.products[index].id}"
     tables = [
@@ -219,7 +232,7 @@ def write_queries(
                 **measures,
             }
         )
-        for name, direction, task, measures in judged
+        for name, direction, task, measures in searches
     ]
     names = pa.table({name: pa.array([], pa.string()) for name in ("set", "direction", "query")})
     table = pa.concat_tables(tables) if tables else names
@@ -230,15 +243,15 @@ def write_queries(
 
 
 def is_evaluated(folder: Path) -> bool:
-    """Whether it is the output of an evaluation, and no model's workdir, which holds one too."""
+    """Whether `folder` is the output of an evaluation and not a workdir, which may contain an evaluation too."""
     return all((folder / name).is_file() for name in (METRICS, QUERIES)) and not (folder / "checkpoints").exists()
 
 
 def read(folder: Path) -> tuple[dict[str, Any], pa.Table]:
-    """metrics.json and the table of queries.
+    """The contents of metrics.json and queries.parquet.
 
     Raises:
-        UserError: one of them is missing, damaged, or not of the other's evaluation.
+        UserError: one of them is missing or damaged, or they are not from the same evaluation.
     """
     try:
         metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
@@ -247,24 +260,25 @@ def read(folder: Path) -> tuple[dict[str, Any], pa.Table]:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{folder}: nothing that moon-jax evaluate wrote whole; give a model, or such a folder"
+            f"{folder}: not a complete output of moon-jax evaluate; give a model, or such a folder"
         ) from None
     return metrics, table
 
 
 def check_comparable(folder: Path, data: str) -> None:
-    """
+    """Checks that `folder` is an evaluation on the data with fingerprint `data`.
+
     Raises:
-        UserError: nothing was judged there, or on other data.
+        UserError: it is not.
     """
     if read(folder)[0]["data"] != data:
-        raise UserError(f"{folder}: judged on other data than is given now; evaluate both on the same")
+        raise UserError(f"{folder}: evaluated on other data; evaluate both models on the same data")
 
 
 def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """How two judged models differ, by a paired bootstrap over the queries that both were asked.
+    """The difference of two evaluations, by a paired bootstrap over the queries that both contain.
 
-    Directions in which they had not the same candidates to choose from are left out.
+    Directions with different candidates are left out.
 
     Args:
         ours, theirs: folders that `evaluate` wrote.
@@ -273,13 +287,13 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str,
         {set: {direction: {measure: {"difference", "low", "high", "told"}, "queries": …}}}; see metrics.compared.
 
     Raises:
-        UserError: one of them was not judged, or on other data.
+        UserError: a folder is not an evaluation, or they are on different data.
     """
-    told, whole = zip(*map(read, (ours, theirs)), strict=True)
-    check_comparable(theirs, told[0]["data"])
+    both, whole = zip(*map(read, (ours, theirs)), strict=True)
+    check_comparable(theirs, both[0]["data"])
     tables = [table.to_pydict() for table in whole]
     names = [name for name in tables[0] if name in tables[1] and name not in ("set", "direction", "query")]
-    if not names:  # one of them was asked nothing
+    if not names:  # one of them has no queries
         return {}
     values = []
     for table in tables:
@@ -291,7 +305,7 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str,
             shared.setdefault(key[:2], []).append(key)
     found: dict[str, Any] = {}
     for (name, direction), keys in shared.items():
-        pools = {metrics["retrieval"][name][direction].get("pool") for metrics in told}
+        pools = {metrics["retrieval"][name][direction].get("pool") for metrics in both}
         if len(pools) > 1:
             continue
         sides = [dict(zip(names, np.array([side[key] for key in keys]).T, strict=True)) for side in values]
@@ -300,7 +314,7 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str,
 
 
 def lines_of(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; none if it is not there."""
+    """The lines of metrics.jsonl; none if there is no such file."""
     path = workdir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
@@ -308,7 +322,7 @@ def lines_of(workdir: Path) -> list[dict[str, Any]]:
 def draw(
     workdir: Path, config: config_lib.Config, prepared: Prepared, encoded: retrieval.Encoded, metrics: dict[str, Any]
 ) -> list[Callable[[], None]]:
-    """What is to be called to write pictures/*.png, one of them each."""
+    """Functions that each write one of pictures/*.png."""
     folder = workdir / "pictures"
     source = "synthetic catalogue, rendered by moon_jax · " if prepared.synthetic else ""
     steps = "" if metrics["step"] is None else f"{metrics['step']} steps · "

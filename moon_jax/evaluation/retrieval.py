@@ -1,9 +1,10 @@
 """Zero-shot retrieval: the nine directions q→c of {t, i, mm}.
 
-Protocol: all products of the split are candidates, and a hit is a candidate with the query's title (titles repeat).
-A query takes part where it has the view asked with and some hit has the view sought; the table counts them.
-Where query and candidate share a modality the query is altered (a cropped image, a partial title), else a product
-would only have to find itself byte for byte; candidates never are. Queries that a catalogue brings are not altered.
+Protocol: all products of the split are candidates. A hit is a candidate with the same title as the query; titles
+repeat. A query counts in a direction if it has the query view and some hit has the candidate view; the tables show the
+number of queries. If query and candidate share a modality, the query is altered (a cropped image, a partial title):
+otherwise a product would only have to find an exact copy of itself. Candidates are never altered, nor are the
+catalogue's own queries.
 """
 
 from __future__ import annotations
@@ -25,46 +26,46 @@ from moon_jax.evaluation import metrics
 from moon_jax.types import VIEWS, Product
 
 QUERY_SETS = {
-    "products": "products as queries, altered where they share a modality with what they seek",
-    "products_trained_on": "products as queries, altered where they share a modality; seen in training",
+    "products": "products as queries, altered if they share a modality with the candidates",
+    "products_trained_on": "products as queries, altered if they share a modality; seen in training",
     "queries": "the catalogue's own queries",
-    "judged": "your queries, by your judgements, in the whole catalogue",
+    "judged": "your queries, evaluated by your qrels on the whole catalogue",
 }
-"""What is asked with, by name, and how it is said."""
+"""Sets of queries: their names in metrics.json, and their descriptions in tables and pictures."""
 SEED = 0
 ALTERATION = Alteration(keep_word=0.5, least_words=1, crop=(0.6, 0.9), flip=0.0)
-"""How a query is altered, and by which seed: every evaluation asks with the same queries."""
+"""How queries are altered, with SEED; fixed, so that every evaluation uses the same queries."""
 
 DIRECTIONS = tuple((query, candidate) for query in VIEWS for candidate in VIEWS)
 
 
 def shares_modality(query: str, candidate: str) -> bool:
-    """Whether two views have text or image in common: all pairs but t→i and i→t."""
+    """Whether two views both contain text, or both contain an image: true for all pairs but t→i and i→t."""
     return {query, candidate} != {"t", "i"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """What is asked with. `altered` and `plain` are [Q,3,…], what the embedder makes of the views."""
+    """One set of queries, embedded. `altered` and `plain` are the embedder's output [Q,3,…] for the three views."""
 
-    product: np.ndarray  # i32[Q], indices of products
-    sought: np.ndarray  # i32[Q], that of a product which it shall find
+    product: np.ndarray  # i32[Q], product indices of the queries
+    target: np.ndarray  # i32[Q], product index of one relevant product
     altered: np.ndarray
     plain: np.ndarray
-    altered_present: np.ndarray  # bool[Q,3], the altered views that there are
+    altered_present: np.ndarray  # bool[Q,3], which altered views exist
     plain_present: np.ndarray  # bool[Q,3]
-    relevance: metrics.Relevance  # of all candidates
+    relevance: metrics.Relevance  # for all candidates
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """The vectors of an evaluation, from which every number follows.
+    """The vectors of an evaluation; every score is computed from them.
 
-    `queries` holds one or two of QUERY_SETS: "products", the candidates as their own queries ("products_trained_on", if
-    the catalogue keeps none of them apart), and "queries", those that the catalogue brings, if any; or "judged" alone.
+    `queries` holds one or two of QUERY_SETS: "products", the candidates as queries ("products_trained_on" if the
+    catalogue has no held-out products), and "queries", the catalogue's own, if any; or "judged" alone.
     """
 
-    product: np.ndarray  # i32[C], indices of products
+    product: np.ndarray  # i32[C], product indices of the candidates
     candidates: np.ndarray  # [C,3,…]
     present: np.ndarray  # bool[C,3]
     queries: dict[str, Queries]
@@ -77,26 +78,26 @@ class Encoded:
             return np.asarray(similarity.truncate(vectors, width))
 
         queries = {
-            name: dataclasses.replace(asked, altered=cut(asked.altered), plain=cut(asked.plain))
-            for name, asked in self.queries.items()
+            name: dataclasses.replace(part, altered=cut(part.altered), plain=cut(part.plain))
+            for name, part in self.queries.items()
         }
         return dataclasses.replace(self, candidates=cut(self.candidates), queries=queries)
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """One direction of one set of queries, ready to be searched."""
+    """One direction of one set of queries: what is searched for, and where."""
 
     queries: np.ndarray  # [Q,…]
     candidates: np.ndarray  # [C,…]
-    query_product: np.ndarray  # i32[Q]
-    sought: np.ndarray  # i32[Q]
-    candidate_product: np.ndarray  # i32[C]
+    query_product: np.ndarray  # i32[Q], product indices
+    target: np.ndarray  # i32[Q], see Queries
+    candidate_product: np.ndarray  # i32[C], product indices
     relevance: metrics.Relevance
     rank: Callable[[Any, Any, int], tuple[np.ndarray, np.ndarray]]
 
     def found(self, depth: int = metrics.DEPTH) -> np.ndarray:
-        """The candidates i32[Q,k] of each query by falling similarity; of equal ones the lowest index comes first."""
+        """The top `depth` candidates i32[Q,k] of each query by descending similarity; ties go to the lower index."""
         return self.rank(self.queries, self.candidates, min(depth, len(self.candidates)))[1]
 
 
@@ -104,74 +105,76 @@ def encode(
     embedder: Embedder,
     prepared: Prepared,
     advance: Callable[[int], None] = lambda count: None,
-    judgements: metrics.Judgements | None = None,
+    qrels: metrics.Qrels | None = None,
 ) -> Encoded:
-    """Embeds candidates and queries; `advance` is told of `count(prepared, judgements)` in all.
+    """Embeds candidates and queries.
 
     Args:
-        judgements: of prepared.val_queries and prepared.val, by their places; with them nothing else is asked.
+        advance: called with numbers of embedded items, in total `count(prepared, qrels)`.
+        qrels: indices into prepared.val_queries and prepared.val; if given, only these queries are evaluated.
 
     Raises:
         UserError: a vector is not finite.
     """
     products = records.Chosen(prepared.products, prepared.val)
-    # A product without title is sought by itself alone: below -1, apart from every group.
+    # Only a product without title matches itself: it gets a key of its own below -1, outside all groups.
     key = np.where(prepared.group >= 0, prepared.group, -2 - np.arange(len(prepared.group)))
-    place = np.array(prepared.val, np.int32)
+    index = np.array(prepared.val, np.int32)
     plain, present = _finite(*embedder.encode_views(products, advance=advance), products)
     queries = {}
-    if judgements is None:
-        altered, asks = _finite(*embedder.encode_views(products, ALTERATION, SEED, advance), products)
+    if qrels is None:
+        altered, altered_present = _finite(*embedder.encode_views(products, ALTERATION, SEED, advance), products)
         name = "products_trained_on" if prepared.val == prepared.train else "products"
-        queries[name] = Queries(place, place, altered, plain, asks, present, metrics.Keys(key[place], key[place]))
+        relevance = metrics.Keys(key[index], key[index])
+        queries[name] = Queries(index, index, altered, plain, altered_present, present, relevance)
     if prepared.val_queries:
-        asked, targets = (np.array(column, np.int32) for column in zip(*prepared.val_queries, strict=True))
-        own_queries = records.Chosen(prepared.products, asked)
+        own_index, targets = (np.array(column, np.int32) for column in zip(*prepared.val_queries, strict=True))
+        own_queries = records.Chosen(prepared.products, own_index)
         own, own_present = _finite(*embedder.encode_views(own_queries, advance=advance), own_queries)
-        name, relevance = ("judged", judgements) if judgements else ("queries", metrics.Keys(key[targets], key[place]))
-        queries[name] = Queries(asked, targets, own, own, own_present, own_present, relevance)
-    return Encoded(place, plain, present, queries, getattr(embedder, "rank", similarity.top_k))
+        name, relevance = ("judged", qrels) if qrels else ("queries", metrics.Keys(key[targets], key[index]))
+        queries[name] = Queries(own_index, targets, own, own, own_present, own_present, relevance)
+    return Encoded(index, plain, present, queries, getattr(embedder, "rank", similarity.top_k))
 
 
 def _finite(vectors: np.ndarray, present: np.ndarray, products: Sequence[Product]) -> tuple[np.ndarray, np.ndarray]:
-    """Both, if every vector can be compared."""
+    """Both arguments, after checking that every vector is finite."""
     if vectors.dtype.kind == "f":
         wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=(1, 2)))
         if len(wrong):
-            raise UserError(f"product {products[int(wrong[0])].id}: its vector is not finite; is the model damaged?")
+            raise UserError(f"product {products[int(wrong[0])].id}: its vector is not finite; check the model")
     return vectors, present
 
 
-def count(prepared: Prepared, judgements: metrics.Judgements | None = None) -> int:
-    """Products and queries that `encode` embeds."""
-    return (2 if judgements is None else 1) * len(prepared.val) + len(prepared.val_queries)
+def count(prepared: Prepared, qrels: metrics.Qrels | None = None) -> int:
+    """The number of products and queries that `encode` embeds."""
+    return (2 if qrels is None else 1) * len(prepared.val) + len(prepared.val_queries)
 
 
 def search(encoded: Encoded, name: str, query: str, candidate: str) -> Search:
-    """The direction query → candidate of the set of queries `name`, without queries that no candidate could answer."""
-    asked = encoded.queries[name]
+    """The direction query → candidate for the set of queries `name`, without queries that no candidate answers."""
+    queries = encoded.queries[name]
     q, c = VIEWS.index(query), VIEWS.index(candidate)
     offered = encoded.present[:, c]
     altered = shares_modality(query, candidate)
-    vectors, present = (asked.altered, asked.altered_present) if altered else (asked.plain, asked.plain_present)
-    # A query that no candidate with this view could answer says nothing about the model.
-    chosen = present[:, q] & (asked.relevance.take(metrics.ALL, offered).number > 0)
+    vectors, present = (queries.altered, queries.altered_present) if altered else (queries.plain, queries.plain_present)
+    # A query without a relevant candidate in this view says nothing about the model.
+    chosen = present[:, q] & (queries.relevance.take(metrics.ALL, offered).number > 0)
     return Search(
         queries=vectors[chosen, q],
         candidates=encoded.candidates[offered, c],
-        query_product=asked.product[chosen],
-        sought=asked.sought[chosen],
+        query_product=queries.product[chosen],
+        target=queries.target[chosen],
         candidate_product=encoded.product[offered],
-        relevance=asked.relevance.take(chosen, offered),
+        relevance=queries.relevance.take(chosen, offered),
         rank=encoded.rank,
     )
 
 
 def directions(encoded: Encoded) -> Iterator[tuple[str, str, Search, dict[str, np.ndarray]]]:
-    """One direction of one set of queries after the other; those that have no query are left out.
+    """Searches all directions of all sets of queries; skips directions without queries.
 
     Yields:
-        The set's name, the direction as "t→i", what was searched, and the measures of each query (metrics.by_query).
+        The set's name, the direction such as "t→i", the search, and the measures of each query (metrics.by_query).
     """
     for name in encoded.queries:
         for query, candidate in DIRECTIONS:
@@ -181,11 +184,11 @@ def directions(encoded: Encoded) -> Iterator[tuple[str, str, Search, dict[str, n
 
 
 def summary(task: Search, measures: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What metrics.json holds of a direction.
+    """The entry of one direction in metrics.json.
 
     Returns:
         {"R@1": …, "R@5", "R@10", "MRR", "nDCG@10", "mAP", "chance@10", "interval": {"R@1": [low, high], …}, "queries",
-        "candidates", "pool": which these are: equal ones compare}.
+        "candidates", "pool": a hash of the candidates, since scores compare only if these are the same}.
     """
     return {
         **{name: round(float(values.mean()), 4) for name, values in measures.items()},
@@ -198,17 +201,17 @@ def summary(task: Search, measures: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def by_category(task: Search, measures: dict[str, np.ndarray], category: dict[int, str]) -> dict[str, dict[str, float]]:
-    """R@10 of the queries that seek a product of a category, the commonest first.
+    """R@10 by category of the query's target, largest category first.
 
     Args:
-        category: of products by index.
+        category: product index → category.
     """
     groups: dict[str, list[int]] = {}
-    for place, product in enumerate(task.sought.tolist()):
+    for query, product in enumerate(task.target.tolist()):
         if product in category:
-            groups.setdefault(category[product], []).append(place)
+            groups.setdefault(category[product], []).append(query)
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     return {
-        name: {"R@10": round(float(measures["R@10"][places].mean()), 4), "queries": len(places)}
-        for name, places in ordered
+        name: {"R@10": round(float(measures["R@10"][queries].mean()), 4), "queries": len(queries)}
+        for name, queries in ordered
     }

@@ -120,7 +120,7 @@ def details(metrics: dict[str, Any]) -> Iterator[Table]:
                 counts = f"{scores['known']:,}", f"{common['products']:,}"
                 rows.append((task, *cells, _percent(common["majority"]), *counts))
         if rows:
-            yield _filled(table, ("", "i", "t*", "mm*", "majority", "fitted on", "evaluated"), rows)
+            yield _filled(table, ("", "i", "t*", "mm*", "majority", "train", "test"), rows)
 
 
 def differences(compared: dict[str, Any], ours: str, theirs: str) -> Iterator[Table]:
@@ -160,9 +160,10 @@ def results(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
             entry = scores[direction]
             query, candidate = (pictures.VIEW_NAMES[view] for view in direction.split("→"))
             kind = "catalogue queries" if name == "queries" else "queries"
+            note = seen if name == "products_trained_on" else ""
             found.append(
                 f"{query} to {candidate} ({direction}): R@10 {entry['R@10']:.1f}% (chance {entry['chance@10']:.1f}%),"
-                f" {entry['queries']:,} {kind}, {entry['candidates']:,} candidates{seen if name == 'products_trained_on' else ''}"
+                f" {entry['queries']:,} {kind}, {entry['candidates']:,} candidates{note}"
             )
     shown = {name: scores["i"] for name, scores in metrics["labels"].items() if "i" in scores}
     # Fewer than 20 products are too few to report.

@@ -1,4 +1,4 @@
-"""Training that is judged while it goes on."""
+"""Training with periodic evaluation on the held-out products."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from moon_jax.training.checkpoints import BEST
 def make_evaluate(
     config: config_lib.Config, prepared: Prepared, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> loop.Evaluate:
-    """What measures R@10 in percent for every direction, on the products to be found, and the mean of them all."""
+    """A function of parameters that computes R@10 in percent on held-out products, by direction and their mean."""
     embedder = Embedder(config, None, tokenizer, fingerprint="", step=0, mesh=mesh)
 
     def scores(params: Any) -> dict[str, Any]:
         encoded = retrieval.encode(embedder.of(params), prepared)
-        judged = retrieval.directions(encoded)
         found = {
-            f"{name} {direction}": round(float(measures["R@10"].mean()), 4) for name, direction, _, measures in judged
+            f"{name} {direction}": round(float(measures["R@10"].mean()), 4)
+            for name, direction, _, measures in retrieval.directions(encoded)
         }
         return {BEST: round(float(np.mean([*found.values()])), 4), "directions": found}
 
@@ -35,7 +35,7 @@ def make_evaluate(
 
 
 def train(config: config_lib.Config, workdir: str | Path, watch: watchdog.Watchdog = watchdog.Watchdog()) -> Prepared:  # noqa: B008
-    """Trains `config` in `workdir`, from its newest checkpoint if there is one: `moon-jax train` from Python.
+    """Trains `config` in `workdir`; resumes from the newest checkpoint, if any. This is `moon-jax train` from Python.
 
     Args, returns, raises: see `loop.train`.
     """

@@ -1,4 +1,4 @@
-"""A model held against what transformers makes of its exported folder: embeddings of the same products."""
+"""Compares a model with transformers running its exported folder, by embeddings of the same products."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from moon_jax.serving.embedder import Embedder
 from moon_jax.types import Product
 
 LEAST = 0.9999
-"""A cosine below it means that another model would be served than was trained."""
+"""Minimum cosine. A lower one means that the served model would differ from the trained one."""
 
 
 def products(fits: Callable[[str], bool], pixels: int) -> list[Product]:
-    """A text, a 3:4 image of that many pixels, and both.
+    """A text, a 3:4 image of about `pixels` pixels, and both.
 
-    The text is cut to what `fits`: servers do not cut a title, we do.
+    The text is shortened until it `fits`: we truncate titles, servers do not.
     """
     high = math.ceil(math.sqrt(pixels * 4 / 3))
     rows, columns = np.mgrid[0:high, 0 : math.ceil(high * 3 / 4)]
@@ -38,29 +38,28 @@ def products(fits: Callable[[str], bool], pixels: int) -> list[Product]:
 
 
 def ours(trained: Trained) -> tuple[list[Product], np.ndarray]:
-    """The products, and the model's embeddings of them before it is exported, computed in float32.
+    """The products, and their embeddings f32[products,D] by the model before export, computed in float32.
 
     Raises:
-        UserError: torch or transformers, which `theirs` needs, is not installed.
+        UserError: torch or transformers is not installed; `theirs` needs both.
     """
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ModuleNotFoundError as error:
-        need = f"--verify compares with transformers, and {error.name} is missing: pip install -e '.[hf]'"
-        raise UserError(need) from None
+        raise UserError(f"--verify: needs {error.name}, which is not installed; pip install -e '.[hf]'") from None
     config = config_lib.replace(trained.config, {"training.dtype": "float32"})
     tokenizer, longest = Tokenizer.load(trained.tokenizer), config.data.text_tokens
     embedder = Embedder(config, trained.encoder, tokenizer, trained.fingerprint, trained.step)
-    # More pixels than the budget, so that the images are made smaller on both sides.
-    asked = products(
+    # More pixels than the budget, so that both sides shrink the image.
+    items = products(
         lambda title: len(tokenizer.encode([title], longest + 1)[0]) <= longest, 2 * ResizeRule.of(config).max_pixels
     )
-    return asked, embedder.encode(asked)
+    return items, embedder.encode(items)
 
 
-def theirs(folder: Path, asked: list[Product]) -> np.ndarray:
-    """transformers' embeddings of the products in float32, all else as the folder says. f32[products,D]."""
+def theirs(folder: Path, items: list[Product]) -> np.ndarray:
+    """The products' embeddings f32[products,D] by transformers in float32; all other settings come from the folder."""
     import torch
     import transformers
 
@@ -70,7 +69,7 @@ def theirs(folder: Path, asked: list[Product]) -> np.ndarray:
     template = (folder / "chat_template.jinja").read_text("utf-8")
     last = json.loads((folder / "1_Pooling" / "config.json").read_text("utf-8"))["pooling_mode"] == "lasttoken"
     vectors = []
-    for product in asked:
+    for product in items:
         with torch.no_grad():
             states = model(**_inputs(product, tokenizer, images, template)).last_hidden_state[0]
         pooled = states[-1] if last else states.mean(0)
@@ -79,7 +78,7 @@ def theirs(folder: Path, asked: list[Product]) -> np.ndarray:
 
 
 def _inputs(product: Product, tokenizer: Any, images: Any, template: str) -> dict[str, Any]:
-    """What Qwen3VLProcessor makes of one message; it would want torchvision as well."""
+    """The inputs that Qwen3VLProcessor builds from one message. The processor itself would need torchvision."""
     content: list[dict[str, Any]] = [{"type": "image"} for _ in product.images]
     content += [{"type": "text", "text": product.text}] if product.text else []
     message = [{"role": "user", "content": content}]
@@ -101,8 +100,13 @@ def _inputs(product: Product, tokenizer: Any, images: Any, template: str) -> dic
 
 
 def check(cosines: np.ndarray) -> None:
-    """Raises UserError for embeddings that are not those of transformers."""
+    """Compares the cosines of our embeddings with those of transformers to LEAST.
+
+    Raises:
+        UserError: one is lower.
+    """
     if not np.min(cosines) >= LEAST:
         raise UserError(
-            f"transformers embeds otherwise: cosine {np.min(cosines):.6f}, below {LEAST}; do not serve this folder"
+            f"--verify: embeddings of transformers differ: cosine {np.min(cosines):.6f}, below {LEAST}; do not serve"
+            " this folder"
         )

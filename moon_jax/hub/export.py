@@ -1,6 +1,6 @@
 """A trained model → a Hugging Face folder that transformers, sentence-transformers and servers built on them load.
 
-What those have no place for, the config, W* and the temperatures, lies beside it in `moon_jax/`.
+The config, W* and the temperatures have no counterpart there; they go into the subfolder `moon_jax/`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moon_jax.hub import keys
 from moon_jax.hub.folder import SIDECAR
 
 FILE_BYTES = 4_000_000_000
-"""A weight file takes no further tensor once it has so many bytes."""
+"""A weight file is closed once it has at least this many bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Trained:
     """What is exported.
 
     Attributes:
-        encoder: its parameters, as deep dicts of arrays.
-        alignment: {"dual" f32[L,E,M] if L > 0, "log_temperature" f32[2]}, or None where none was trained.
+        encoder: its parameters, as nested dicts of arrays.
+        alignment: {"dual" f32[L,E,M] if L > 0, "log_temperature" f32[2]}, or None if there is none.
         tokenizer: path of its tokenizer.json.
         fingerprint, step: of the Embedder.
-        base: what the run began from, hf://owner/name or a path; empty for random weights.
+        base: the run's initial model, hf://owner/name or a path; empty for random weights.
         licence: of the base.
-        data, metrics: manifest.json and metrics.json of the run, empty where there is none.
+        data, metrics: manifest.json and metrics.json of the run; empty if there is no such file.
     """
 
     config: config_lib.Config
@@ -61,14 +61,14 @@ def export(
     output: Path,
     track: Callable[[Iterable, int], Iterable] = lambda work, total: work,
 ) -> None:
-    """Writes the folder, whole or not at all: `qwen3_vl_moe` where a layer has experts, else `qwen3_vl`.
+    """Writes the folder atomically: `qwen3_vl_moe` if a layer has experts, else `qwen3_vl`.
 
     Args:
-        output: new, or an empty folder.
-        track: wraps the iterable of tensors, whose number it is told, to show progress.
+        output: a new or empty folder.
+        track: (tensors, their number) → the same iterable, wrapped to show progress.
 
     Raises:
-        UserError: the folder holds something already, or the model has parts that transformers has no place for.
+        UserError: the folder is not empty, or the model has parts that transformers does not support.
     """
     refuse_taken(output)
     check_expressible(trained)
@@ -76,7 +76,7 @@ def export(
     try:
         part.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}; give a folder that can be made") from None
+        raise UserError(f"--output {output}: {error.strerror}; give a folder that can be created") from None
     try:
         _write(trained, part, track)
         if output.exists():
@@ -101,7 +101,7 @@ def _write(trained: Trained, part: Path, track: Callable[[Iterable, int], Iterab
     (part / "chat_template.jinja").write_text(chat_template(config.data.template), encoding="utf-8")
     (part / "README.md").write_text(model_card(trained), encoding="utf-8")
 
-    # Where the run lay and where it began from are of this machine.
+    # These are paths on this machine.
     shown = config_lib.replace(config, {"data.path": "", "data.tokenizer": "", "training.init": ""})
     (part / SIDECAR / "config.json").write_text(config_lib.to_json(shown), encoding="utf-8")
     about = {"fingerprint": trained.fingerprint, "step": trained.step, "base": _public(trained.base)}
@@ -110,23 +110,29 @@ def _write(trained: Trained, part: Path, track: Callable[[Iterable, int], Iterab
     if trained.alignment is not None:
         flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in trained.alignment.items()}
         save_file(flat, part / SIDECAR / "alignment.safetensors")
-    for path in part.rglob("*.safetensors"):  # which come readable by their owner only
+    for path in part.rglob("*.safetensors"):  # save_file makes them readable by their owner only
         shutil.copymode(part / "config.json", path)
 
 
 def refuse_taken(output: Path) -> None:
-    """Raises UserError for an output that is a file, or a folder with something in it."""
+    """
+    Raises:
+        UserError: the output is a file, or a folder that is not empty.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: there is something already; give a folder that is new or empty")
+        raise UserError(f"--output {output}: exists already; give a new or empty folder")
 
 
 def check_expressible(trained: Trained) -> None:
-    """Raises UserError for a parameter that has no name in transformers' Qwen3-VL."""
+    """
+    Raises:
+        UserError: a parameter has no counterpart in transformers' Qwen3-VL.
+    """
     term = trained.config.experts.router_term
     if term != "none":
         raise UserError(
-            f"config.experts.router_term: {term} cannot be exported: the router of transformers' Qwen3-VL sees the"
-            " token alone, and the term for its view would be lost; train without it, or serve with moon_jax"
+            f"config.experts.router_term: {term} cannot be exported: the router of transformers' Qwen3-VL sees only"
+            " the token, so its term for the view would be lost; train without it, or serve with moon_jax"
         )
     names = {row.ours for row in keys.table(trained.config)}
     for path in keys.flatten(trained.encoder):
@@ -136,16 +142,16 @@ def check_expressible(trained: Trained) -> None:
 
 
 def _tensors(trained: Trained, rows: Iterable[keys.Row]) -> Iterator[tuple[str, np.ndarray]]:
-    """Their name and array, one at a time on the host."""
+    """(their name, array), one array at a time on the host."""
     leaves = keys.flatten(trained.encoder)
     for row in rows:
         leaf = leaves[row.ours]
-        array = np.asarray(jax.device_get(leaf if row.place is None else leaf[row.place]))
-        yield f"model.{row.theirs}", np.ascontiguousarray(keys.to_theirs(array, row.turning))
+        array = np.asarray(jax.device_get(leaf if row.stack_index is None else leaf[row.stack_index]))
+        yield f"model.{row.theirs}", np.ascontiguousarray(keys.to_theirs(array, row.transform))
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], file_bytes: int = FILE_BYTES) -> None:
-    """Safetensors files with an index, as published checkpoints are."""
+    """Writes safetensors files, with an index if there are several, as in published checkpoints."""
     files: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
     total = 0
@@ -173,7 +179,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], file_
 
 
 def model_config(config: config_lib.Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json. Rotary settings stand in both spellings: transformers 4 and servers read the older one."""
+    """config.json. Rotary settings are given in both spellings: transformers 4 and servers read the older one."""
     language, vision, experts = config.language, config.vision, config.experts
     sparse = config_lib.sparse_layers(config)
     kind, name = ("qwen3_vl_moe", "Qwen3VLMoe") if any(sparse) else ("qwen3_vl", "Qwen3VL")
@@ -215,7 +221,7 @@ def model_config(config: config_lib.Config, tokenizer: Tokenizer) -> dict[str, A
         "video_token_id": tokenizer.video_pad,
         "vision_start_token_id": tokenizer.vision_start,
         "vision_end_token_id": tokenizer.vision_end,
-        # The head over the vocabulary is not an embedder's: tied, it needs no weight.
+        # An embedder has no language-model head. A tied one needs no weight in the file.
         "tie_word_embeddings": True,
         "text_config": text,
         "vision_config": {
@@ -256,13 +262,13 @@ def _jsons(config: config_lib.Config, tokenizer: Tokenizer) -> dict[str, Any]:
     }
     processor = {"processor_class": "Qwen3VLProcessor"}
     method = {"method": "forward", "method_output_name": "last_hidden_state"}
-    # Named one by one: without these sentence-transformers takes the model for a reader of texts.
+    # Without this list sentence-transformers assumes that the model reads text only.
     modalities = {"text": method, "image": method, "message": method | {"format": "structured"}}
     module = "sentence_transformers.models"
     return {
         "config.json": model_config(config, tokenizer),
         "tokenizer_config.json": {
-            # The generic class takes tokenizer.json as it stands; Qwen's own would rebuild it.
+            # The generic class uses tokenizer.json as it is; Qwen's own class would rebuild it.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": tokenizer.base.id_to_token(tokenizer.pad),
             "clean_up_tokenization_spaces": False,
@@ -298,12 +304,12 @@ def _jsons(config: config_lib.Config, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def chat_template(template: str) -> str:
-    """A Jinja template that renders exactly a view: images first, then the text, within `template`."""
+    """A Jinja template that renders a product exactly as in training: images first, then the text, in `template`."""
     prefix, suffix = (
         json.dumps(part, ensure_ascii=False) for part in config_lib.TEMPLATES.get(template, template).split("{}")
     )
     return (
-        "{#- One product in one user message. moon_jax trained on these tokens and no others. -#}\n"
+        "{#- One product in one user message. moon_jax trained on exactly these tokens. -#}\n"
         f"{{{{- {prefix} -}}}}\n"
         """{%- for message in messages -%}
   {%- if message.role == 'system' -%}
@@ -334,12 +340,12 @@ def chat_template(template: str) -> str:
 
 
 def _public(base: str) -> str:
-    """What may be told of where a run began: a hub's name, not a path of this machine."""
+    """The name of the base model to publish: its name on the hub, or the last part of a local path."""
     return re.sub(r"[^\w.@/:-]", "_", base if base.startswith("hf://") else Path(base).resolve().name if base else "")
 
 
 def model_card(trained: Trained) -> str:
-    """README.md: licence, base, data, metrics, and how to use it."""
+    """README.md: licence, base, data, metrics and usage."""
     config, data = trained.config, trained.data
     base = _public(trained.base)
     front = ["library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
@@ -355,8 +361,8 @@ def model_card(trained: Trained) -> str:
         "",
         "# A product embedder",
         "",
-        f"One model that embeds a product from its text, its images or both into one space of {config.language.width}"
-        f" dimensions (Qwen3-VL, {kind}), by MOON2.0 (arXiv 2511.12449) in moon_jax.",
+        f"Embeds a product's text, its images or both into one space of {config.language.width} dimensions"
+        f" (Qwen3-VL, {kind}), with the method of MOON2.0 (arXiv 2511.12449) in moon_jax.",
         "",
         "```python",
         "from sentence_transformers import SentenceTransformer",
@@ -364,7 +370,7 @@ def model_card(trained: Trained) -> str:
         'vectors = model.encode([{"image": "shoe.jpg", "text": "red canvas sneaker"}, "red shoe"])',
         "```",
         "",
-        f"* **Base**: {base}; its licence: {trained.licence or 'not stated there'}."
+        f"* **Base**: {base}; its licence: {trained.licence or 'not stated'}."
         if base
         else "* **Base**: none, random weights.",
         f"* **Training**: {trained.step:,} steps of {config.data.batch} triplets."
@@ -372,21 +378,21 @@ def model_card(trained: Trained) -> str:
         else "* **Training**: none by moon_jax.",
     ]
     if data:
-        made = "synthetic, rendered products" if data["synthetic"] else "a catalogue of its owner's"
+        origin = "synthetic, rendered products" if data["synthetic"] else "a private catalogue"
         train, val = data["splits"]["train"], data["splits"]["val"] or data["splits"]["train"]
         lines.append(
-            f"* **Data**: {made}: {train:,} products and {data['triplets']:,} triplets to train on,"
-            f" {val:,} products to evaluate on; fingerprint `{data['fingerprint']}`."
+            f"* **Data**: {origin}: {train:,} products and {data['triplets']:,} triplets for training,"
+            f" {val:,} products for evaluation; fingerprint `{data['fingerprint']}`."
         )
     else:
         lines.append("* **Data**: not recorded.")
     lines += [
-        f"* **Input**: images first, then the text, within the template `{config.data.template}`;"
+        f"* **Input**: images first, then the text, in the template `{config.data.template}`;"
         f" {config.language.pooling} pooling. Trained with at most {config.data.images} image(s) of"
-        f" {config.data.visual_tokens} visual tokens, and {config.data.text_tokens} tokens of text: moon_jax cuts"
+        f" {config.data.visual_tokens} visual tokens, and {config.data.text_tokens} text tokens: moon_jax truncates"
         " longer texts, servers do not.",
-        "* **Left out**: the head over the vocabulary. This model does not generate.",
-        f"* **Space**: `{trained.fingerprint}`; vectors of another one do not compare.",
+        "* **Left out**: the language-model head. This model does not generate text.",
+        f"* **Space**: `{trained.fingerprint}`; vectors are comparable only within one space.",
         "",
     ]
     retrieval = trained.metrics.get("retrieval", {})
@@ -394,7 +400,7 @@ def model_card(trained: Trained) -> str:
         lines += [
             f"## Retrieval, {queries.replace('_', ' ')}",
             "",
-            "Percent; queries are altered where they share a modality with what they seek.",
+            "In percent. Queries that share a modality with their targets are altered.",
             "",
             "| direction | R@1 | R@5 | R@10 | R@10 by chance | queries | candidates |",
             "|---|---|---|---|---|---|---|",

@@ -1,7 +1,7 @@
-"""What a Hugging Face folder says of its model: sizes, pooling, template, pixel budget, licence.
+"""Reads a model's settings from a Hugging Face folder: sizes, pooling, template, pixel budget, licence.
 
-Read are config.json, preprocessor_config.json, sentence-transformers' files and, in a folder that moon_jax exported,
-`moon_jax/config.json`. No code of the folder is run, and nothing is fetched unless the model is written hf://….
+They come from config.json, preprocessor_config.json, sentence-transformers' files and, if moon_jax exported the
+folder, `moon_jax/config.json`. No code of the folder is run, and only hf://… uses the network.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from moon_jax.errors import UserError
 
 HUB = "hf://"
 SIDECAR = "moon_jax"
-"""The folder within an exported one that holds what Hugging Face's files have no place for."""
+"""The subfolder of an exported model for everything that Hugging Face's files have no fields for."""
 
 FETCHED = ("*.json", "*.jinja", "README.md", "LICENSE", "model*.safetensors", f"{SIDECAR}/*.safetensors")
-"""What is fetched of a repository: neither code nor pickles, and weights but once."""
+"""The files to download from a repository: no code, no pickles, and no second copy of the weights."""
 
 KINDS = ("qwen3_vl", "qwen3_vl_moe")
 
 INSTRUCTION = "Represent the user's input."
-"""What Qwen3-VL-Embedding's own code tells the model where nothing is asked for."""
+"""The default instruction in Qwen3-VL-Embedding's own code."""
 
 CARRIED = (
     "language.pooling",
@@ -36,25 +36,25 @@ CARRIED = (
     "data.visual_tokens",
     "data.min_visual_tokens",
 )
-"""Options that an exported folder's sidecar decides."""
+"""Options that are taken from an exported folder's sidecar."""
 
 
 def is_folder(path: Path) -> bool:
-    """Whether this is a Hugging Face folder; a workdir of ours has a config.json as well."""
+    """Whether this is a Hugging Face folder and not one of our workdirs, which have a config.json as well."""
     return not (path / "checkpoints").is_dir() and (
         "model_type" in _json_or_nothing(path / "config.json") or any(path.glob("*.safetensors"))
     )
 
 
 OF_RUN = ("config.json", "tokenizer.json", "base.json", "metrics.json", "data/manifest.json")
-"""What a run's workdir says of its model, beside the checkpoints."""
+"""The files of a workdir that describe its model, besides the checkpoints."""
 
 
 def run_at(model: str | Path) -> storage.Store | None:
-    """The workdir of a run of ours with OF_RUN at hand; None for anything else.
+    """The workdir of a run of ours, with OF_RUN available locally; None for anything else.
 
     Raises:
-        UserError: an address in a bucket where there is no run.
+        UserError: `model` is an address in a bucket, and there is no run there.
     """
     if storage.is_address(model) and not storage.is_remote(model):
         return None
@@ -63,12 +63,12 @@ def run_at(model: str | Path) -> storage.Store | None:
     if (store.files / "config.json").is_file() and store.checkpoints.is_dir():
         return store
     if store.remote:
-        raise UserError(f"{store}: no run there; a Hugging Face folder must be mounted, or copied to this machine")
+        raise UserError(f"{store}: contains no run; mount a Hugging Face folder, or copy it to this machine")
     return None
 
 
 def of_run(path: Path) -> dict[str, Any]:
-    """The options that a run's config.json would decide, by dotted name, for one that begins from its parameters."""
+    """The options, by dotted name, that a new run must take from the config.json of the run it starts from."""
     held = config_lib.leaves(config_lib.read_json(path))
     groups = ("vision.", "language.", "experts.")
     return {name: value for name, value in held.items() if name.startswith(groups) or name in CARRIED}
@@ -82,10 +82,10 @@ def _json_or_nothing(path: Path) -> dict[str, Any]:
 
 
 def locate(model: str | Path) -> Path:
-    """The folder of a model: itself, or for hf://owner/name[@revision] its snapshot in Hugging Face's cache.
+    """The folder of a model: the path itself, or for hf://owner/name[@revision] its snapshot in Hugging Face's cache.
 
     Raises:
-        UserError: no such folder, or the hub does not give it.
+        UserError: there is no such folder, or it cannot be downloaded.
     """
     model = str(model)
     if not model.startswith(HUB):
@@ -94,27 +94,31 @@ def locate(model: str | Path) -> Path:
         return Path(model)
     name, _, revision = model.removeprefix(HUB).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{model}: a model of the hub is written {HUB}owner/name, or {HUB}owner/name@revision")
-    from huggingface_hub import snapshot_download  # slow to import, and only wanted here
+        raise UserError(f"{model}: not a model's name; give {HUB}owner/name, or {HUB}owner/name@revision")
+    from huggingface_hub import snapshot_download  # slow to import, and only needed here
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"{model}: the hub does not give it ({why}); without a network, give a folder") from None
+        raise UserError(f"{model}: cannot be downloaded ({why}); without a network, give a folder") from None
 
 
 def not_there(model: str) -> str:
-    """What is wrong with a model that is no folder, and what may have been meant."""
+    """Why a model that is not a folder cannot be opened, with a suggestion."""
     if Path(model).is_file():
-        return f"a file; give the folder that it lies in, {Path(model).parent}"
+        return f"a file; give its folder, {Path(model).parent}"
     name = re.fullmatch(r"(?:https?:/+huggingface\.co/)?([\w.-]+/[\w.-]+)/?", model)
-    return "no such folder" + (f"; a model of the Hugging Face hub is written {HUB}{name[1]}" if name else "")
+    return "no such folder" + (f"; for a model of the Hugging Face hub, give {HUB}{name[1]}" if name else "")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """A JSON object; empty if there is no such file.
+
+    Raises:
+        UserError: the file does not hold a JSON object.
+    """
     if not path.is_file():
         return {}
     try:
@@ -126,46 +130,46 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """The options that the folder decides, by dotted name: `config.replace` takes them.
+    """The options that the folder determines, by dotted name, for `config.replace`.
 
     Raises:
-        UserError: a model that is not of Qwen3-VL's kind, or differs from it in what moon_jax has no option for.
+        UserError: the model is not a Qwen3-VL, or has a setting that moon_jax does not support.
     """
     path = folder / "config.json"
     if (folder / "checkpoints").is_dir():
-        raise UserError(f"{folder}: a workdir; moon-jax export makes a Hugging Face folder of it")
+        raise UserError(f"{folder}: a workdir; moon-jax export turns it into a Hugging Face folder")
     held = read_json(path)
     if held.get("model_type") not in KINDS:
-        raise UserError(f"{path}: a model of type {held.get('model_type')!r}; read are {' and '.join(KINDS)}")
+        raise UserError(f"{path}: model_type {held.get('model_type')!r} is not supported; give {' or '.join(KINDS)}")
     try:
         return _settings(folder, held)
     except KeyError as error:
-        raise UserError(f"{path}: {error} is missing, which a {held['model_type']} has") from None
+        raise UserError(f"{path}: {error} is missing; every {held['model_type']} has it") from None
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: its JSON files are not those of a {held['model_type']} ({error})") from None
 
 
 def _settings(folder: Path, held: dict[str, Any]) -> dict[str, Any]:
-    """Raises nearly anything on files that are not what they should be."""
+    """`settings` without error handling: malformed files raise nearly any exception."""
     path = folder / "config.json"
     text, vision = (held.get(name) or {} for name in ("text_config", "vision_config"))
     found = _vision(vision) | _language(text) | (_experts(text) if held["model_type"] == "qwen3_vl_moe" else {})
     for name, (value, expected) in _same(held, text, vision).items():
         if value != expected:
-            raise UserError(f"{path}: {name} is {value!r}; moon_jax has {expected!r} only")
+            raise UserError(f"{path}: {name} is {value!r}; moon_jax supports {expected!r} only")
     sidecar = folder / SIDECAR / "config.json"
     if not sidecar.is_file():
         return found | _pixels(folder, vision) | _pooling(folder)
     ours = config_lib.leaves(config_lib.read_json(sidecar))
-    # Which layers hold experts may be said in two ways; the weights have the last word.
+    # Two settings can describe the same expert layers; loading checks them against the weights.
     for name, value in found.items():
         if ours[name] != value and name not in ("experts.every", "experts.dense_layers"):
-            raise UserError(f"{sidecar}: {name} is {ours[name]!r} there, and {value!r} by {path}")
+            raise UserError(f"{sidecar}: {name} is {ours[name]!r}, but {path} gives {value!r}; export the model again")
     return found | {name: ours[name] for name in CARRIED}
 
 
 def config(folder: Path, options: dict[str, Any]) -> config_lib.Config:
-    """The config under which the folder's model is used as it is, with `options` changed."""
+    """The config for using the folder's model unchanged, except for `options`."""
     sidecar = folder / SIDECAR / "config.json"
     base = config_lib.read_json(sidecar) if sidecar.is_file() else config_lib.Config()
     return config_lib.replace(base, {"experts.count": 0} | settings(folder) | options)
@@ -175,10 +179,10 @@ def tokenizer(folder: Path) -> Path:
     """The folder's tokenizer.json.
 
     Raises:
-        UserError: it has none.
+        UserError: there is none.
     """
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder}: no tokenizer.json there; slow tokenizers are not read")
+        raise UserError(f"{folder}: has no tokenizer.json; slow tokenizers are not supported")
     return folder / "tokenizer.json"
 
 
@@ -223,13 +227,13 @@ def _experts(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope(text: dict[str, Any]) -> dict[str, Any]:
-    """Both spellings: `rope_parameters`, or `rope_scaling` with `rope_theta` beside it."""
+    """The rotary settings, from either spelling: `rope_parameters`, or `rope_scaling` and `rope_theta`."""
     rope = text.get("rope_parameters") or text.get("rope_scaling")
     return rope if "rope_theta" in rope else rope | {"rope_theta": text["rope_theta"]}
 
 
 def _same(held: dict[str, Any], text: dict[str, Any], vision: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What moon_jax has one value for: name → (the folder's, that one)."""
+    """Settings with a single supported value: name → (the folder's value, the supported one)."""
     rope = _rope(text)
     return {
         "quantization_config": (held.get("quantization_config"), None),
@@ -246,7 +250,7 @@ def _same(held: dict[str, Any], text: dict[str, Any], vision: dict[str, Any]) ->
 
 
 def _pixels(folder: Path, vision: dict[str, Any]) -> dict[str, Any]:
-    """The pixel budget, as far as the default allows: Qwen's own is 16,384 visual tokens an image."""
+    """The pixel budget, at most our default: Qwen's own is 16,384 visual tokens per image."""
     held = read_json(folder / "preprocessor_config.json")
     held = held or read_json(folder / "processor_config.json").get("image_processor", {})
     half = [0.5, 0.5, 0.5]
@@ -264,7 +268,7 @@ def _pixels(folder: Path, vision: dict[str, Any]) -> dict[str, Any]:
     for name, value in expected.items():
         if held.get(name, value) != value:
             raise UserError(
-                f"{folder}: its images are prepared with {name} {held[name]!r}; moon_jax has {value!r} only"
+                f"{folder}: its images are prepared with {name} {held[name]!r}; moon_jax supports {value!r} only"
             )
     size = held.get("size") or {}
     area = (vision["patch_size"] * vision["spatial_merge_size"]) ** 2
@@ -272,13 +276,13 @@ def _pixels(folder: Path, vision: dict[str, Any]) -> dict[str, Any]:
     most = held.get("max_pixels") or size.get("longest_edge") or default.visual_tokens * area
     least = held.get("min_pixels") or size.get("shortest_edge") or default.min_visual_tokens * area
     if min(most, least) < 1:
-        raise UserError(f"{folder}: its pixel budget is {least} to {most}, and must be positive")
+        raise UserError(f"{folder}: its pixel budget is {least} to {most}; it must be positive")
     tokens = max(1, min(most // area, default.visual_tokens))
     return {"data.visual_tokens": tokens, "data.min_visual_tokens": max(1, min(least // area, tokens))}
 
 
 def _pooling(folder: Path) -> dict[str, Any]:
-    """Pooling and template of an embedding model by sentence-transformers' files; ours for a model that is none.
+    """Pooling and template, from sentence-transformers' files; empty if the model is not an embedding model.
 
     Qwen3-VL-Embedding pools the last token of a chat whose system message is an instruction.
     """
@@ -289,7 +293,7 @@ def _pooling(folder: Path) -> dict[str, Any]:
     path = folder / _pooling_module(folder) / "config.json"
     held = read_json(path)
     if not held:
-        # A conversion without sentence-transformers' files is told by the instruction in its chat template.
+        # Without sentence-transformers' files, the instruction in the chat template identifies the model.
         return {"language.pooling": "last", "data.template": "qwen3_vl_embedding"} if INSTRUCTION in chat else {}
     mode = held.get("pooling_mode") or [
         name.removeprefix("pooling_mode_")
@@ -299,11 +303,11 @@ def _pooling(folder: Path) -> dict[str, Any]:
     modes = {"mean": "mean", "mean_tokens": "mean", "lasttoken": "last"}
     pooling = modes.get(mode if isinstance(mode, str) else "+".join(mode))
     if pooling is None:
-        raise UserError(f"{path}: pools by {mode}; moon_jax pools by mean or by last token")
+        raise UserError(f"{path}: pools by {mode}; moon_jax supports mean and last-token pooling")
     if "<|im_start|>" not in chat:
         raise UserError(
-            f"{folder}: an embedding model whose chat template is not Qwen's cannot be read; if moon_jax exported it,"
-            f" its folder {SIDECAR}/ is missing"
+            f"{folder}: its chat template is not Qwen's, so it cannot be read as an embedding model; if moon_jax"
+            f" exported it, its folder {SIDECAR}/ is missing"
         )
     prompts = read_json(folder / "config_sentence_transformers.json")
     prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"))
@@ -324,13 +328,13 @@ def _pooling_module(folder: Path) -> str:
         for module in json.loads(path.read_text(encoding="utf-8")):
             if module["type"].endswith("Pooling"):
                 if Path(module["path"]).name != module["path"]:
-                    raise UserError(f"{path}: names {module['path']!r}, which is no folder of this one")
+                    raise UserError(f"{path}: names {module['path']!r}, which is not a subfolder")
                 return module["path"]
     return "1_Pooling"
 
 
 def licence(folder: Path) -> str:
-    """The licence that the folder's model card states; empty where it states none."""
+    """The licence in the folder's model card; empty if it states none."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     found = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
@@ -339,31 +343,31 @@ def licence(folder: Path) -> str:
 
 
 def check(wanted: config_lib.Config, folder: Path) -> None:
-    """Whether the folder's weights can begin a run of this config.
+    """Checks that a run of this config can start from the folder's weights.
 
     Raises:
-        UserError: names the first size that differs.
+        UserError: a size differs; names the first one.
     """
     theirs = config(folder, {})
-    # Dense weights are upcycled where the config wants experts; else the folder's experts are the config's.
+    # A dense folder can be upcycled to any experts; a folder with experts must match the config.
     experts = ("experts.count", "experts.per_token", "experts.width") if theirs.experts.count else ()
     held = config_lib.leaves(theirs)
     for name, value in config_lib.leaves(wanted).items():
         sized = name.startswith(("vision.", "language.")) and name != "language.pooling"
         if (sized or name in experts) and value != held[name]:
             raise UserError(
-                f"config.{name}: {value!r}, and {folder} has {held[name]!r}; give a config that fits it, or leave it to"
-                " --init, which takes sizes from the folder"
+                f"config.{name}: {value!r}, but {folder} has {held[name]!r}; give a config that fits, or leave the size"
+                " out: --init takes it from the folder"
             )
     if experts and config_lib.sparse_layers(wanted) != config_lib.sparse_layers(theirs):
         raise UserError(
-            f"config.experts.every and dense_layers: other layers than in {folder} hold experts; there they are"
+            f"config.experts.every and dense_layers: in {folder} other layers hold experts; give"
             f" {theirs.experts.every} and {theirs.experts.dense_layers}"
         )
 
 
 def digest(folder: Path) -> str:
-    """A digest of a folder's weights and settings (*.safetensors, *.json), in hexadecimal."""
+    """The hexadecimal digest of a folder's weights and settings (*.safetensors, *.json)."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")]):
         with path.open("rb") as file:

@@ -1,8 +1,8 @@
-"""One table between the names of Hugging Face's `qwen3_vl` and `qwen3_vl_moe` weights and our parameters, both ways.
+"""One table that maps the weights of Hugging Face's `qwen3_vl` and `qwen3_vl_moe` to our parameters, both ways.
 
-A row is (their name, our path, place in our stack, how the array is turned). Our arrays stack the layers, in the
-decoder those of equal place in a period (`config.period`). In checkpoints `model.` stands before `visual.` and
-`language_model.`.
+A row is (their name, our path, index in our stack, transform of the array). Our arrays stack the layers; in the
+decoder, those at the same position of a period (`config.period`). Checkpoints prefix `visual.` and `language_model.`
+with `model.`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from moon_jax import config as config_lib
 
-# How our array follows from theirs.
+# Transforms from their array to ours.
 KEEP = "keep"
 TRANSPOSE = "transpose"
 PATCH = "patch"  # [Dv,3,frames,h,w] → [frames,3·h·w,Dv]
@@ -22,10 +22,10 @@ PAIR = "pair"  # [E,D,2F], gate and up side by side → [E,2,D,F]
 
 
 class Row(NamedTuple):
-    theirs: str  # without `model.`
+    theirs: str  # their name, without `model.`
     ours: str  # path in the encoder's parameters
-    place: int | None  # in our stack of layers
-    turning: str
+    stack_index: int | None  # index in our stack of layers; None if not stacked
+    transform: str
 
 
 def _norm(theirs: str, ours: str, bias: bool) -> list[tuple[str, str, str]]:
@@ -67,38 +67,38 @@ DENSE_MLP = [
 ]
 EXPERTS = [
     ("mlp.gate.weight", "experts/router", TRANSPOSE),
-    # As published checkpoints hold them; transformers' own saving swaps the last two axes (weights.py).
+    # In the layout of published checkpoints; transformers' save_pretrained swaps the last two axes (weights.py).
     ("mlp.experts.gate_up_proj", "experts/gate_up", PAIR),
     ("mlp.experts.down_proj", "experts/down", KEEP),
 ]
 
 
 def table(config: config_lib.Config) -> Iterator[Row]:
-    """A row for every weight of the backbone."""
+    """One row per weight of the backbone."""
     yield Row("visual.patch_embed.proj.weight", "vision/patch_kernel", None, PATCH)
     yield Row("visual.patch_embed.proj.bias", "vision/patch_bias", None, KEEP)
     yield Row("visual.pos_embed.weight", "vision/positions", None, KEEP)
     for layer in range(config.vision.depth):
-        for theirs, ours, turning in VISION_LAYER:
-            yield Row(f"visual.blocks.{layer}.{theirs}", f"vision/layers/block/{ours}", layer, turning)
+        for theirs, ours, transform in VISION_LAYER:
+            yield Row(f"visual.blocks.{layer}.{theirs}", f"vision/layers/block/{ours}", layer, transform)
     mergers = {"merger": "merger"} | {
         f"deepstack_merger_list.{slot}": f"deepstack_{slot}" for slot in range(len(config.vision.deepstack))
     }
     for merger, name in mergers.items():
-        for theirs, ours, turning in MERGER:
-            yield Row(f"visual.{merger}.{theirs}", f"vision/{name}/{ours}", None, turning)
+        for theirs, ours, transform in MERGER:
+            yield Row(f"visual.{merger}.{theirs}", f"vision/{name}/{ours}", None, transform)
     yield Row("language_model.embed_tokens.weight", "token_embedding", None, KEEP)
     period = config_lib.period(config)
     for layer, sparse in enumerate(config_lib.sparse_layers(config)):
-        number, place = divmod(layer, period)
-        for theirs, ours, turning in DECODER_LAYER + (EXPERTS if sparse else DENSE_MLP):
-            path = f"decoder/periods/layer_{place}/{ours}"
-            yield Row(f"language_model.layers.{layer}.{theirs}", path, number, turning)
+        number, position = divmod(layer, period)
+        for theirs, ours, transform in DECODER_LAYER + (EXPERTS if sparse else DENSE_MLP):
+            path = f"decoder/periods/layer_{position}/{ours}"
+            yield Row(f"language_model.layers.{layer}.{theirs}", path, number, transform)
     yield Row("language_model.norm.weight", "decoder/norm/scale", None, KEEP)
 
 
 def flatten(params: Any, prefix: str = "") -> dict[str, Any]:
-    """Path → leaf of nested dicts, as the table writes paths."""
+    """Nested dicts → {path: leaf}, with paths as in the table."""
     flat = {}
     for name, value in params.items():
         flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
@@ -117,13 +117,13 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-def to_theirs(array: np.ndarray, turning: str) -> np.ndarray:
-    """One of our arrays, taken from its stack, as a checkpoint holds it."""
-    if turning == TRANSPOSE:
+def to_theirs(array: np.ndarray, transform: str) -> np.ndarray:
+    """One of our arrays, taken from its stack, in the layout of a checkpoint."""
+    if transform == TRANSPOSE:
         return array.T
-    if turning == PAIR:
+    if transform == PAIR:
         return np.concatenate([array[:, 0], array[:, 1]], axis=-1)
-    if turning == PATCH:
+    if transform == PATCH:
         frames, pixels, width = array.shape
         side = round((pixels // 3) ** 0.5)
         return array.reshape(frames, 3, side, side, width).transpose(4, 1, 0, 2, 3)

@@ -1,8 +1,8 @@
-"""Weights of a Hugging Face folder → our parameters, each tensor straight to its place on the devices.
+"""Weights of a Hugging Face folder → our parameters, loaded directly onto the devices.
 
-A leaf of ours is a view of tensors on disk: stacked, transposed, repeated (upcycling). `Lazy` describes such a view
-without reading it; what is read is the region that one device holds, in pieces, so that the host never holds more
-than one device's part of one leaf beside the parameters that are loaded already.
+Each of our leaves is a view of tensors on disk: stacked, transposed, repeated (upcycling). `Lazy` describes such a view
+without reading it. Loading reads the region of one device at a time, in pieces. So besides the parameters that are
+already loaded, the host never holds more than one device's part of one leaf.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ Normal = Callable[[], tuple[float, float]]
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 LM_HEAD = "lm_head.weight"
-"""The head over the vocabulary: an embedder has no use for it, and it is left behind."""
+"""The language-model head. An embedder does not use it, so it is not loaded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-    """An array that is read by region. `read` takes a slice with explicit start and stop for each axis."""
+    """An array that is read by region. `read` takes one slice per axis, with explicit start and stop."""
 
     shape: tuple[int, ...]
     read: Callable[[Region], np.ndarray]
 
 
 def transposed(source: Lazy) -> Lazy:
-    """The last two axes swapped."""
+    """`source` with its last two axes swapped."""
 
     def read(region: Region) -> np.ndarray:
         *lead, rows, columns = region
@@ -53,7 +53,7 @@ def transposed(source: Lazy) -> Lazy:
 
 
 def patch_kernel(source: Lazy) -> Lazy:
-    """[Dv,3,frames,h,w] → [frames,3·h·w,Dv]; small, so read whole."""
+    """[Dv,3,frames,h,w] → [frames,3·h·w,Dv]. It is small, so every read loads all of it."""
     width, channels, frames, high, wide = source.shape
 
     def read(region: Region) -> np.ndarray:
@@ -77,7 +77,7 @@ def pair(source: Lazy) -> Lazy:
 
 
 def stacked(parts: list[Lazy]) -> Lazy:
-    """A new first axis."""
+    """`parts` stacked along a new first axis."""
 
     def read(region: Region) -> np.ndarray:
         first, *rest = region
@@ -87,11 +87,11 @@ def stacked(parts: list[Lazy]) -> Lazy:
 
 
 TILE = 256
-"""Sides of the tiles of noise: each has a generator of its own, so that a region draws little beyond itself."""
+"""Side of the tiles of noise. Each tile has its own generator, so a region draws little more than it needs."""
 
 
 def noise(seed: tuple[int, ...], region: Region) -> np.ndarray:
-    """That region of an endless matrix of N(0, 1), a function of seed and place."""
+    """f32: a region of an infinite N(0, 1) matrix whose values depend on seed and position alone."""
     out = np.empty([part.stop - part.start for part in region], np.float32)
     rows, columns = (range(part.start // TILE, -(-part.stop // TILE)) for part in region)
     for tile in ((row, column) for row in rows for column in columns):
@@ -108,12 +108,12 @@ def noise(seed: tuple[int, ...], region: Region) -> np.ndarray:
 def reinitialized(
     source: Lazy, axis: int, share: float, seed: tuple[int, ...], units: tuple[int, ...], normal: Normal
 ) -> Lazy:
-    """A matrix with `share` of its slices along `axis` drawn anew.
+    """`source`, a matrix, with `share` of its slices along `axis` reinitialized from a normal distribution.
 
     Args:
-        seed: of the values.
-        units: of the choice of slices: equal ones choose alike, as an expert's three matrices must.
-        normal: gives mean and deviation of the values.
+        seed: for the values.
+        units: seed for the choice of slices. The three matrices of an expert must share it, to choose the same units.
+        normal: returns mean and standard deviation of the values.
     """
     size = source.shape[axis]
     chosen = np.zeros(size, bool)
@@ -128,18 +128,18 @@ def reinitialized(
 
 
 def statistics(source: Lazy) -> tuple[float, float]:
-    """Mean and deviation of a matrix, which is read whole."""
+    """Mean and standard deviation of a matrix, which is read whole."""
     array = np.asarray(source.read(tuple(slice(0, size) for size in source.shape)), np.float32)
     return float(array.mean()), float(array.std())
 
 
 class Files:
-    """The tensors of a folder's safetensors files, by name without `model.`. Nothing is unpickled."""
+    """The tensors of a folder's safetensors files by name, without the prefix `model.`. Nothing is unpickled."""
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack):
         """
         Raises:
-            UserError: no safetensors there, or a file that cannot be read.
+            UserError: there are no safetensors, or a file cannot be read.
         """
         self.folder = folder
         self._slices: dict[str, tuple[str, Any]] = {}
@@ -148,10 +148,11 @@ class Files:
                 handle = stack.enter_context(safe_open(folder / name, framework="np"))
                 parts = [(key.removeprefix("model."), handle.get_slice(key)) for key in handle.keys()]  # noqa: SIM118
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{folder / name}: not a readable safetensors file ({error}); fetch it again") from None
+                reason = f"not a readable safetensors file ({error})"
+                raise UserError(f"{folder / name}: {reason}; download it again") from None
             for key, part in parts:
                 if key in self._slices:
-                    raise UserError(f"{folder}: {key} stands twice, in {self._slices[key][0]} and in {name}")
+                    raise UserError(f"{folder}: {key} is both in {self._slices[key][0]} and in {name}")
                 self._slices[key] = (name, part)
 
     def _names(self) -> list[str]:
@@ -163,13 +164,13 @@ class Files:
                 raise UserError(f"{index}: not an index of safetensors files ({error!r})") from None
             for name in names:
                 if not isinstance(name, str) or Path(name).name != name:
-                    raise UserError(f"{index}: names {name!r}, which is no file of this folder")
+                    raise UserError(f"{index}: names {name!r}, which is not a file of this folder")
                 if not (self.folder / name).is_file():
-                    raise UserError(f"{self.folder}: {name} is missing, which its index names; fetch it again")
+                    raise UserError(f"{self.folder}: {name} is missing, although its index lists it; download it again")
             return names
         if (self.folder / "model.safetensors").is_file():
             return ["model.safetensors"]
-        raise UserError(f"{self.folder}: no model.safetensors and no index of several; other formats are not read")
+        raise UserError(f"{self.folder}: no model.safetensors and no index file; other formats are not supported")
 
     def names(self) -> set[str]:
         return set(self._slices)
@@ -177,31 +178,31 @@ class Files:
     def __getitem__(self, name: str) -> Lazy:
         """
         Raises:
-            UserError: not a tensor of floats.
+            UserError: the tensor is not floating point.
         """
         file, part = self._slices[name]
         if part.get_dtype() not in FLOATS:
             raise UserError(
-                f"{self.folder / file}: {name} is of type {part.get_dtype()}; quantised weights are not read"
+                f"{self.folder / file}: {name} has dtype {part.get_dtype()}; quantised weights are not supported"
             )
         return Lazy(tuple(part.get_shape()), lambda region: part[region])
 
 
 def is_upcycled(config: config_lib.Config, names: set[str]) -> bool:
-    """Whether the weights are dense where the config wants experts."""
+    """Whether the weights are dense and the config has experts."""
     return config.experts.count > 0 and not any(".mlp.experts." in name for name in names)
 
 
 def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
-    """Path → leaf of the encoder's parameters, from the weights of a folder; dense ones are upcycled.
+    """Path → leaf of the encoder's parameters, from a folder's weights; dense weights are upcycled.
 
-    Upcycling (arXiv 2212.05055) gives every expert the dense feed-forward. The gates of a token add up to one, so the
-    function is unchanged, whatever the router says; it starts from N(0, `experts.router_init`), since a zero one would
-    send every token to the first K experts. `experts.reinitialized` draws part of each expert again (arXiv 2502.19261),
-    with the mean and deviation of its matrix.
+    Upcycling (arXiv 2212.05055) copies the dense feed-forward into every expert. The gates of a token add up to one, so
+    the function is unchanged for any router. The router starts from N(0, `experts.router_init`), because a zero router
+    would send every token to the first K experts. `experts.reinitialized` draws part of each expert again (arXiv
+    2502.19261), with the mean and standard deviation of its matrix.
 
     Raises:
-        UserError: a weight that is missing or left over, or whose shape is not the config's; names it.
+        UserError: a weight is missing, left over, or does not have the config's shape; names it.
     """
     held = files.names()
     upcycled = is_upcycled(config, held)
@@ -211,14 +212,14 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
     def take(name: str, axes: int | None = None) -> Lazy:
         used.add(name)
         if name not in held:
-            raise UserError(f"{files.folder}: {name} is missing; the folder is not whole, or not of this config")
+            raise UserError(f"{files.folder}: {name} is missing; the folder is incomplete, or does not fit the config")
         lazy = files[name]
         if axes not in (None, len(lazy.shape)):
-            raise UserError(f"{files.folder}: {name} has shape {lazy.shape}, and {axes} axes are expected")
+            raise UserError(f"{files.folder}: {name} has shape {lazy.shape}, but {axes} axes are expected")
         return lazy
 
     def experts_of(row: keys.Row) -> Lazy:
-        """A leaf of the experts of one layer, made of the dense feed-forward."""
+        """A leaf of one layer's experts, built from the dense feed-forward."""
         layer = int(row.theirs.split(".")[2])
         if row.ours.endswith("router"):
             shape = (config.language.width, config.experts.count)
@@ -230,14 +231,14 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
         parts = [take(name, 2) for name in names]
         if len({part.shape for part in parts}) > 1:
             raise UserError(f"{files.folder}: gate and up of layer {layer} differ in shape")
-        inner = 1 if row.ours.endswith("gate_up") else 0  # the axis of F, once transposed
+        inner = 1 if row.ours.endswith("gate_up") else 0  # the axis of F after transposing
 
-        def bank(matrices: list[Lazy]) -> Lazy:
+        def joined(matrices: list[Lazy]) -> Lazy:
             return stacked(matrices) if len(matrices) > 1 else matrices[0]
 
         def expert(number: int) -> Lazy:
             units = (config.seed, layer, number)
-            return bank(
+            return joined(
                 [
                     reinitialized(
                         transposed(part),
@@ -252,19 +253,20 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             )
 
         if not config.experts.reinitialized:
-            return _repeated(bank([transposed(part) for part in parts]), config.experts.count)
+            return _repeated(joined([transposed(part) for part in parts]), config.experts.count)
         return stacked([expert(number) for number in range(config.experts.count)])
 
     if config.experts.reinitialized and not upcycled:
         raise UserError(
-            f"config.experts.reinitialized: {files.folder} is not upcycled, and nothing can be drawn anew in it"
+            f"config.experts.reinitialized: {files.folder} has experts already, so none are created by upcycling;"
+            " leave this out"
         )
     if upcycled and config.experts.width != config.language.mlp_width:
         raise UserError(
-            f"config.experts.width: {config.experts.width}, and the weights of {files.folder} are dense;"
-            f" upcycling copies their feed-forward: give --config.experts.width={config.language.mlp_width}"
+            f"config.experts.width: {config.experts.width}, but upcycling copies the dense feed-forward of"
+            f" {files.folder}; give --config.experts.width={config.language.mlp_width}"
         )
-    turned = {
+    transforms = {
         keys.KEEP: (None, lambda lazy: lazy),
         keys.TRANSPOSE: (2, transposed),
         keys.PATCH: (5, patch_kernel),
@@ -275,36 +277,36 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
         if upcycled and "/experts/" in row.ours:
             lazy = experts_of(row)
         else:
-            axes, turn = turned[row.turning]
-            lazy = turn(_oriented(take(row.theirs, axes), row, config))
-        if row.place is None:
+            axes, transform = transforms[row.transform]
+            lazy = transform(_oriented(take(row.theirs, axes), row, config))
+        if row.stack_index is None:
             leaves[row.ours] = lazy
         else:
             layers = leaves.setdefault(row.ours, [])
             if layers and layers[0].shape != lazy.shape:
                 raise UserError(f"{files.folder}: {row.theirs} has shape {lazy.shape}, other layers {layers[0].shape}")
             layers.append(lazy)
-    if config.experts.router_term == "learned":  # no folder has it; it begins at zero, and changes nothing
+    if config.experts.router_term == "learned":  # no folder has it; it starts at zero, which changes nothing
         shape = (len(VIEWS), config.experts.count)
         for path in [path for path in leaves if path.endswith("experts/router")]:
             zeros = Lazy(shape, np.zeros(shape, np.float32).__getitem__)
             leaves[f"{path}_term"] = [zeros] * len(leaves[path])
     left = sorted(held - used - {LM_HEAD})
     if left:
-        more = f", with {len(left) - 1} more" if left[1:] else ""
-        raise UserError(f"{files.folder}: {left[0]} is left over{more}; the config has no place for it")
+        more = f", and {len(left) - 1} more" if left[1:] else ""
+        raise UserError(f"{files.folder}: {left[0]} is left over{more}; the config has no such parameter")
     return {path: stacked(leaf) if isinstance(leaf, list) else leaf for path, leaf in leaves.items()}
 
 
 def _oriented(lazy: Lazy, row: keys.Row, config: config_lib.Config) -> Lazy:
-    """Experts as published, [E,D,2F] and [E,F,D]; transformers saves [E,2F,D] and [E,D,F]."""
+    """Experts in the published layout, [E,D,2F] and [E,F,D]; transformers saves them as [E,2F,D] and [E,D,F]."""
     width, inner = config.language.width, config.experts.width
     swapped = {"experts/gate_up": (2 * inner, width), "experts/down": (width, inner)}
     return transposed(lazy) if lazy.shape[1:] == swapped.get("/".join(row.ours.split("/")[-2:])) else lazy
 
 
 def _repeated(source: Lazy, count: int) -> Lazy:
-    """`count` times the same, along a new first axis."""
+    """`source` repeated `count` times along a new first axis."""
 
     def read(region: Region) -> np.ndarray:
         first, *rest = region
@@ -315,7 +317,7 @@ def _repeated(source: Lazy, count: int) -> Lazy:
 
 
 def _pieces(region: Region, largest: int) -> Iterator[Region]:
-    """`region` in pieces of at most `largest` elements, cut along the first axes."""
+    """`region` in pieces of at most `largest` elements, split along the first axes."""
     size = int(np.prod([part.stop - part.start for part in region]))
     axis = next((axis for axis, part in enumerate(region) if part.stop - part.start > 1), None)
     if size <= largest or axis is None:
@@ -329,7 +331,7 @@ def _pieces(region: Region, largest: int) -> Iterator[Region]:
 
 
 def read_region(source: Lazy, region: Region, dtype: np.dtype) -> np.ndarray:
-    """That region as a new array, read in pieces of a sixteenth, each cast before the next is read."""
+    """The region as a new array, read in sixteenths; each piece is cast before the next is read."""
     out = np.empty([part.stop - part.start for part in region], dtype)
     for piece in _pieces(region, max(1, out.size // 16)):
         into = tuple(
@@ -340,7 +342,7 @@ def read_region(source: Lazy, region: Region, dtype: np.dtype) -> np.ndarray:
 
 
 def place(source: Lazy, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """A leaf on its devices, as `like` has shape, dtype and sharding; one device's part at a time."""
+    """Puts a leaf on its devices, one device's part at a time, with the shape, dtype and sharding of `like`."""
     regions: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, like.shape, strict=True))
@@ -355,7 +357,11 @@ def place(source: Lazy, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def check(folder: Path, config: config_lib.Config) -> None:
-    """Raises what `load` raises for a weight that is missing or left over; reads names and shapes only."""
+    """Checks for missing and leftover weights. Reads names and shapes only.
+
+    Raises:
+        UserError: as `load` does.
+    """
     with contextlib.ExitStack() as stack:
         sources(config, Files(folder, stack))
 
@@ -366,14 +372,14 @@ def load(
     like: Any,
     track: Callable[[Iterable, int], Iterable] = lambda work, total: work,
 ) -> Any:
-    """The encoder's parameters from a folder, upcycled where the config wants experts and the folder is dense.
+    """The encoder's parameters from a folder, upcycled if the config has experts and the folder is dense.
 
     Args:
-        like: abstract parameters with shardings: the target's dtypes and places.
-        track: wraps the iterable of leaves, whose number it is told, to show progress.
+        like: abstract parameters with the target's dtypes and shardings.
+        track: (leaves, their number) → the same iterable, wrapped to show progress.
 
     Raises:
-        UserError: a weight that is missing, left over or of the wrong shape.
+        UserError: a weight is missing, left over or of the wrong shape.
     """
     targets = keys.flatten(like)
     with contextlib.ExitStack() as stack:
@@ -382,6 +388,6 @@ def load(
             if found[path].shape != target.shape:
                 theirs = next(row.theirs for row in keys.table(config) if row.ours == path)
                 raise UserError(
-                    f"{folder}: {theirs} gives {path} the shape {found[path].shape}, and the config {target.shape}"
+                    f"{folder}: {theirs} gives {path} shape {found[path].shape}, but the config needs {target.shape}"
                 )
         return keys.unflatten({path: place(found[path], targets[path]) for path in track(targets, len(targets))})

@@ -55,7 +55,7 @@ class Source:
     """Where a field comes from."""
 
     columns: tuple[str, ...]
-    joined: bool = False  # written as a list: the values present are joined
+    several: bool = False  # written as a list: the values present are joined
     split: str = ""
     take: tuple[int, int] | None = None
     pairs: str = ""
@@ -67,7 +67,7 @@ class Source:
         found = [row[column] for column in self.columns if row.get(column) is not None]
         if not found:
             return None
-        if self.joined:
+        if self.several:
             parts = [part for value in found for part in (value if isinstance(value, list) else [value])]
             return [part for part in parts if part != ""]
         [value] = found
@@ -203,7 +203,7 @@ def _source(value: Any, where: str) -> Source:
     if isinstance(value, str):
         return Source((value,))
     if isinstance(value, list) and value and all(isinstance(column, str) for column in value):
-        return Source(tuple(value), joined=True)
+        return Source(tuple(value), several=True)
     if not isinstance(value, dict) or not isinstance(value.get("column"), str):
         raise ValueError(f"{where} must be a column, a list of columns, or an object with a column")
     _refuse_unknown(value, {"column", *OPERATIONS}, f"{where}.")

@@ -100,7 +100,7 @@ class PublicResolver(AbstractResolver):
 
 
 class Refused(Exception):
-    """A permanent failure: the URL is not requested again in this run."""
+    """A failure that a retry will not fix."""
 
 
 class Transient(Exception):
@@ -204,9 +204,7 @@ async def _get_with_retries(
     raise AssertionError("the last attempt returns or raises")
 
 
-async def _get(
-    session: aiohttp.ClientSession, url: str, hosts: Sequence[str], public: Callable[[str], bool]
-) -> bytes:
+async def _get(session: aiohttp.ClientSession, url: str, hosts: Sequence[str], public: Callable[[str], bool]) -> bytes:
     for _ in range(REDIRECTS + 1):
         _check(url, hosts, public)
         try:
@@ -241,7 +239,7 @@ def _check(url: str, hosts: Sequence[str], public: Callable[[str], bool]) -> Non
     if parts.username is not None or parts.password is not None:
         raise Refused("the URL contains a user name or password")
     if not is_allowed(host, hosts):
-        raise Refused(f"{host[:100] or 'its empty host'} is not allowed by --fetch")
+        raise Refused(f"--fetch does not allow {host[:100] or 'an empty host'}")
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

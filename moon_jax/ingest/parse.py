@@ -77,7 +77,7 @@ def _text(value: Any, name: str) -> str | None:
 
 
 def label(value: Any, name: str) -> str:
-    """An id, a brand, a category or an attribute as text. Numbers and dates are converted; 7.0 becomes 7, because pandas
+    """An id, a brand, a category or an attribute as text. Numbers and dates are converted; 7.0 becomes 7, as pandas
     turns integers into floats if values are missing.
 
     Raises:

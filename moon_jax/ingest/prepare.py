@@ -1,9 +1,10 @@
-"""From a source to what training and evaluation read: records, triplets as indices, a split, a manifest, a quarantine.
+"""Turns a source into prepared data: records, triplets as indices, a split, a manifest and a quarantine.
 
-Three passes. Chunks of the source become units (units.py), by any number of workers. Tables of what is known of every
-record decide which stay, and where (tables.py, triplets.py). The records that stay are copied into shards, in their
-order. A pass begins where the last try ended, and the result does not depend on who worked on it or how often it was
-killed. Whatever is filtered is filtered here, so that the training batch stays a function of (seed, step).
+Prepare makes three passes. First, any number of workers turn chunks of the source into units (units.py). Second, SQL
+over tables with metadata of all records decides which records are kept, and in which split and order (tables.py,
+triplets.py). Third, the kept records are copied into shards in that order. An interrupted pass resumes, and the result
+depends neither on the number of workers nor on interruptions. All filtering happens here, so that a training batch is
+a function of (seed, step).
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ from moon_jax.ingest.tables import SPLITS, Tables
 from moon_jax.progress import Progress, silent
 
 PARTS = ("units", "shards")
-"""The folders of the output's WORK."""
+"""Subfolders of WORK in the output folder."""
 
 PLAN = "plan.npy"
-"""In WORK: where each record lies, in the order of the indices."""
+"""File in WORK with the unit and row of each record, in index order."""
 
 SHARD_BYTES = 256 << 20
-"""Records of a shard, about."""
+"""Approximate bytes of records in a shard."""
 
 MEGABYTE = 1 << 20
 
 Pool = Callable[[], contextlib.AbstractContextManager[Executor]]
-"""Makes an executor. It is not kept while the tables are worked on: its memory is theirs meanwhile."""
+"""Creates an executor. It is closed while SQL runs, so that the tables can use its memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the result depends on, beside the source."""
+    """Everything besides the source that the result depends on."""
 
     columns: columns_lib.ColumnMap
     val_fraction: float
@@ -65,9 +66,13 @@ class Options:
 
     @classmethod
     def of(cls, config: config_lib.Config, columns: str = "own", hosts: Sequence[str] = ()) -> Options:
-        asked = config.prepare
+        settings = config.prepare
         return cls(
-            columns_lib.load(columns), asked.val_fraction, config.data.max_pixels, asked.longest_side, tuple(hosts)
+            columns_lib.load(columns),
+            settings.val_fraction,
+            config.data.max_pixels,
+            settings.longest_side,
+            tuple(hosts),
         )
 
 
@@ -79,16 +84,16 @@ def prepare(
     workers: int,
     progress: Progress = silent,
 ) -> prepared_lib.Prepared:
-    """Prepares a source into the folder `output`, or goes on with that; opens it.
+    """Prepares a source into the folder `output`, resuming if it is partly done, and opens the result.
 
     Args:
-        source: a file, a folder, hf://datasets/owner/name or tfds://name (sources.py); opened already, or not.
-        pool: makes what works on the first and the third pass, of threads or of processes.
-        workers: so many of them.
+        source: a file, a folder, hf://datasets/owner/name or tfds://name (sources.py), or an opened Source.
+        pool: creates the executor of threads or processes for the first and third passes.
+        workers: the number of its threads or processes.
 
     Raises:
-        UserError: nothing to read, or nothing left to train on or to find; the output holds something else.
-        KeyboardInterrupt: a stop was asked for; what is done stays.
+        UserError: there is nothing to read, no usable training or held-out products, or `output` holds something else.
+        KeyboardInterrupt: a stop was requested; finished work is kept.
     """
     output = Path(output)
     opened = source if isinstance(source, Source) else sources.open_source(source, options.columns)
@@ -97,7 +102,7 @@ def prepare(
             raise outputs.conflict(output)
         shutil.rmtree(output / outputs.WORK, ignore_errors=True)
         return prepared_lib.open_prepared(output)
-    with outputs.claim(output, _told(opened, options), PARTS) as work:
+    with outputs.claim(output, _provenance(opened, options), PARTS) as work:
         return _prepared(opened, output, work, options, pool, workers, progress)
 
 
@@ -110,47 +115,47 @@ def _prepared(
     workers: int,
     progress: Progress,
 ) -> prepared_lib.Prepared:
-    """The three passes."""
-    _forget(output, work)
+    """Runs the three passes."""
+    _discard_retryable(output, work)
     with pool() as executor:
         names = _read(opened, options, work, executor, workers, progress)
     pa.default_memory_pool().release_unused()
     try:
         with contextlib.closing(Tables(work, names, workers)) as tables:
-            with progress("deciding", 1) as advance:
+            with progress("building triplets", 1) as advance:
                 _decide(tables, options, opened.name)
                 advance()
             plan = _plan(tables, work)
             described = _describe(tables, output)
-    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:  # of the disk, most likely
+    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:  # usually a full disk
         raise UserError(
-            f"--output {output}: {str(error).splitlines()[0]}; make room; the same command goes on"
+            f"--output {output}: {str(error).splitlines()[0]}; free disk space, then run the same command to resume"
         ) from None
     with pool() as executor:
         shards = _write(plan, work, output, executor, workers, progress)
     if opened.sign() != opened.signature:
-        raise UserError(f"--data {opened.name}: changed while it was read; remove {output}, and prepare it again")
+        raise UserError(f"--data {opened.name}: changed during prepare; remove {output} and prepare it again")
     manifest = manifest_of(output, {"synthetic": opened.synthetic} | described, shards)
-    outputs.write_atomic(output / outputs.SOURCE, _told(opened, options))
-    # The manifest comes last: where it stands, the rest is whole.
+    outputs.write_atomic(output / outputs.SOURCE, _provenance(opened, options))
+    # The manifest is written last: if it exists, everything else is complete.
     outputs.write_atomic(output / prepared_lib.MANIFEST, json.dumps(manifest, indent=2) + "\n")
     shutil.rmtree(work)
     return prepared_lib.open_prepared(output)
 
 
-def _told(opened: Source, options: Options) -> str:
+def _provenance(opened: Source, options: Options) -> str:
     return json.dumps({"files": opened.signature, "options": dataclasses.asdict(options)}, sort_keys=True)
 
 
 def is_of(folder: Path, opened: Source, options: Options) -> bool:
-    """Whether a folder, or what is half done in its WORK, was made from these very files with these options."""
-    return outputs.is_from(folder, _told(opened, options))
+    """Whether a folder, finished or partly done, was made from exactly these files with these options."""
+    return outputs.is_from(folder, _provenance(opened, options))
 
 
-def _forget(output: Path, work: Path) -> None:
-    """Removes what another try may do better."""
-    # What could not be had may be there now: then other records stay, and the shards are others.
-    marks = list(work.glob(f"units/*{units.AGAIN}"))
+def _discard_retryable(output: Path, work: Path) -> None:
+    """Removes units with images that a retry may obtain, and the shards written after them."""
+    # If the retry obtains them, more records are kept and every shard may change.
+    marks = list(work.glob(f"units/*{units.RETRY}"))
     stale = [*work.glob("shards/*.json"), *output.glob(f"{records.NAME}-*.array_record-*")] if marks else []
     for old in (*stale, *(mark.with_suffix(".parquet") for mark in marks), *marks):
         old.unlink(missing_ok=True)
@@ -159,7 +164,7 @@ def _forget(output: Path, work: Path) -> None:
 def _read(
     opened: Source, options: Options, work: Path, pool: Executor, workers: int, progress: Progress
 ) -> dict[str, list[Path]]:
-    """The first pass. Returns the units, of records ("read") and of events."""
+    """The first pass. Returns the paths of the units with records ("read") and with events ("event")."""
     rules = units.Rules(options.columns, options.max_pixels, options.longest_side, options.hosts, max(1, 16 // workers))
     names: dict[str, list[Path]] = {"read": [], "event": []}
     checked: set[str] = set()
@@ -173,7 +178,7 @@ def _read(
             names[kind].append(path)
             queue.append(chunk.size)
             if chunk.file.name not in checked:
-                # What the first chunk of a file lacks, the others will.
+                # Columns missing from the first chunk of a file are missing from all.
                 checked.add(chunk.file.name)
                 seen = {column for _, row in readers.rows(chunk) if isinstance(row, dict) for column in row}
                 if seen:
@@ -183,14 +188,14 @@ def _read(
             else:
                 yield lambda chunk=chunk, unit=unit, path=path: pool.submit(units.write, chunk, unit, rules, path)
 
-    size = told = 0
+    size = reported = 0
     with progress("reading (MB)", total) as advance:
         for _ in workers_lib.bounded(submitted(), 2 * workers):
             size += queue.popleft()
             done = min(size // MEGABYTE, total)
-            if done > told:
-                advance(done - told)
-                told = done
+            if done > reported:
+                advance(done - reported)
+                reported = done
     return names
 
 
@@ -201,51 +206,48 @@ def _done() -> Future:
 
 
 def _decide(tables: Tables, options: Options, source: str) -> None:
-    """The second pass."""
-    tables.keep_one_each()
+    """The second pass: decides which records are kept, their split and the triplets."""
+    tables.deduplicate()
     tables.split(options.val_fraction)
     train, val = tables.sides()
-    tables.place_queries()
+    tables.assign_queries()
     logged = tables.one("SELECT count(*) FROM event")
     if logged:
         triplets.from_log(tables, options.val_fraction)
     else:
         triplets.from_catalogue(tables)
-    asked = tables.one("SELECT count(*) FROM val_pair")
-    given = "SELECT count(*) FROM read WHERE part = $part AND split = 'val'"
-    left = tables.one("SELECT count(*) FROM unlike WHERE copy = 1 AND split = 'val'")
-    for part, found, name in (("product", left, "products"), ("query", asked, "queries")):
-        if not found and tables.one(given, part=part):
-            raise UserError(
-                f"--data {source}: its files hold {name} for evaluation, of which none is left; {_left_out(tables)}"
-            )
-    side = "evaluate" if train else "train"
-    if not train or not (val or asked or logged or tables.one("SELECT count(*) FROM query")):
+    queries = tables.one("SELECT count(*) FROM val_pair")
+    count_read = "SELECT count(*) FROM read WHERE part = $part AND split = 'val'"
+    held_out = tables.one("SELECT count(*) FROM unlike WHERE copy = 1 AND split = 'val'")
+    for part, found, name in (("product", held_out, "products"), ("query", queries, "queries")):
+        if not found and tables.one(count_read, part=part):
+            raise UserError(f"--data {source}: it has evaluation {name}, but none is usable; {_left_out(tables)}")
+    side = "held-out" if train else "training"
+    if not train or not (val or queries or logged or tables.one("SELECT count(*) FROM query")):
         raise UserError(
-            f"--data {source}: no product left to {side} on; at least two different titles"
-            f" are needed; {_left_out(tables)}"
+            f"--data {source}: no usable {side} product; at least two different titles are needed; {_left_out(tables)}"
         )
     if not tables.one("SELECT count(*) FROM product WHERE side = 0 AND has_text AND has_image"):
-        raise UserError(f"--data {source}: no product to train on has both a title and an image; {_left_out(tables)}")
+        raise UserError(f"--data {source}: no training product has both a title and an image; {_left_out(tables)}")
     if not tables.one("SELECT count(*) FROM triplet"):
-        raise UserError(f"--data {source}: no triplet to train on; {_left_out(tables)}")
+        raise UserError(f"--data {source}: no training triplet; {_left_out(tables)}")
     tables.number_titles()
 
 
 def _left_out(tables: Tables) -> str:
-    """For an error: how many were left out, why, and an example."""
+    """How many records were left out, why, and an example; for error messages."""
     counts, first = _quarantined(tables, None)
     if not first:
-        return "nothing was left out"
-    told = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+        return "0 left out"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
     return (
-        f"{sum(counts.values()):,} left out ({told}), such as {first['file']} {first['number']}:"
+        f"{sum(counts.values()):,} left out ({reasons}), such as {first['file']} {first['number']}:"
         f" {first['detail'] or first['reason']}"
     )
 
 
 def _quarantined(tables: Tables, path: Path | None) -> tuple[Counter[str], dict[str, Any] | None]:
-    """Counts by reason, and the first; lists all of them in the file `path`."""
+    """Counts of left-out records by reason, and the first one; writes all of them to the file `path`."""
     counts: Counter[str] = Counter()
     first = None
     with path.open("w", encoding="utf-8") if path else contextlib.nullcontext() as file:
@@ -259,7 +261,7 @@ def _quarantined(tables: Tables, path: Path | None) -> tuple[Counter[str], dict[
 
 
 def _plan(tables: Tables, work: Path) -> list[tuple[str, int, int]]:
-    """Writes where each record lies, in the order of the indices; returns the file, start and end of each shard."""
+    """Writes PLAN; returns the file name, start and end index of each shard."""
     tables.run(f"""
         CREATE TABLE plan AS
         SELECT index, side, unit, row,
@@ -269,7 +271,7 @@ def _plan(tables: Tables, work: Path) -> list[tuple[str, int, int]]:
             FROM {tables.everything()}
         )
     """)
-    _array(tables, "SELECT unit, row FROM plan ORDER BY index", work / PLAN, shards_lib.PLACE)
+    _write_array(tables, "SELECT unit, row FROM plan ORDER BY index", work / PLAN, shards_lib.LOCATION)
     counts = tables.rows("SELECT side, shard, count(*) FROM plan GROUP BY side, shard ORDER BY side, shard")
     of_side, plan, start = Counter(side for side, _, _ in counts), [], 0
     for side, shard, count in counts:
@@ -281,22 +283,22 @@ def _plan(tables: Tables, work: Path) -> list[tuple[str, int, int]]:
 def _write(
     plan: list[tuple[str, int, int]], work: Path, output: Path, pool: Executor, workers: int, progress: Progress
 ) -> list[dict[str, Any]]:
-    """The third pass. Returns the shards as `shards.write_shard` tells them, in order."""
-    places = np.load(work / PLAN, mmap_mode="r", allow_pickle=False)
+    """The third pass. Returns the results of `shards.write_shard`, in order."""
+    locations = np.load(work / PLAN, mmap_mode="r", allow_pickle=False)
     calls = (
-        functools.partial(pool.submit, shards_lib.write_shard, output / name, np.array(places[start:end]), work)
+        functools.partial(pool.submit, shards_lib.write_shard, output / name, np.array(locations[start:end]), work)
         for name, start, end in plan
     )
     written = []
     with progress("writing shards", len(plan)) as advance:
-        for told in workers_lib.bounded(calls, 2 * workers):
-            written.append(told)
+        for shard in workers_lib.bounded(calls, 2 * workers):
+            written.append(shard)
             advance()
     return written
 
 
-def _array(tables: Tables, sql: str, path: Path, dtype: np.dtype) -> int:
-    """Writes the rows of an answer as an array; returns their number."""
+def _write_array(tables: Tables, sql: str, path: Path, dtype: np.dtype) -> int:
+    """Writes the rows of a query result as a .npy array; returns their number."""
     count = tables.one(f"SELECT count(*) FROM ({sql})")
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
@@ -305,8 +307,8 @@ def _array(tables: Tables, sql: str, path: Path, dtype: np.dtype) -> int:
         )
         for batch in tables.batches(sql):
             rows = np.empty(batch.num_rows, dtype)
-            for place, name in enumerate(dtype.names or ("",)):
-                column = batch.column(place).to_numpy(zero_copy_only=False)
+            for position, name in enumerate(dtype.names or ("",)):
+                column = batch.column(position).to_numpy(zero_copy_only=False)
                 if name:
                     rows[name] = column
                 else:
@@ -317,22 +319,22 @@ def _array(tables: Tables, sql: str, path: Path, dtype: np.dtype) -> int:
 
 
 def _describe(tables: Tables, output: Path) -> dict[str, Any]:
-    """Writes what lies beside the shards; returns what the manifest tells of it."""
+    """Writes the files beside the shards; returns their entries in the manifest."""
     lib = prepared_lib
     train, val = tables.sides()
-    _array(
+    _write_array(
         tables,
         f"SELECT coalesce(number, -1) FROM {tables.everything()} LEFT JOIN title_number USING (title) ORDER BY index",
         output / lib.GROUPS,
         np.dtype("<i4"),
     )
-    made = _array(
+    triplet_count = _write_array(
         tables,
-        "SELECT query, positive, coalesce(negative, -1), weight FROM triplet ORDER BY place, positive",
+        "SELECT query, positive, coalesce(negative, -1), weight FROM triplet ORDER BY sort_key, positive",
         output / lib.TRIPLETS,
         records.TRIPLET,
     )
-    asked = _array(
+    query_count = _write_array(
         tables, "SELECT query, positive FROM val_pair ORDER BY query, positive", output / lib.VAL_QUERIES, records.PAIR
     )
     counts, first = _quarantined(tables, output / f"{lib.QUARANTINE}.tmp")
@@ -347,7 +349,7 @@ def _describe(tables: Tables, output: Path) -> dict[str, Any]:
         "log": tables.one("SELECT count(*) FROM shown") if logged else 0,
     }
     return {
-        # Records by kind: what was read is what was kept and what is in the quarantine.
+        # Records by kind. Summed over the kinds, read = kept + quarantined.
         "read": {"product": read.get("product", 0), "query": read.get("query", 0), "log": logged},
         "kept": kept,
         "quarantined": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
@@ -356,22 +358,22 @@ def _describe(tables: Tables, output: Path) -> dict[str, Any]:
         "products": train + val,
         "without_text": without[0],
         "without_image": without[1],
-        "triplets": made,
+        "triplets": triplet_count,
         "triplets_without_negative": tables.one("SELECT count(*) FROM triplet WHERE negative IS NULL"),
         "negatives_skipped_above": tables.one("SELECT count(*) FROM skipped"),
-        "val_queries": asked,
+        "val_queries": query_count,
     }
 
 
 def manifest_of(
     output: Path, described: dict[str, Any], shards: list[dict[str, Any]], others: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The manifest of a folder. Also writes what TensorFlow Datasets wants to know.
+    """The manifest of a folder. Also writes the metadata files of TensorFlow Datasets.
 
     Args:
-        described: what the manifest tells beside files and fingerprint.
-        shards: in order, as `shards.write` tells them.
-        others: more files that lie there.
+        described: the manifest's entries besides files and fingerprint.
+        shards: the results of `shards.write`, in order.
+        others: names of further files in the folder.
     """
     lib = prepared_lib
     tfds.write(output, {name: [shard for shard in shards if f"-{name}." in shard["file"]] for name in SPLITS})
@@ -381,7 +383,7 @@ def manifest_of(
     }
     files |= {shard["file"]: {name: shard[name] for name in ("bytes", "checksum")} for shard in shards}
     fingerprint = hashlib.blake2b(digest_size=16)
-    # Of what is trained on and judged by, not of how a library writes it.
+    # Covers the content used in training and evaluation, not how a library encodes it.
     content = [shard["content"] for shard in shards] + [files[name]["checksum"] for name in beside[:3]]
     for part in (*content, *described["splits"].values()):
         fingerprint.update(repr(part).encode())

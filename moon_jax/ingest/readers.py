@@ -1,4 +1,4 @@
-"""Files → chunks of records, in order, whatever their format."""
+"""Reads files of any supported format as chunks of records, in order."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from moon_jax.ingest.files import Chunk, File
 from moon_jax.ingest.parse import BadRecord
 
 CHUNK_RECORDS, CHUNK_BYTES = 1000, 32 << 20
-"""A chunk ends at the first of them that is reached; one record may be larger."""
+"""A chunk ends when it reaches either limit; a single record may exceed the second."""
 
 LONGEST_LINE = 64 << 20
-"""Bytes; a longer line, field or member of a tar is left out, and never held."""
+"""Bytes; a longer line, field or tar member is left out and never held in memory."""
 
 
 def rows(chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-    """The records of a chunk with their numbers; one that cannot be parsed comes as a BadRecord."""
+    """Yields the records of a chunk with their numbers; a record that cannot be parsed is a BadRecord."""
     if isinstance(chunk.payload, pa.RecordBatch):
         found = _rows(chunk.payload, chunk.labels)
     else:
         found = [_parsed(row) if isinstance(row, bytes) else _with_json(row) for row in chunk.payload]
-    # Empty lines of a JSONL file are not records, but count.
+    # Empty lines of a JSONL file are not records, but are counted in the numbering.
     return ((number, row) for number, row in enumerate(found, chunk.start) if row is not None)
 
 
@@ -50,22 +50,22 @@ def schema_of(file: File) -> pa.Schema:
 
 def damaged(file: File, error: Exception, after: int | None = None) -> UserError:
     where = "" if after is None else f" after record {after}"
-    told = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"{file.path}: not a readable {file.format} file{where} ({told})")
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{file.path}: not a readable {file.format} file{where} ({reason})")
 
 
 def chunks(file: File, columns: ColumnMap) -> Iterator[Chunk]:
-    """All records of a file.
+    """Yields all records of a file.
 
     Raises:
-        UserError: it is damaged; what was read before is whole.
+        UserError: it is damaged; the chunks yielded before are intact.
     """
     readers = {"parquet": _tables, "arrow": _tables, "jsonl": _lines, "csv": _separated, "tsv": _separated, "tar": _tar}
     return readers[file.format](file, columns)
 
 
 def grouped(file: File, found: Iterable[tuple[Any, int]]) -> Iterator[Chunk]:
-    """Chunks of records that come one by one, each with its size in bytes, about."""
+    """Groups single records into chunks; each record comes with its approximate size in bytes."""
     start, held, size = 1, [], 0
     try:
         for record, weight in found:
@@ -82,17 +82,17 @@ def grouped(file: File, found: Iterable[tuple[Any, int]]) -> Iterator[Chunk]:
 
 def _tables(file: File, columns: ColumnMap) -> Iterator[Chunk]:
     schema = schema_of(file)
-    asked = columns.columns(file.kind)
-    names = [name for name in schema.names if name in asked]
+    wanted = columns.columns(file.kind)
+    names = [name for name in schema.names if name in wanted]
     labels = _label_names(schema)
     start = 1
     try:
         for batch, size in (_parquet if file.format == "parquet" else _arrow)(file, names):
             count = max(1, min(CHUNK_RECORDS, batch.num_rows * CHUNK_BYTES // max(batch.nbytes, 1)))
-            for place in range(0, batch.num_rows, count):
-                part = batch.slice(place, count)
+            for offset in range(0, batch.num_rows, count):
+                part = batch.slice(offset, count)
                 if part.num_rows < batch.num_rows:
-                    # A slice is pickled with all of what it is a slice of; a copy is not.
+                    # Pickling a slice would pickle the whole batch; pickling a copy does not.
                     part = pa.ipc.read_record_batch(part.serialize(), part.schema)
                 yield Chunk(file, start, part, labels, size * part.num_rows // batch.num_rows)
                 start += part.num_rows
@@ -101,7 +101,7 @@ def _tables(file: File, columns: ColumnMap) -> Iterator[Chunk]:
 
 
 def _parquet(file: File, names: list[str]) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """Batches, and the bytes of the file that each took. Streamed: a row group may hold gigabytes of images."""
+    """Yields batches and the bytes of the file that each took. Streams, as a row group may hold gigabytes of images."""
     with pq.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False) as opened:
         total = max(opened.metadata.num_rows, 1)
         for group in range(opened.num_row_groups):
@@ -120,15 +120,17 @@ def _arrow(file: File, names: list[str]) -> Iterator[tuple[pa.RecordBatch, int]]
 
 
 def _label_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """Names of the numbers of ClassLabel columns, as Hugging Face's datasets note them in a schema."""
+    """Class names of ClassLabel columns, from the schema metadata of Hugging Face's datasets."""
     try:
         features = dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, ValueError, TypeError):
         return {}
     labels = {
-        name: said for name, said in features.items() if isinstance(said, dict) and isinstance(said.get("names"), list)
+        name: feature
+        for name, feature in features.items()
+        if isinstance(feature, dict) and isinstance(feature.get("names"), list)
     }
-    return {name: said["names"] for name, said in labels.items() if said.get("_type") == "ClassLabel"}
+    return {name: feature["names"] for name, feature in labels.items() if feature.get("_type") == "ClassLabel"}
 
 
 def _rows(batch: pa.RecordBatch, labels: dict[str, list[str]]) -> list[dict[str, Any] | BadRecord]:
@@ -136,7 +138,7 @@ def _rows(batch: pa.RecordBatch, labels: dict[str, list[str]]) -> list[dict[str,
         rows = batch.to_pylist()
     except UnicodeDecodeError:
         if batch.num_rows == 1:
-            return [BadRecord("not readable", "text that is not UTF-8")]
+            return [BadRecord("not readable", "text is not UTF-8")]
         return [record for row in range(batch.num_rows) for record in _rows(batch.slice(row, 1), labels)]
     except (pa.ArrowException, ValueError, OverflowError) as error:  # such as a date of the year 99999
         if batch.num_rows == 1:
@@ -150,7 +152,7 @@ def _rows(batch: pa.RecordBatch, labels: dict[str, list[str]]) -> list[dict[str,
 
 
 def open_file(file: File) -> BinaryIO:
-    """The bytes of a file, unzipped."""
+    """Opens a file for reading bytes; decompresses .gz."""
     return gzip.open(file.path) if file.path.suffix.lower() == ".gz" else file.path.open("rb")
 
 
@@ -163,7 +165,7 @@ def _lines(file: File, columns: ColumnMap) -> Iterator[Chunk]:
                 if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
                     while (rest := stream.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
                         pass
-                    yield BadRecord("not readable", f"a line of more than {LONGEST_LINE} bytes"), LONGEST_LINE
+                    yield BadRecord("not readable", f"a line is longer than {LONGEST_LINE} bytes"), LONGEST_LINE
                 else:
                     yield line.removeprefix(b"\xef\xbb\xbf"), len(line)
 
@@ -178,59 +180,61 @@ def _parsed(line: bytes) -> dict[str, Any] | BadRecord | None:
     except json.JSONDecodeError as error:
         return BadRecord("not readable", f"not a JSON object on one line: {error.msg} at character {error.colno}")
     except UnicodeDecodeError:
-        return BadRecord("not readable", "text that is not UTF-8")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        return BadRecord("not readable", "text is not UTF-8")
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or endless brackets
         return BadRecord("not readable", f"not JSON: {error}")
     return record if isinstance(record, dict) else BadRecord("not readable", "not a JSON object")
 
 
 MOST_LINES = 1000
-"""Lines of a quoted field: a quote that is never closed does not swallow a file."""
+"""Limit of a quoted field: an unclosed quote must not consume the whole file."""
 
 
 class _Text:
-    """Lines of a file as text, of which some may be given back; bytes that are not UTF-8 become surrogates, which no
-    field may hold.
+    """Iterates over a file's lines as text and can push lines back. Bytes that are not UTF-8 become surrogates, which
+    parse.py rejects.
     """
 
     def __init__(self, stream: BinaryIO):
-        self.stream, self.back, self.taken = stream, collections.deque(), []
+        self.stream, self.pushed, self.taken = stream, collections.deque(), []
 
     def __iter__(self) -> _Text:
         return self
 
     def __next__(self) -> str:
         line = (
-            self.back.popleft() if self.back else self.stream.readline(LONGEST_LINE).decode("utf-8", "surrogateescape")
+            self.pushed.popleft()
+            if self.pushed
+            else self.stream.readline(LONGEST_LINE).decode("utf-8", "surrogateescape")
         )
         if not line:
             raise StopIteration
         self.taken.append(line)
         if len(self.taken) > MOST_LINES:
-            raise csv.Error(f"a quoted field of more than {MOST_LINES} lines")
+            raise csv.Error(f"a quoted field has more than {MOST_LINES} lines")
         return line
 
-    def give_back(self) -> None:
-        """All but the first line since `taken` was emptied."""
-        self.back.extendleft(reversed(self.taken[1:]))
+    def push_back(self) -> None:
+        """Pushes back all lines but the first since `taken` was cleared."""
+        self.pushed.extendleft(reversed(self.taken[1:]))
 
 
 def _separated(file: File, columns: ColumnMap) -> Iterator[Chunk]:
-    """CSV and TSV. Of a record of several lines that cannot be read the first one is left out, and no other."""
+    """CSV and TSV. If a record of several lines cannot be read, only its first line is left out."""
     csv.field_size_limit(LONGEST_LINE)
-    # Tabs separate, and quotes are letters: what is written as TSV is seldom written by a library.
+    # In TSV, quotes are ordinary characters: few TSV files are written by a CSV library.
     layout = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.format == "tsv" else {"strict": True}
 
     def rows() -> Iterator[tuple[dict[str, Any] | BadRecord, int]]:
         with open_file(file) as raw:
             text = _Text(raw)
             first = next(text, "").removeprefix("\ufeff")
-            text.back.appendleft(first)
+            text.pushed.appendleft(first)
             reader = csv.reader(text, **layout)
             try:
                 header = list(columns.header) or next(reader, [])
             except csv.Error as error:
-                raise EOFError(f"its header: {error}") from None
+                raise EOFError(f"header: {error}") from None
             if not header:
                 return
             columns.check(file.kind, header, str(file.path))
@@ -238,7 +242,7 @@ def _separated(file: File, columns: ColumnMap) -> Iterator[Chunk]:
                 text.taken.clear()
                 try:
                     fields = next(reader)
-                    wrong = f"{len(fields)} fields, of {len(header)} columns" if len(fields) != len(header) else ""
+                    wrong = f"{len(fields)} fields for {len(header)} columns" if len(fields) != len(header) else ""
                 except StopIteration:
                     return
                 except csv.Error as error:
@@ -246,7 +250,7 @@ def _separated(file: File, columns: ColumnMap) -> Iterator[Chunk]:
                 if fields == []:
                     continue
                 if wrong:
-                    text.give_back()
+                    text.push_back()
                     reader = csv.reader(text, **layout)
                     yield BadRecord("not readable", wrong), len(text.taken[0]) if text.taken else 0
                 else:
@@ -261,32 +265,32 @@ JSON, PICTURES = "__json__", "__pictures__"
 
 
 def _tar(file: File, columns: ColumnMap) -> Iterator[Chunk]:
-    """webdataset: files of one key are a record. `json` holds columns, `txt` is the title, pictures are the images,
-    whatever the JSON says of images; the key is the id where the JSON has none.
+    """webdataset: all files with the same key form a record. `.json` holds columns, `.txt` the title, and image files
+    are the images, overriding any images in the JSON. The key is the id if the JSON has none.
     """
     del columns
 
     def found() -> Iterator[tuple[dict[str, Any] | BadRecord, int]]:
         if file.path.suffix.lower() != ".gz" and not _ends(file.path):
-            raise EOFError("it does not end as a tar file does")  # tarfile takes a cut before a member for the end
+            raise EOFError("its end is missing")  # tarfile takes a file cut between members for complete
         with open_file(file) as raw, tarfile.open(fileobj=raw, mode="r|") as opened:
             for _, members in itertools.groupby(_members(opened), key=lambda member: member[0]):
                 record = _joined(list(members))
                 yield record, 0 if isinstance(record, BadRecord) else sum(map(len, record.get(PICTURES, ())))
-                opened.members = []  # it would remember all
+                opened.members = []  # tarfile would keep every member
 
     return grouped(file, found())
 
 
 def _ends(path: Path) -> bool:
-    """Whether a tar file ends with the two blocks of zeros that it must."""
+    """Whether a tar file ends with the two blocks of zeros that the format requires."""
     with path.open("rb") as raw:
         raw.seek(-min(1024, path.stat().st_size), os.SEEK_END)
         return raw.read() == bytes(1024)
 
 
 def _members(opened: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | BadRecord]]:
-    """Key, extension and content of each file. Nothing is extracted, and links are not followed."""
+    """Yields key, extension and content of each file. Extracts nothing to disk and follows no links."""
     for member in opened:
         if member.isdir():
             continue
@@ -294,9 +298,9 @@ def _members(opened: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | BadRec
         key, _, extension = name.partition(".")
         content: bytes | BadRecord
         if not member.isfile():
-            content = BadRecord("not readable", f"{member.name} is no plain file")
+            content = BadRecord("not readable", f"{member.name} is not a regular file")
         elif member.size > LONGEST_LINE:
-            content = BadRecord("not readable", f"{member.name} has {member.size} bytes, at most {LONGEST_LINE}")
+            content = BadRecord("not readable", f"{member.name} has {member.size} bytes; the limit is {LONGEST_LINE}")
         else:
             content = opened.extractfile(member).read()
         yield f"{folder}/{key}" if folder else key, extension.lower(), content
@@ -318,7 +322,7 @@ def _joined(members: Iterable[tuple[str, str, bytes | BadRecord]]) -> dict[str, 
 
 
 def _with_json(record: Any) -> Any:
-    """A record of a tar file with the columns of its JSON."""
+    """Merges the columns of its JSON file into a record from a tar file; returns other records unchanged."""
     if not isinstance(record, dict) or "__key__" not in record:
         return record
     held: Any = {}

@@ -1,10 +1,8 @@
-"""Where catalogues and logs come from: which files are read, and what each holds.
+"""Sources of catalogues and logs: finds their files and what each holds.
 
-Parquet and Arrow (as Hugging Face's datasets keep it) with images as bytes; JSONL, CSV and TSV with images as paths or
-URLs; tar shards of webdataset; a data set of the Hugging Face hub; a builder of TensorFlow Datasets. A column map
-(columns.py) says which column is what.
-
-What a file's name says of it is in files.py.
+Supported: Parquet and Arrow (as saved by Hugging Face's datasets) with images as bytes; JSONL, CSV and TSV with images
+as paths or URLs; tar shards of webdataset; datasets on the Hugging Face hub; TensorFlow Datasets builders. A column map
+(columns.py) maps columns to fields; files.py describes what file names mean.
 """
 
 from __future__ import annotations
@@ -22,14 +20,14 @@ from moon_jax.ingest.parse import BadRecord
 
 
 def open_source(source: str | Path, columns: ColumnMap) -> Source:
-    """Finds the files of a source; hf://datasets/owner/name is fetched, or found in Hugging Face's cache.
+    """Finds the files of a source; downloads hf://datasets/owner/name unless it is in Hugging Face's cache.
 
     Raises:
-        UserError: there is nothing to read, or a column is missing without which nothing can be read.
+        UserError: there is nothing to read, or a required column is missing.
     """
     source = str(source)
     if (Path(source) / "triplets.npy").is_file():
-        raise UserError(f"--data {source}: is prepared already; give it to a run")
+        raise UserError(f"--data {source}: is prepared already; pass it to train or quickstart")
     if source.startswith(TFDS) or (Path(source) / "features.json").is_file():
         return tfds.open_source(source, columns)
     hub = source.startswith(HUB)
@@ -47,12 +45,12 @@ def open_source(source: str | Path, columns: ColumnMap) -> Source:
 
 
 def _snapshot(source: str) -> Path:
-    """The folder of a data set of the Hugging Face hub, in its cache."""
+    """Downloads a dataset of the Hugging Face hub; returns its folder in the cache."""
     import huggingface_hub
 
     name, _, revision = source.removeprefix(HUB).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
-        raise UserError(f"--data {source}: a data set of the hub is written {HUB}owner/name[@revision]")
+        raise UserError(f"--data {source}: not a dataset name; write {HUB}owner/name[@revision]")
     patterns = [f"*{suffix}{zipped}" for suffix in SUFFIXES for zipped in ("", ".gz")]
     try:
         return Path(
@@ -60,7 +58,7 @@ def _snapshot(source: str) -> Path:
                 name, repo_type="dataset", revision=revision or None, allow_patterns=patterns
             )
         )
-    except Exception as error:  # of the network, the hub or its cache; all say what is wrong
+    except Exception as error:  # from the network, the hub or its cache; all have a useful message
         raise UserError(f"--data {source}: {str(error).splitlines()[0] or type(error).__name__}") from None
 
 
@@ -77,31 +75,31 @@ def _files(root: Path, source: str, columns: ColumnMap, deep: bool) -> list[File
             paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
             found = [(path, str(path.relative_to(root))) for path in sorted(paths)]
     except PermissionError as error:
-        raise UserError(f"--data {source}: {error.filename} may not be read; ask its owner for permission") from None
+        raise UserError(f"--data {source}: no permission to read {error.filename}; ask its owner for access") from None
     files = []
     for path, name in found:
         bare = path.with_suffix("") if path.suffix.lower() == ".gz" else path
         format = columns.format or SUFFIXES.get(bare.suffix.lower())
         if format and not path.name.startswith("."):
-            told = name if deep or format == "arrow" else path.name
-            files.append(describe(path, name, told, format, root if root.is_dir() else root.parent))
+            label = name if deep or format == "arrow" else path.name
+            files.append(describe(path, name, label, format, root if root.is_dir() else root.parent))
     if not files:
         known = ", ".join(SUFFIXES)
-        what = f"none of {known}" if root.is_file() else f"no {' or '.join(columns.files)}" if columns.files else ""
+        wrong = f"not one of {known}" if root.is_file() else f"no {' or '.join(columns.files)}" if columns.files else ""
         raise UserError(
-            f"--data {source}: {what or f'no file there that ends with one of {known}'}; subfolders are not searched;"
-            " docs/data.md says what a file holds"
+            f"--data {source}: {wrong or f'no file that ends with one of {known}'}; subfolders are not searched;"
+            " docs/data.md describes the files"
         )
     return files
 
 
 def _saved(root: Path) -> list[Path]:
-    """The files of a data set that Hugging Face's datasets saved, split by split; its caches lie beside them."""
+    """The files of a dataset saved by Hugging Face's datasets, split by split, without the caches beside them."""
     found = []
     for state in sorted(root.glob("**/state.json")):
         try:
             named = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
             found += [confined(state.parent, name) for name in named]
         except (ValueError, KeyError, TypeError, BadRecord) as error:
-            raise UserError(f"{state}: not what datasets writes ({error})") from None
+            raise UserError(f"{state}: not written by Hugging Face datasets ({error})") from None
     return found

@@ -1,8 +1,8 @@
-"""A rendered catalogue, for those who have no data at hand: household goods that no shop sells.
+"""A synthetic catalogue of rendered household goods, for users without data.
 
-A product has a kind, a colour, a pattern, a material and a background, and a title that a seller might have written:
-terse ("navy mug"), full, redundant (full of empty words), or partly wrong (one fact is another product's). The title
-never tells the background, nor the picture the brand. Product `n` is a function of (seed, n) and of nothing else.
+A product has a kind, a colour, a pattern, a material and a background, and a title in the style of a seller: terse
+("navy mug"), full, redundant (padded with empty words), or partly wrong (one fact has a wrong value). The title never
+names the background, and the picture never shows the brand. Product `n` depends only on (seed, n).
 
 Everything is drawn in numpy on coordinates x (right) and y (up) in [-1, 1]; `f` is the signed distance to an outline,
 positive inside, so that edges are smooth at any resolution.
@@ -23,7 +23,7 @@ from PIL import Image
 from moon_jax.interrupt import thread_pool
 
 PIXELS = 160
-"""Side of a picture."""
+"""Side length of a picture, in pixels."""
 
 SCHEMA = pa.schema(
     [
@@ -90,7 +90,7 @@ HARD, SOFT, MIXED = ("ceramic", "steel", "glass"), ("linen", "leather"), ("wood"
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a product is."""
+    """The attributes of a product."""
 
     kind: str
     colour: str
@@ -102,12 +102,14 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A piece of a product. Pieces are painted in order; `trim` is of a plain, darker stuff, `hollow` an opening."""
+    """A piece of a product. Pieces are painted in order. `stuff` is `body`, `trim` (plain and darker) or `hollow` (an
+    opening).
+    """
 
     f: np.ndarray
-    nx: np.ndarray  # the surface's normal, left to right
-    ny: np.ndarray  # and upwards
-    u: np.ndarray  # coordinates of the pattern
+    nx: np.ndarray  # surface normal, left to right
+    ny: np.ndarray  # surface normal, upwards
+    u: np.ndarray  # pattern coordinates
     v: np.ndarray
     stuff: str = "body"
 
@@ -116,10 +118,10 @@ class Part:
 
 
 def _lathe(x: np.ndarray, y: np.ndarray, profile: Iterable[tuple[float, float]], stuff: str = "body") -> Part:
-    """A turned body, seen a little from above; `profile` is (height, radius) from the bottom up."""
+    """A body of revolution, seen slightly from above; `profile` lists (height, radius) from the bottom up."""
     heights, radii = map(np.array, zip(*profile, strict=True))
     fine = np.linspace(heights[0], heights[-1], 65)
-    # Corners of the profile are rounded by a moving average.
+    # A moving average rounds the corners of the profile.
     smooth = np.convolve(np.pad(np.interp(fine, heights, radii), 3, mode="edge"), np.ones(7) / 7, mode="valid")
     level = y - 0.14 * x**2
     radius = np.interp(level, fine, smooth)
@@ -130,7 +132,7 @@ def _lathe(x: np.ndarray, y: np.ndarray, profile: Iterable[tuple[float, float]],
 
 
 def _flat(x: np.ndarray, y: np.ndarray, f: np.ndarray, bevel: float = 0.08, stuff: str = "body") -> Part:
-    """A flat thing with a rounded edge `bevel` wide."""
+    """A flat shape with a rounded edge of width `bevel`."""
     edge = np.clip(1 - f / bevel, 0, 1)
     gy, gx = np.gradient(f)
     length = np.maximum(np.hypot(gx, gy), 1e-6)
@@ -251,18 +253,18 @@ KINDS: dict[str, tuple[Callable, str, tuple[str, ...]]] = {
     "jug": (_jug, "kitchen", HARD),
     "armchair": (_armchair, "furniture", SOFT),
 }
-"""Kind → how it is drawn, its department, the materials it comes in."""
+"""Kind → its drawing function, its department, its possible materials."""
 
 # --- surfaces -------------------------------------------------------------------------------------------------------
 
 
 def _wave(value: np.ndarray, sharpness: float = 12.0) -> np.ndarray:
-    """Soft bands: 0 to 1 and back, with period 1."""
+    """Soft bands between 0 and 1, with period 1."""
     return 1 / (1 + np.exp(-sharpness * np.sin(2 * np.pi * value)))
 
 
 def _pattern(name: str, u: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray | float:
-    """How much of the second colour shows, 0 to 1."""
+    """The share of the second colour, 0 to 1."""
     u, v = u * scale, v * scale
     if name == "striped":
         return _wave(v)
@@ -281,22 +283,22 @@ def _pattern(name: str, u: np.ndarray, v: np.ndarray, scale: float) -> np.ndarra
 
 
 def _grain(rng: np.random.Generator, coarse: tuple[int, int], size: int = PIXELS) -> np.ndarray:
-    """Smooth noise f32[size,size], mean 0 and about 1 wide; `coarse` cells down and across."""
+    """Smooth noise f32[size,size], mean 0 and scale about 1, from a grid of `coarse` (rows, columns)."""
     small = Image.fromarray(rng.normal(size=coarse).astype(np.float32))
     return np.asarray(small.resize((size, size), Image.Resampling.BICUBIC))
 
 
 GLOSS = {"ceramic": (0.55, 30), "steel": (0.9, 14), "glass": (0.9, 50), "wood": (0.12, 8), "linen": (0, 1),
          "leather": (0.28, 10)}  # fmt: skip
-"""Strength and sharpness of the highlight."""
+"""Strength and sharpness of each material's highlight."""
 
 
 def _shade(colour: np.ndarray, part: Part, material: str, rng: np.random.Generator) -> np.ndarray:
-    """f32[y,x,3]: light from the upper left, in front."""
+    """The shaded colour f32[y,x,3], lit from the upper left in front."""
     nz = np.sqrt(np.clip(1 - part.nx**2 - part.ny**2, 0.02, 1))
     light = np.clip(-0.5 * part.nx + 0.45 * part.ny + 0.74 * nz, 0, 1)
     strength, sharpness = GLOSS[material]
-    if material == "steel":  # brushed: a mirror of bright and dark bands
+    if material == "steel":  # brushed: reflects bright and dark bands
         colour = 0.55 * colour + 0.45 * colour.mean() * 0.6 + 45
         light = light * (0.82 + 0.22 * np.cos(7 * part.nx)) + 0.04 * _grain(rng, (PIXELS // 2, 3))
     elif material == "wood":
@@ -313,7 +315,7 @@ def _shade(colour: np.ndarray, part: Part, material: str, rng: np.random.Generat
 
 
 def _background(name: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """f32[y,x,3], and the darkness of the shadow on it."""
+    """The background f32[y,x,3], and the darkness of a shadow on it."""
     floor = -0.35 + 0.1 * rng.uniform(-1, 1)
     glow = np.exp(-((x - rng.uniform(-0.4, 0.4)) ** 2 + (y - 0.2) ** 2))[..., None]
     if name == "studio":
@@ -335,7 +337,7 @@ def _background(name: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generato
 
 
 def render(facts: Facts, rng: np.random.Generator) -> Image.Image:
-    """The product's photo, PIXELS × PIXELS."""
+    """Renders the product's photo, PIXELS × PIXELS."""
     axis = (np.arange(PIXELS, dtype=np.float32) + 0.5) / PIXELS * 2 - 1
     x0, y0 = np.meshgrid(axis, -axis)
     picture, darkness = _background(facts.background, x0, y0, rng)
@@ -373,16 +375,16 @@ def render(facts: Facts, rng: np.random.Generator) -> Image.Image:
 # --- titles and products --------------------------------------------------------------------------------------------
 
 
-def _say(word: str, rng: np.random.Generator) -> str:
-    """The word, or now and then another one for the same."""
+def _vary(word: str, rng: np.random.Generator) -> str:
+    """The word, or a synonym with probability 0.25."""
     others = SYNONYMS.get(word, ())
     return str(rng.choice(others)) if others and rng.random() < 0.25 else word
 
 
 def title(facts: Facts, style: str, rng: np.random.Generator) -> str:
-    """What the seller wrote."""
+    """A seller's title in the given style."""
     if style == TERSE:
-        return f"{_say(facts.colour, rng)} {_say(facts.kind, rng)}"
+        return f"{_vary(facts.colour, rng)} {_vary(facts.kind, rng)}"
     if style == WRONG:
         field, values = [
             ("colour", tuple(COLOURS)),
@@ -391,10 +393,10 @@ def title(facts: Facts, style: str, rng: np.random.Generator) -> str:
         ][rng.integers(3)]
         others = [value for value in values if value != getattr(facts, field)]
         facts = dataclasses.replace(facts, **{field: str(rng.choice(others))})
-    pattern = "" if facts.pattern == "plain" else _say(facts.pattern, rng)
-    told = [_say(facts.colour, rng), pattern, _say(facts.material, rng)]
-    rng.shuffle(told)
-    words = [facts.brand if rng.random() < 0.6 else "", *told, _say(facts.kind, rng)]
+    pattern = "" if facts.pattern == "plain" else _vary(facts.pattern, rng)
+    described = [_vary(facts.colour, rng), pattern, _vary(facts.material, rng)]
+    rng.shuffle(described)
+    words = [facts.brand if rng.random() < 0.6 else "", *described, _vary(facts.kind, rng)]
     if style == REDUNDANT:
         stuffing = list(rng.choice(EMPTY_WORDS, 3, replace=False))
         words = [stuffing[0], *words, stuffing[1], facts.kind, stuffing[2]]
@@ -431,12 +433,12 @@ def make(seed: int, number: int) -> dict:
 
 
 def _label(count: int, seed: int) -> dict[str, str]:
-    """The file's metadata: what it is, and what it follows from."""
+    """The file's metadata: its content, and the number and seed that determine it."""
     return {"synthetic": f"{count} products rendered by moon_jax from seed {seed}; none of them exists"}
 
 
 def stands(path: Path, count: int, seed: int) -> bool:
-    """Whether `path` holds what `write` would write there."""
+    """Whether `path` already holds what `write` would write."""
     held = pq.read_schema(path).metadata if path.exists() else None
     return bool(held) and held.get(b"synthetic") == _label(count, seed)["synthetic"].encode()
 
@@ -448,10 +450,10 @@ def write(
     threads: int = 2,
     track: Callable[[Iterable, int], Iterable] = lambda work, total: work,
 ) -> None:
-    """Renders `count` products into the Parquet file `path`, which appears when it is whole.
+    """Renders `count` products into the Parquet file `path`, which appears only when complete.
 
     Args:
-        track: wraps the iterable of records, whose number it is told, to show progress.
+        track: wraps the iterable of records to show progress; takes the iterable and its length.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -1,8 +1,8 @@
-"""The second pass of prepare: which records stay, on which side of the split, in which order.
+"""The second pass of prepare: which records are kept, in which part of the split, and in which order.
 
-All of it is SQL, and DuckDB keeps what does not fit its memory on disk: ten million products take time, not memory.
-Every choice follows from numbers that the records themselves give (units.py), and every order is total, so the same
-records give the same result, whoever read them.
+All of it is SQL. DuckDB spills to disk whatever exceeds its memory limit, so ten million products need more time but
+not more memory. Every choice depends only on the records and on hashes of them (units.py), and every order is total, so
+the same records always give the same result.
 """
 
 from __future__ import annotations
@@ -18,35 +18,36 @@ import pyarrow.dataset as pads
 from moon_jax.ingest import units
 
 MEMORY, THREADS = "256MB", 4
-"""At most. Each thread holds some of the memory."""
+"""Upper limits of DuckDB. Each thread uses part of the memory."""
 
 SPLITS = ("train", "val", "train_queries", "val_queries")
-"""The parts of the prepared data, in the order of their indices."""
+"""The splits of the prepared data, in index order."""
 
 TRAIN, VAL, TRAIN_QUERIES, VAL_QUERIES = range(4)
 
 
 class Tables:
-    """What was read, in a database in memory that goes to disk where it does not fit.
+    """An in-memory database of everything that was read; it spills to disk.
 
     Tables:
-        read: every record of products and queries; `event`: every row of a log.
-        left_out(unit, row, reason, detail): what is dropped here, beyond what could not be read.
-        alias(id, kept): the id of each product, and of the one that stands for it.
-        product(index, side, id, …): products in their order.
-        query(index, side, …): queries in theirs, behind the products.
+        read: every record of products and queries.
+        event: every row of a log.
+        left_out(unit, row, reason, detail): records dropped in this pass, besides those that could not be read.
+        alias(id, kept): the id of each product, and the id of the kept product that represents it.
+        product(index, side, id, …): kept products in index order; side indexes SPLITS.
+        query(index, side, …): kept queries in index order, after the products.
     """
 
     def __init__(self, folder: Path, files: dict[str, Sequence[Path]], threads: int):
         """
         Args:
-            folder: for what does not fit into memory.
-            files: the units, by "read" and "event".
+            folder: where DuckDB spills to.
+            files: paths of the units, by "read" and "event".
         """
         settings = {
             "memory_limit": MEMORY,
             "threads": min(threads, THREADS),
-            "preserve_insertion_order": False,  # every order that matters is asked for
+            "preserve_insertion_order": False,  # every query that needs an order has ORDER BY
             "temp_directory": str(folder / "spilled"),
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
@@ -55,7 +56,7 @@ class Tables:
         for name, schema in (("read", units.RECORDS), ("event", units.EVENTS)):
             fields = pa.schema([field for field in schema if field.name != "record"])
             found = pads.dataset([str(path) for path in files[name]], schema=fields, format="parquet")
-            # One file after the other: what is read ahead is not counted by the limit.
+            # Reads one file after the other: DuckDB's limit does not count read-ahead.
             scanner = found.scanner(batch_readahead=1, fragment_readahead=1, use_threads=False)
             self.database.register("scanned", scanner.to_reader())
             self.run(f"CREATE TABLE {name} AS SELECT * FROM scanned")
@@ -69,24 +70,25 @@ class Tables:
         self.database.execute(sql, values or None)
 
     def one(self, sql: str, **values: Any) -> Any:
-        """The one row of an answer, or its value if it has a single column."""
+        """The only row of a result, or its value if it has a single column."""
         [row] = self.rows(sql, **values)
         return row[0] if len(row) == 1 else row
 
     def rows(self, sql: str, **values: Any) -> list[tuple]:
-        """All rows of an answer that is short."""
+        """All rows of a result; for small results."""
         return self.database.execute(sql, values or None).fetchall()
 
     def batches(self, sql: str, rows: int = 1 << 16, **values: Any) -> Iterator[pa.RecordBatch]:
-        """The rows of an answer, a batch at a time."""
-        # On a connection of its own: other questions are asked meanwhile.
+        """Yields the rows of a result in batches."""
+        # Uses its own cursor, because other queries run in the meantime.
         with self.database.cursor() as cursor:
             yield from cursor.sql(sql, params=values or None).to_arrow_reader(rows)
 
-    def keep_one_each(self) -> None:
-        """Of equal ids the first record stays, of equal products the one kept for evaluation, then the first.
+    def deduplicate(self) -> None:
+        """Keeps the first record of each id. Of equal products, prefers one in an evaluation file, then one in a
+        training file, then the first.
 
-        A product equals another if its images do, byte by byte, and its title up to case and spacing.
+        Products are equal if their images are equal byte by byte and their titles are equal up to case and spacing.
         """
         self.run("""
             CREATE TABLE named AS
@@ -94,7 +96,7 @@ class Tables:
         """)
         self.run("""
             INSERT INTO left_out
-            SELECT unit, row, 'duplicate id', 'an earlier record has it' FROM named WHERE nth > 1
+            SELECT unit, row, 'duplicate id', 'an earlier record has this id' FROM named WHERE nth > 1
         """)
         self.run("""
             CREATE TABLE unlike AS
@@ -104,16 +106,15 @@ class Tables:
         """)
         self.run("""
             INSERT INTO left_out
-            SELECT unit, row, 'duplicate product', 'its title and images are those of ' || left(kept, 200)
+            SELECT unit, row, 'duplicate product', 'same title and images as ' || left(kept, 200)
             FROM unlike WHERE copy > 1
         """)
         self.run("CREATE TABLE alias AS SELECT id, kept FROM unlike")
 
     def split(self, fraction: float) -> None:
-        """Products get their side: their file's; where no file says, `fraction` of the title groups is for evaluation.
+        """Assigns each product the split of its file; products of files without a split are for training.
 
-        Nothing is held out where queries or a log are what the evaluation asks with. What has no split of its own is
-        then for training, beside what has.
+        If there are no evaluation products, no evaluation queries and no log, holds out `fraction` of the title groups.
         """
         held_out = self.one("""
             SELECT (SELECT count(*) FROM unlike WHERE copy = 1 AND split = 'val')
@@ -123,7 +124,7 @@ class Tables:
         whole = self.one("SELECT count(*) FROM unlike WHERE copy = 1 AND split = ''")
         side = f"CASE WHEN split = 'val' THEN {VAL} ELSE {TRAIN} END"
         if not held_out:
-            # Files without split are divided; only where there are none, those for training are.
+            # Divides the files without a split, or the training files if there are none.
             divided = "" if whole else "train"
             groups = self.one("SELECT count(DISTINCT lot) FROM unlike WHERE copy = 1 AND split = $split", split=divided)
             count = min(max(1, round(fraction * groups)), groups)
@@ -143,36 +144,36 @@ class Tables:
         """)
 
     def sides(self) -> tuple[int, int]:
-        """Products to train on, and to find."""
+        """Numbers of training products and of held-out products."""
         return self.one(f"SELECT count(*) FILTER (side = {TRAIN}), count(*) FILTER (side = {VAL}) FROM product")
 
-    def place_queries(self) -> None:
-        """Queries that seek a product of their own side get their places; others are left out."""
+    def assign_queries(self) -> None:
+        """Gives an index to each query whose target is in its part of the split; leaves out the others."""
         products = self.one("SELECT count(*) FROM product")
-        to_find = VAL if self.sides()[1] else TRAIN
+        candidates = VAL if self.sides()[1] else TRAIN
         self.run(f"""
-            CREATE TABLE sought AS
+            CREATE TABLE targeted AS
             SELECT named.*, product.index AS positive,
                 CASE WHEN named.split = 'train' THEN {TRAIN_QUERIES} ELSE {VAL_QUERIES} END AS side,
-                product.side = CASE WHEN named.split = 'train' THEN {TRAIN} ELSE {to_find} END AS fits
+                product.side = CASE WHEN named.split = 'train' THEN {TRAIN} ELSE {candidates} END AS fits
             FROM named LEFT JOIN alias ON alias.id = named.target LEFT JOIN product ON product.id = alias.kept
             WHERE part = 'query' AND nth = 1
         """)
         self.run("""
             INSERT INTO left_out
             SELECT unit, row, 'unknown product',
-                'no usable product ' || left(target, 200) || ' on its side of the split'
-            FROM sought WHERE fits IS NOT TRUE
+                'no usable product ' || left(target, 200) || ' in its part of the split'
+            FROM targeted WHERE fits IS NOT TRUE
         """)
         self.run(f"""
             CREATE TABLE query AS
             SELECT row_number() OVER (ORDER BY side, unit, row) - 1 + {products} AS index,
                 id, side, positive, unit, row, size, title, draw, has_text, has_image
-            FROM sought WHERE fits
+            FROM targeted WHERE fits
         """)
 
     def number_titles(self) -> None:
-        """Title groups get numbers: `title_number(title, number)`."""
+        """Numbers the title groups in `title_number(title, number)`."""
         self.run("""
             CREATE TABLE title_number AS
             SELECT title, row_number() OVER (ORDER BY title) - 1 AS number
@@ -180,12 +181,12 @@ class Tables:
         """)
 
     def everything(self) -> str:
-        """A query of all that is written: index, side, unit, row, size, title."""
+        """A subquery of all records that are written: index, side, unit, row, size, title."""
         columns = "index, side, unit, row, size, title"
         return f"(SELECT {columns} FROM product UNION ALL SELECT {columns} FROM query)"
 
     def quarantine(self) -> Iterator[pa.RecordBatch]:
-        """What is left out, in the order of the source: file, number, id, reason, detail."""
+        """Yields the left-out records in source order: file, number, id, reason, detail."""
         return self.batches("""
             WITH every AS (
                 SELECT unit, row, file, number, id, reason, detail FROM read

@@ -1,8 +1,8 @@
-"""TensorFlow Datasets, both ways, without TensorFlow.
+"""Reads and writes TensorFlow Datasets (TFDS), without TensorFlow.
 
-What prepare writes is laid out as TensorFlow Datasets lays out its own, so that
-`tfds.builder_from_directory(DIR).as_data_source("train")` reads it, and with it whatever builds on that. The other way,
-a builder's splits are a source; that needs `pip install -e '.[tfds]'`, the layout needs nothing.
+Writing: prepared data has the layout of TFDS, so `tfds.builder_from_directory(DIR).as_data_source("train")` reads it.
+This needs no further package. Reading: the splits of a TFDS builder are a source; this needs
+`pip install -e '.[tfds]'`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _image() -> dict[str, Any]:
     }
 
 
-def _several(feature: dict[str, Any]) -> dict[str, Any]:
+def _sequence(feature: dict[str, Any]) -> dict[str, Any]:
     return {
         "pythonClassName": f"{_PACKAGE}.sequence_feature.Sequence",
         "sequence": {"feature": feature, "length": "-1"},
@@ -52,26 +52,26 @@ def _named(features: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path, splits: dict[str, Sequence[dict[str, Any]]]) -> None:
-    """Writes FILES beside the shards.
+    """Writes FILES, the metadata of TFDS, beside the shards.
 
     Args:
-        splits: name → its shards, as records.Shard has them.
+        splits: split name → its shards, with the fields of records.Shard.
     """
     features = {
         "id": _text(),
         "title": _text(),
         "description": _text(),
-        "category": _several(_text()),
+        "category": _sequence(_text()),
         "brand": _text(),
-        "attributes": _several(_named({"name": _text(), "value": _text()})),
-        "images": _several(_image()),
-        "enriched_texts": _several(_text()),
-        "expanded_images": _several(_image()),
+        "attributes": _sequence(_named({"name": _text(), "value": _text()})),
+        "images": _sequence(_image()),
+        "enriched_texts": _sequence(_text()),
+        "expanded_images": _sequence(_image()),
     }
     info = {
         "name": records.NAME,
         "version": "1.0.0",
-        "description": "Products as moon-jax prepare wrote them; triplets are in triplets.npy.",
+        "description": "Products written by moon-jax prepare; triplets are in triplets.npy.",
         "fileFormat": "array_record",
         "moduleName": "moon_jax",
         "splits": [
@@ -90,15 +90,16 @@ def write(folder: Path, splits: dict[str, Sequence[dict[str, Any]]]) -> None:
 
 
 def open_source(source: str, columns: ColumnMap) -> files_lib.Source:
-    """The splits of a builder: tfds://name[/config][:version], prepared before as array_record, or its folder.
+    """The splits of a builder, given as tfds://name[/config][:version] or by its folder. The builder must be prepared
+    already, in the format array_record.
 
     Raises:
-        UserError: tensorflow-datasets is not installed, or there is no such builder, or not in that format.
+        UserError: tensorflow-datasets is not installed, or there is no such builder, or it is not prepared like this.
     """
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise UserError(f"--data {source}: wants tensorflow-datasets; pip install -e '.[tfds]'") from None
+        raise UserError(f"--data {source}: needs tensorflow-datasets; pip install -e '.[tfds]'") from None
     try:
         named = source.startswith(files_lib.TFDS)
         name = source.removeprefix(files_lib.TFDS)
@@ -106,11 +107,11 @@ def open_source(source: str, columns: ColumnMap) -> files_lib.Source:
         splits = {name: [Path(path) for path in split.filepaths] for name, split in sorted(builder.info.splits.items())}
         kind = builder.info.file_format
         if not splits or kind is not tfds.core.FileFormat.ARRAY_RECORD:
-            what = f"it is kept as {kind.value}" if splits else "it was not prepared yet"
-            raise ValueError(f"{what}: call its builder's download_and_prepare(file_format='array_record') first")
-    except Exception as error:  # its errors are of many kinds, some of them of many lines
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--data {source}: {told}") from None
+            wrong = f"its format is {kind.value}" if splits else "it is not prepared yet"
+            raise ValueError(f"{wrong}; call its builder's download_and_prepare(file_format='array_record') first")
+    except Exception as error:  # TFDS raises many types, some with several lines
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--data {source}: {reason}") from None
     features, root = builder.info.features, Path(builder.data_path)
     files, lengths = [], {}
     for name, paths in splits.items():
@@ -123,7 +124,7 @@ def open_source(source: str, columns: ColumnMap) -> files_lib.Source:
         try:
             reader = ArrayRecordReader(str(file.path))
             if reader.num_records() != lengths[file.path]:
-                raise EOFError(f"{reader.num_records()} records, of {lengths[file.path]}")
+                raise EOFError(f"{reader.num_records()} of {lengths[file.path]} records")
             for _ in range(reader.num_records()):
                 record = reader.read()
                 yield dict(_plain(features, records.Example.FromString(record).features.feature)), len(record)
@@ -138,7 +139,7 @@ def open_source(source: str, columns: ColumnMap) -> files_lib.Source:
 
 
 def _columns(features: Any, prefix: str = "") -> list[str]:
-    """The names of an example's columns; nested ones are a/b."""
+    """The column names of an example; nested names are written a/b."""
     from tensorflow_datasets.core.features import FeaturesDict
 
     found = []
@@ -149,8 +150,8 @@ def _columns(features: Any, prefix: str = "") -> list[str]:
 
 
 def _plain(features: Any, example: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The columns of an example: text, names of class labels, encoded images; lists where a feature is a sequence. A
-    sequence of dicts of two features is a map.
+    """Yields the columns of an example: text, class names, encoded images, or lists of these if the feature is a
+    sequence. A sequence of dicts with two features becomes a map.
     """
     from tensorflow_datasets.core.features import FeaturesDict, Image, Sequence
 
@@ -159,7 +160,7 @@ def _plain(features: Any, example: Any, prefix: str = "") -> Iterator[tuple[str,
         if isinstance(feature, FeaturesDict):
             yield from _plain(feature, example, f"{key}/")
         elif isinstance(feature, Sequence) and isinstance(feature.feature, FeaturesDict):
-            # Their order is not kept: what is called a value is one.
+            # TFDS does not keep the order of features: the one named value… is the value.
             named = sorted(feature.feature.items(), key=lambda item: (item[0].startswith("value"), item[0]))
             parts = [_values(one, example[f"{key}/{part}"]) for part, one in named]
             if len(parts) == 2:

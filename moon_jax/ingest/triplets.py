@@ -1,30 +1,32 @@
-"""Triplets, from a log where there is one, else from the catalogue alone. SQL over the tables of tables.py.
+"""Builds triplets from a log, or from the catalogue alone if there is no log. SQL over the tables of tables.py.
 
-Without a log they are made, and every number that rests on them says so: a query is the product itself, or a query
-that the catalogue brings (another photo of the product); both are altered when they are read (pipeline.py). The
-negative is another product of the same category.
+Without a log, triplets are constructed, and every result based on them says so. A query is the product itself, or a
+query supplied with the catalogue (another photo of the product); both are altered when they are read (pipeline.py).
+The negative is another product of the same category.
 
-With a log, a query and a product that someone chose after it are a triplet, of weight log2(1 + Σ count · weight of the
-event). The negative is a product that was shown above it, on the same page, and not chosen ("skip above": Joachims,
-KDD 2002); where there is none, one of the same category. A page is the rows of one query and one session; without
-sessions, all rows of a query.
+With a log, a query and a product chosen for it form a triplet with weight log2(1 + Σ count · weight of the event). The
+negative is a product that was shown above the chosen one on the same page and not chosen ("skip above": Joachims, KDD
+2002), or, if there is none, one of the same category. A page is all rows of one query in one session, or all rows of
+one query if the log has no sessions.
 """
 
 from __future__ import annotations
 
 from moon_jax.ingest.tables import TRAIN, TRAIN_QUERIES, VAL, VAL_QUERIES, Tables
 
-DEEPEST = 16
-"""Levels of a category path within which a negative is looked for."""
+MAX_DEPTH = 16
+"""Maximum levels of a category path in the search for a negative."""
 
 
 def from_catalogue(tables: Tables) -> None:
-    """Makes `triplet(query, positive, negative, weight, place)`, one of each training product that is its own query and
-    one of each training query, and `val_pair(query, positive)`.
+    """Creates `triplet(query, positive, negative, weight, sort_key)` and `val_pair(query, positive)`.
+
+    `triplet` has one row for each training product (as its own query) and one for each training query.
     """
     tables.run(f"""
         CREATE TABLE wanted AS
-        SELECT index AS query, index AS positive, draw, 1.0 AS weight, index AS place FROM product WHERE side = {TRAIN}
+        SELECT index AS query, index AS positive, draw, 1.0 AS weight, index AS sort_key
+        FROM product WHERE side = {TRAIN}
         UNION ALL
         SELECT index, positive, draw, 1.0, index FROM query WHERE side = {TRAIN_QUERIES}
     """)
@@ -34,12 +36,13 @@ def from_catalogue(tables: Tables) -> None:
 
 
 def from_log(tables: Tables, fraction: float) -> None:
-    """Makes `triplet`, `val_pair` and the queries of both. The last `fraction` of the choices, by time, is for
-    evaluation; of those without time, as many queries by chance.
+    """Creates `triplet`, `val_pair` and their queries. The last `fraction` of the choices by time is held out for
+    evaluation; choices without a time are held out by a hash of the query, with the same fraction.
 
-    A pair that was chosen before and after stays in training alone; a product must be on its side of the split.
+    A pair chosen both before and after the cut is used for training only. A product must be in the matching part of
+    the split.
     """
-    to_find = VAL if tables.sides()[1] else TRAIN
+    candidates = VAL if tables.sides()[1] else TRAIN
     tables.run("""
         INSERT INTO left_out
         SELECT unit, row, 'unknown product', 'no usable product ' || left(event.product, 200)
@@ -55,30 +58,30 @@ def from_log(tables: Tables, fraction: float) -> None:
     cut = float("inf")
     if chosen > 1:
         cut = tables.one(
-            "SELECT time FROM shown WHERE weight > 0 AND time IS NOT NULL ORDER BY time LIMIT 1 OFFSET $place",
-            place=max(1, min(round((1 - fraction) * chosen), chosen - 1)),
+            "SELECT time FROM shown WHERE weight > 0 AND time IS NOT NULL ORDER BY time LIMIT 1 OFFSET $position",
+            position=max(1, min(round((1 - fraction) * chosen), chosen - 1)),
         )
-    # The query's own hash decides where there is no time.
+    # Without a time, the query's hash decides.
     by_chance = f"('0x' || left(query, 12))::BIGINT < {fraction!r} * 2.0 ** 48"
     late = f"CASE WHEN time IS NULL THEN {by_chance} ELSE time >= $cut END"
     tables.run(f"CREATE TABLE dated AS SELECT *, {late} AS late FROM shown", cut=cut)
-    # Summed as whole millionths: the sum of floats would depend on their order.
+    # Sums integers in millionths: a sum of floats would depend on the order.
     tables.run("""
         CREATE TABLE chosen AS
         SELECT query, positive, late, any_value(side) AS side, min(draw) AS draw,
             log2(1 + sum(round(weight * 1e6)::HUGEINT) / 1e6) AS weight
         FROM dated WHERE weight > 0 GROUP BY query, positive, late
     """)
-    tables.run(f"CREATE TABLE learned AS SELECT * FROM chosen WHERE NOT late AND side = {TRAIN}")
+    tables.run(f"CREATE TABLE training_pair AS SELECT * FROM chosen WHERE NOT late AND side = {TRAIN}")
     tables.run(f"""
-        CREATE TABLE judged AS
-        SELECT * FROM chosen ANTI JOIN learned USING (query, positive) WHERE late AND side = {to_find}
+        CREATE TABLE held_out AS
+        SELECT * FROM chosen ANTI JOIN training_pair USING (query, positive) WHERE late AND side = {candidates}
     """)
     _log_queries(tables)
     tables.run(f"""
         CREATE TABLE wanted AS
-        SELECT query.index AS query, learned.positive, learned.draw, weight, query.index AS place
-        FROM learned JOIN query ON query.id = learned.query AND query.positive < 0
+        SELECT query.index AS query, training_pair.positive, training_pair.draw, weight, query.index AS sort_key
+        FROM training_pair JOIN query ON query.id = training_pair.query AND query.positive < 0
         UNION ALL
         SELECT index, positive, draw, 1.0, index FROM query WHERE side = {TRAIN_QUERIES} AND positive >= 0
     """)
@@ -86,41 +89,42 @@ def from_log(tables: Tables, fraction: float) -> None:
     _with_negatives(tables)
     tables.run(f"""
         CREATE TABLE val_pair AS
-        SELECT query.index AS query, judged.positive
-        FROM judged JOIN query ON query.id = judged.query AND query.positive < 0
+        SELECT query.index AS query, held_out.positive
+        FROM held_out JOIN query ON query.id = held_out.query AND query.positive < 0
         UNION ALL
         SELECT index, positive FROM query WHERE side = {VAL_QUERIES} AND positive >= 0
     """)
 
 
 def _log_queries(tables: Tables) -> None:
-    """Each query that a triplet or the evaluation asks with becomes one record, behind all others."""
-    behind = tables.one("SELECT (SELECT count(*) FROM product) + (SELECT count(*) FROM query)")
+    """Adds each log query of a triplet or of the evaluation as one record, after all others."""
+    first = tables.one("SELECT (SELECT count(*) FROM product) + (SELECT count(*) FROM query)")
     tables.run(f"""
         INSERT INTO query
         WITH used AS (
             SELECT query, min(side) AS side FROM (
-                SELECT query, {TRAIN_QUERIES} AS side FROM learned UNION ALL SELECT query, {VAL_QUERIES} FROM judged
+                SELECT query, {TRAIN_QUERIES} AS side FROM training_pair
+                UNION ALL SELECT query, {VAL_QUERIES} FROM held_out
             ) GROUP BY query
-        ), first AS (
+        ), numbered AS (
             SELECT *, row_number() OVER (PARTITION BY query ORDER BY unit, row) AS nth
             FROM shown SEMI JOIN used USING (query)
         )
-        SELECT row_number() OVER (ORDER BY used.side, unit, row) - 1 + {behind},
+        SELECT row_number() OVER (ORDER BY used.side, unit, row) - 1 + {first},
             query, used.side, -1, unit, row, size, title, draw, has_text, has_image
-        FROM first JOIN used USING (query) WHERE nth = 1
+        FROM numbered JOIN used USING (query) WHERE nth = 1
     """)
 
 
 def _skipped_above(tables: Tables) -> None:
-    """Makes `skipped(query, positive, negative)`: of what was skipped above a choice the lowest, the nearest to it."""
+    """Creates `skipped(query, positive, negative)`: the nearest product that was skipped above each choice."""
     tables.run(f"""
         CREATE TABLE page AS
         SELECT query, session, positive AS item, min(position) AS top, sum(weight) > 0 AS taken,
             min(position) FILTER (weight > 0) AS chosen_at
         FROM dated WHERE NOT late AND side = {TRAIN} AND position IS NOT NULL GROUP BY query, session, positive
     """)
-    # Of those at one position the first in the catalogue's order stands for all.
+    # Of several products at one position, keeps the first in catalogue order.
     tables.run("""
         CREATE TABLE passed AS
         SELECT query, session, top, min(item) AS negative
@@ -129,8 +133,8 @@ def _skipped_above(tables: Tables) -> None:
     """)
     tables.run("CREATE TABLE near (query VARCHAR, session VARCHAR, positive BIGINT, gap INT, negative BIGINT)")
     tables.run("CREATE TABLE seek AS SELECT query, session, item, chosen_at, chosen_at AS below FROM page WHERE taken")
-    # The nearest above; where that has the choice's own title, the next one. (A page may hold thousands: it is not
-    # joined with itself.)
+    # The nearest above; if that has the same title as the choice, the next one. (No self-join: a page may hold
+    # thousands of products.)
     for _ in range(2):
         tables.run("""
             CREATE OR REPLACE TABLE found AS
@@ -156,28 +160,28 @@ def _skipped_above(tables: Tables) -> None:
 
 
 def _with_negatives(tables: Tables) -> None:
-    """Makes `triplet` of `wanted` and `skipped`. A negative that nothing else gives is drawn, uniformly, from the
-    products of another title in the narrowest category of the positive that holds any.
+    """Creates `triplet` from `wanted` and `skipped`. Missing negatives are drawn uniformly from the products with
+    another title in the narrowest category of the positive that has any.
 
-    In a category ordered by title, those of one title follow one another: the draw counts around them.
+    Categories are ordered by title, so products with the positive's title are adjacent and the draw skips them.
     """
     tables.run("CREATE TABLE missing AS SELECT * FROM wanted ANTI JOIN skipped USING (query, positive)")
     tables.run("CREATE TABLE drawn (query BIGINT, positive BIGINT, negative BIGINT)")
     depth = tables.one(f"SELECT coalesce(max(len(categories)), 0) FROM product WHERE side = {TRAIN}")
-    for level in range(min(depth, DEEPEST), -1, -1):
+    for level in range(min(depth, MAX_DEPTH), -1, -1):
         key = f"categories[{level}]" if level else "0::UBIGINT"
         tables.run(f"""
             CREATE OR REPLACE TABLE pool AS
             WITH member AS (
-                SELECT index, {key} AS category, coalesce(title, index::UBIGINT) AS alike, title IS NULL AS bare
+                SELECT index, {key} AS category, coalesce(title, index::UBIGINT) AS title_key, title IS NULL AS untitled
                 FROM product WHERE side = {TRAIN} AND len(categories) >= {level}
             ), placed AS (
-                SELECT *, row_number() OVER (PARTITION BY category ORDER BY bare, alike, index) - 1 AS place,
+                SELECT *, row_number() OVER (PARTITION BY category ORDER BY untitled, title_key, index) - 1 AS slot,
                     count(*) OVER (PARTITION BY category) AS count
                 FROM member
             )
-            SELECT index, category, place, count, min(place) OVER same AS first, count(*) OVER same AS equal
-            FROM placed WINDOW same AS (PARTITION BY category, bare, alike)
+            SELECT index, category, slot, count, min(slot) OVER same AS first, count(*) OVER same AS equal
+            FROM placed WINDOW same AS (PARTITION BY category, untitled, title_key)
         """)
         tables.run("""
             INSERT INTO drawn
@@ -189,10 +193,10 @@ def _with_negatives(tables: Tables) -> None:
             SELECT turn.query, turn.positive, pool.index
             FROM turn JOIN pool
             ON pool.category = turn.category
-            AND pool.place = CASE WHEN number < turn.first THEN number ELSE number + turn.equal END
+            AND pool.slot = CASE WHEN number < turn.first THEN number ELSE number + turn.equal END
         """)
     tables.run("""
         CREATE TABLE triplet AS
-        SELECT wanted.query, wanted.positive, negative, wanted.weight, wanted.place FROM wanted
+        SELECT wanted.query, wanted.positive, negative, wanted.weight, wanted.sort_key FROM wanted
         LEFT JOIN (SELECT * FROM skipped UNION ALL SELECT * FROM drawn) USING (query, positive)
     """)

@@ -1,7 +1,7 @@
-"""The first pass of prepare: a chunk of a source becomes a unit, a Parquet file of its records and what is decided by.
+"""The first pass of prepare: turns a chunk of a source into a unit, a Parquet file of its records and their metadata.
 
-Units are written whole or not at all and depend on nothing but their chunk and the rules, so they are made by any
-number of processes, in any order, and those that stand already are not made again.
+The metadata are what the second pass decides by. Units are written atomically and depend only on their chunk and the
+rules, so any number of processes can write them in any order, and existing units are reused.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from moon_jax.ingest.parse import BadRecord
 from moon_jax.types import Product
 
 JPEG_QUALITY = 95
-"""Of an image that is made smaller; one that is not is kept byte by byte."""
+"""Quality of a downscaled image; other images are stored unchanged, byte by byte."""
 
-AGAIN = ".again"
-"""The suffix of such a mark."""
+RETRY = ".again"
+"""Suffix of the marker file of a unit with images that a retry may obtain."""
 
 LONGEST_DETAIL = 300
-"""Characters of an id or a detail in the quarantine."""
+"""Limit of an id or a detail in the quarantine, in characters."""
 
 _U64 = pa.uint64()
 READ = [
@@ -43,22 +43,22 @@ READ = [
     ("file", pa.string()),
     ("number", pa.int64()),
     ("id", pa.string()),
-    ("reason", pa.string()),  # null for a record that is fine so far
+    ("reason", pa.string()),  # null if the record is valid so far
     ("detail", pa.string()),
 ]
-"""What is known of every record that was read; (unit, row) is its place."""
+"""Columns of every record that was read; (unit, row) identifies it."""
 
 RECORDS = pa.schema(
     [
         *READ,
         ("part", pa.string()),  # product or query
         ("split", pa.string()),  # train, val, or empty
-        ("target", pa.string()),  # the product that a query seeks
-        ("title", _U64),  # number of the title group, null without a title
-        ("lot", _U64),  # decides the side of the split
-        ("draw", _U64),  # decides the negative
-        ("content", pa.binary()),  # equal for equal images and titles
-        ("categories", pa.list_(_U64)),  # number of the path to each level, the broadest first
+        ("target", pa.string()),  # a query's product id
+        ("title", _U64),  # hash of the title group, null without a title
+        ("lot", _U64),  # hash that decides the split
+        ("draw", _U64),  # hash that decides the negative
+        ("content", pa.binary()),  # digest, equal for equal images and title groups
+        ("categories", pa.list_(_U64)),  # hash of the path to each level, the broadest first
         ("has_text", pa.bool_()),
         ("has_image", pa.bool_()),
         ("size", pa.int64()),
@@ -69,7 +69,7 @@ RECORDS = pa.schema(
 EVENTS = pa.schema(
     [
         *READ,
-        ("query", pa.string()),  # key of text and images
+        ("query", pa.string()),  # digest of text and images
         ("product", pa.string()),
         ("weight", pa.float64()),
         ("time", pa.float64()),
@@ -89,39 +89,40 @@ SCHEMAS = {"product": RECORDS, "query": RECORDS, "log": EVENTS}
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What a unit depends on, beside its chunk."""
+    """Everything besides its chunk that a unit depends on."""
 
     columns: columns_lib.ColumnMap
     max_pixels: int
     longest_side: int
-    hosts: tuple[str, ...] = ()  # that URLs may name
-    connections: int = 8  # to one host at a time; changes nothing of the unit
+    hosts: tuple[str, ...] = ()  # allowed in URLs
+    connections: int = 8  # simultaneous ones per host; does not affect the unit
 
 
 def number(*parts: object) -> int:
-    """A number that follows from the parts alone, uniform in u64."""
+    """A hash of the parts, uniform in u64."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 def write(chunk: Chunk, unit: int, rules: Rules, path: Path) -> None:
-    """Makes a unit, and beside it a mark (AGAIN) if images of it could not be had, which another try may have.
+    """Writes a unit, and a marker file (RETRY) beside it if it lacks images that a retry may obtain.
 
-    Of the images no more than readers.CHUNK_BYTES are held, and those of one record.
+    Holds at most readers.CHUNK_BYTES of images, plus those of one record.
     """
-    kind, again = chunk.file.kind, False
+    kind, retry = chunk.file.kind, False
     waiting: collections.deque[tuple[dict[str, Any], Product | None, Any]] = collections.deque()
-    for place, (count, row) in enumerate(readers.rows(chunk)):
-        told = {"unit": unit, "row": place, "file": _writable(chunk.file.name), "number": count, "id": "", "part": kind}
+    for position, (count, row) in enumerate(readers.rows(chunk)):
+        name = _writable(chunk.file.name)
+        fields = {"unit": unit, "row": position, "file": name, "number": count, "id": "", "part": kind}
         product = rest = None
         try:
             if isinstance(row, BadRecord):
                 raise row
             record = rules.columns.apply(kind, row)
-            told["id"] = _identity(record, kind)
-            product, rest = _understood(record, kind, rules)
+            fields["id"] = _identity(record, kind)
+            product, rest = _parsed(record, kind, rules)
         except BadRecord as bad:
-            told |= _why(bad)
-        waiting.append((told, product, rest))
+            fields |= _reason(bad)
+        waiting.append((fields, product, rest))
     images = (image for _, product, _ in waiting if product for image in product.images)
     fetched = _fetched(images, rules)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -129,28 +130,28 @@ def write(chunk: Chunk, unit: int, rules: Rules, path: Path) -> None:
         held: list[dict[str, Any]] = []
         size = 0
         while waiting:
-            told, product, rest = waiting.popleft()
+            fields, product, rest = waiting.popleft()
             if product:
                 try:
-                    told |= _stored(chunk.file, product, rest, fetched, rules)
+                    fields |= _stored(chunk.file, product, rest, fetched, rules)
                 except BadRecord as bad:
-                    told |= _why(bad)
-                    again |= bad.reason == "image not fetched" or isinstance(bad, parse.Missing)
-            held.append(told)
-            size += told.get("size", 0)
+                    fields |= _reason(bad)
+                    retry |= bad.reason == "image not fetched" or isinstance(bad, parse.Missing)
+            held.append(fields)
+            size += fields.get("size", 0)
             if size >= readers.CHUNK_BYTES or not waiting:
-                # A group of rows is also what the third pass holds.
+                # The third pass holds one row group in memory.
                 file.write_table(pa.Table.from_pylist(held, SCHEMAS[kind]))
                 held, size = [], 0
-    if again:
-        path.with_suffix(AGAIN).touch()
+    if retry:
+        path.with_suffix(RETRY).touch()
     temporary.replace(path)
 
 
 def _stored(
     file: File, product: Product, rest: Any, fetched: dict[str, Path | BadRecord], rules: Rules
 ) -> dict[str, Any]:
-    """The columns of a product, query or event, with its images read and verified."""
+    """Reads and verifies the images; returns the columns of the product, query or event."""
     images = [_content(image, file.root, fetched, rules) for image in product.images]
     product = dataclasses.replace(product, images=tuple(written for written, _ in images))
     describe = _event if file.kind == "log" else _record
@@ -158,29 +159,29 @@ def _stored(
 
 
 def _identity(record: dict[str, Any], kind: str) -> str:
-    """The id as far as it can be told, for the quarantine."""
-    told = record.get("query_id" if kind == "query" else "product_id")
-    return "" if told is None else _writable(str(told))
+    """The id as it was read, for the quarantine; empty if it is missing."""
+    identity = record.get("query_id" if kind == "query" else "product_id")
+    return "" if identity is None else _writable(str(identity))
 
 
-def _why(bad: BadRecord) -> dict[str, str]:
+def _reason(bad: BadRecord) -> dict[str, str]:
     return {"reason": bad.reason, "detail": _writable(bad.detail)}
 
 
 def _writable(text: str) -> str:
-    """Text for a listing, whatever a record held: a lone surrogate cannot be written, and a megabyte is not read."""
+    """Text for the quarantine: shortened, and without lone surrogates, which cannot be written."""
     return text[:LONGEST_DETAIL].encode("utf-8", "replace").decode()
 
 
-def _understood(record: dict[str, Any], kind: str, rules: Rules) -> tuple[Product, Any]:
-    """A product or query, and what it seeks (a query) or tells (an event)."""
+def _parsed(record: dict[str, Any], kind: str, rules: Rules) -> tuple[Product, Any]:
+    """A record's Product, and a query's target id, a log row's Event, or "" for a product."""
     if kind == "log":
         event = parse.to_event(record, rules.columns.events)
         return event.query, event
     if kind == "query":
         product, target = parse.to_product(record, "query_id"), parse.label(record.get("product_id"), "product_id")
         if not target:
-            raise BadRecord("unknown product", "product_id, of the product that is sought, is empty")
+            raise BadRecord("unknown product", "the product_id of the query's product is empty")
         return product, target
     return parse.to_product(record), ""
 
@@ -190,9 +191,9 @@ def _fetched(images: Iterable[Any], rules: Rules) -> dict[str, Path | BadRecord]
     if not urls:
         return {}
     if not rules.hosts:
-        told = BadRecord("image not fetched", "a URL; --fetch HOST lets prepare ask that host for images")
-        return dict.fromkeys(urls, told)
-    from moon_jax.ingest import fetch  # an extra
+        refused = BadRecord("image not fetched", "a URL; --fetch HOST allows downloads from that host")
+        return dict.fromkeys(urls, refused)
+    from moon_jax.ingest import fetch  # needs the extra "fetch"
 
     return fetch.fetch(urls, rules.hosts, rules.connections)
 
@@ -200,25 +201,25 @@ def _fetched(images: Iterable[Any], rules: Rules) -> dict[str, Path | BadRecord]
 def _content(
     image: bytes | str, folder: Path, fetched: dict[str, Path | BadRecord], rules: Rules
 ) -> tuple[bytes, bytes]:
-    """An image as it is stored, and the digest of what was read.
+    """An image as it is stored, and the digest of the bytes that were read.
 
     Raises:
         BadRecord: it cannot be read.
     """
-    told = image if isinstance(image, str) else ""
+    name = image if isinstance(image, str) else ""
     if image in fetched:
         image = fetched[image]
         if isinstance(image, BadRecord):
             raise image
     elif isinstance(image, str):
         image = confined(folder, image)
-    content = image if isinstance(image, bytes) else parse.read_file(image, told)
+    content = image if isinstance(image, bytes) else parse.read_file(image, name)
     digest = hashlib.blake2b(content, digest_size=16).digest()
     try:
         picture = decode(content, rules.max_pixels)
         check_shape(picture.height, picture.width)
     except BadImage as error:
-        raise BadRecord("bad image", f"{told}: {error}" if told else str(error)) from None
+        raise BadRecord("bad image", f"{name}: {error}" if name else str(error)) from None
     longest = max(picture.size)
     if longest <= rules.longest_side:
         return content, digest

@@ -1,4 +1,4 @@
-"""Processes that work for prepare and augment: they leave Ctrl-C to the one that started them, and end with it."""
+"""Worker processes of prepare and augment. They ignore Ctrl-C, which the parent handles, and exit with the parent."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from moon_jax.errors import UserError
 
 @contextlib.contextmanager
 def pool(processes: int) -> Iterator[Executor]:
-    """So many processes; of one, a thread of this one. Work that waits is dropped when an exception passes."""
+    """An executor of this many processes, or of a single thread for 1. An exception cancels pending work."""
     if processes == 1:
         executor: Executor = ThreadPoolExecutor(1)
     else:
-        # Not forked from here: threads of libraries would be missing there.
+        # Not forked from this process: a fork would lack the threads of its libraries.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["moon_jax.ingest.prepare"])
-        # Whatever the server forks inherits its mask: Ctrl-C reaches no worker, not even one that is being born. (The
-        # tracker first: as it starts, it lifts the mask.)
-        # A command that fails does not wait for its workers; the tracker, which cleans up, shall not complain of it.
+        # Workers inherit the fork server's signal mask, so Ctrl-C never reaches one, not even during its start. (The
+        # resource tracker starts first, because starting it lifts the mask.)
+        # A command that fails does not wait for its workers; the tracker must not warn about that.
         sys.warnoptions.append("ignore:resource_tracker")
         resource_tracker.ensure_running()
         sys.warnoptions.remove("ignore:resource_tracker")
@@ -40,7 +40,7 @@ def pool(processes: int) -> Iterator[Executor]:
             forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin)
+        executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_initialize)
     with executor:
         try:
             yield executor
@@ -49,21 +49,21 @@ def pool(processes: int) -> Iterator[Executor]:
             raise
 
 
-def _begin() -> None:
-    """What a process does first."""
+def _initialize() -> None:
+    """Initializes a worker process."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.filterwarnings("ignore", module="PIL")
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Where the parent is killed, nobody tells its workers."""
+    """Exits when the parent does: nothing else ends the workers of a killed parent."""
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
 def bounded(calls: Iterable[Callable[[], Future]], most: int) -> Iterator[Any]:
-    """The results of what `calls` submit, in order, of which `most` wait at a time.
+    """Yields the results of the futures that `calls` submit, in order, with at most `most` of them pending.
 
     Raises:
         UserError: a worker was killed.
@@ -80,8 +80,7 @@ def bounded(calls: Iterable[Callable[[], Future]], most: int) -> Iterator[Any]:
             yield waiting.popleft().result()
     except BrokenExecutor:
         raise UserError(
-            "a worker was killed, most likely since memory was short; give fewer --processes, then the same command"
-            " goes on"
+            "a worker was killed, most likely for lack of memory; run the same command with fewer --processes to resume"
         ) from None
     finally:
         for future in waiting:

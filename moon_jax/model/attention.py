@@ -1,4 +1,4 @@
-"""Attention within segments, rotary embeddings, and the norms: what the vision tower and the decoder share."""
+"""The parts shared by the vision tower and the decoder: attention within segments, rotary embeddings, norms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moon_jax import backend, sharding
 from moon_jax.types import Array
 
 LANES = 128
-"""Width of a TPU's vector registers: blocks of its kernels are multiples of it."""
+"""Width of a TPU's vector registers. Block sizes of its kernels are multiples of it."""
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
@@ -26,15 +26,15 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def attention(query: Array, key: Array, value: Array, segment: Array, causal: bool) -> Array:
-    """Softmax attention in which a token sees its own segment, and with `causal` nothing after itself.
+    """Softmax attention within segments; with `causal`, a token does not see later tokens.
 
-    On a TPU by the splash kernel (Pallas), on an NVIDIA GPU in bfloat16 by cuDNN, else by `reference`: the two keep the
-    logits on the chip.
+    Uses the splash kernel (Pallas) on a TPU, cuDNN on an NVIDIA GPU in bfloat16, and `reference` elsewhere. The two
+    kernels keep the logits on the chip.
 
     Args:
         query: [R,S,H,d].
         key, value: [R,S,H/g,d]; each serves g query heads (grouped-query attention).
-        segment: i32[R,S]. Padding sees padding; nothing reads what it computes.
+        segment: i32[R,S]. Padding attends to padding; its output is never read.
 
     Returns:
         [R,S,H,d] in the dtype of `query`; softmax in float32.
@@ -48,22 +48,19 @@ def attention(query: Array, key: Array, value: Array, segment: Array, causal: bo
 
 
 def _mask(segment: Array, causal: bool) -> Array:
-    """Which token sees which. bool[R,S,S]."""
+    """Which query token attends to which key token. bool[R,S,S]."""
     mask = segment[:, :, None] == segment[:, None, :]
     return mask & jnp.tril(jnp.ones((segment.shape[1],) * 2, bool)) if causal else mask
 
 
 def reference(query: Array, key: Array, value: Array, segment: Array, causal: bool) -> Array:
-    """`attention` in plain JAX, which holds all logits."""
-    given = weights(query, key, segment, causal).astype(value.dtype)
-    return jnp.einsum("rghst,rtgd->rsghd", given, value).reshape(query.shape)
+    """`attention` in plain JAX, with all logits in memory."""
+    probabilities = weights(query, key, segment, causal).astype(value.dtype)
+    return jnp.einsum("rghst,rtgd->rsghd", probabilities, value).reshape(query.shape)
 
 
 def weights(query: Array, key: Array, segment: Array, causal: bool) -> Array:
-    """How much each token attends to each other, by groups of heads: f32[R,g,H/g,S,S], rows of sum 1.
-
-    Args: see `attention`.
-    """
+    """The attention weights, by groups of heads: f32[R,g,H/g,S,S], rows of sum 1. Arguments as in `attention`."""
     rows, length, heads, width = query.shape
     groups = key.shape[2]
     query = query.reshape(rows, length, groups, heads // groups, width) * width**-0.5
@@ -73,7 +70,7 @@ def weights(query: Array, key: Array, segment: Array, causal: bool) -> Array:
 
 
 def _on_mesh(local: Callable[..., Array], query: Array, key: Array, value: Array, segment: Array) -> Array:
-    """`local` on each device's rows and heads: the compiler cannot divide a kernel by itself."""
+    """`local` on each device's rows and heads. The compiler cannot partition a kernel by itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
         return local(query, key, value, segment)
@@ -85,7 +82,7 @@ def _on_mesh(local: Callable[..., Array], query: Array, key: Array, value: Array
 
 
 def splash(query: Array, key: Array, value: Array, segment: Array, causal: bool, interpret: bool = False) -> Array:
-    """`attention` by JAX's splash kernel for TPUs. Rows are padded to whole blocks of the kernel."""
+    """`attention` with JAX's splash kernel for TPUs. Rows are padded to whole blocks of the kernel."""
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     _, length, heads, width = query.shape
@@ -111,13 +108,13 @@ def splash(query: Array, key: Array, value: Array, segment: Array, causal: bool,
 
     query = padded(query * width**-0.5).reshape(-1, whole, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     key, value = (padded(x).transpose(0, 2, 1, 3) for x in (key, value))
-    segment = jnp.pad(segment, ((0, 0), (0, whole - length)), constant_values=-2)  # a segment of nobody
+    segment = jnp.pad(segment, ((0, 0), (0, whole - length)), constant_values=-2)  # an unused segment
     y = jax.vmap(by_row)(query, key, value, segment)  # [R,g,H/g,S,d]
     return y.transpose(0, 3, 1, 2, 4).reshape(-1, whole, heads, width)[:, :length]
 
 
 def cudnn(query: Array, key: Array, value: Array, segment: Array, causal: bool) -> Array:
-    """`attention` by cuDNN's kernel, in bfloat16. Its backward pass wants rows of an even length."""
+    """`attention` with cuDNN's kernel, in bfloat16. Its backward pass needs an even row length."""
     odd = query.shape[1] % 2
     query, key, value = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (query, key, value))
     mask = _mask(jnp.pad(segment, ((0, 0), (0, odd)), constant_values=-2), causal)[:, None]
@@ -126,11 +123,11 @@ def cudnn(query: Array, key: Array, value: Array, segment: Array, causal: bool) 
 
 
 KEPT = "kept"
-"""The name under which a layer's results are told to `remat`'s selection, which keeps them for the backward pass."""
+"""The checkpoint name of results that selective rematerialization keeps for the backward pass."""
 
 
 def rematerialized(module: type[nn.Module], remat: str) -> type[nn.Module]:
-    """A layer that computes anew in its backward pass what `training.remat` says."""
+    """`module` with rematerialization: its backward pass recomputes activations as `training.remat` says."""
     if remat == "none":
         return module
     policies = jax.checkpoint_policies
@@ -141,7 +138,7 @@ def rematerialized(module: type[nn.Module], remat: str) -> type[nn.Module]:
 
 
 def partitioned(names: tuple[str | None, ...], initializer: nn.initializers.Initializer):
-    """An initializer whose parameter carries the logical names of its axes (sharding.py)."""
+    """An initializer that attaches the logical names of the axes to its parameter (sharding.py)."""
     return nn.with_logical_partitioning(initializer, names)
 
 

@@ -1,8 +1,8 @@
 """The network: rows in, one unit vector per view out.
 
-Visual tokens stand where the row says, the decoder runs over the row, and each view's embedding is the mean of the
-last hidden states over its span (or, as Qwen3-VL-Embedding has it, that of the span's last token), brought to unit
-length.
+Visual tokens are inserted at the positions that the row gives, and the decoder runs over the row. A view's embedding
+is the mean of the last hidden states over its span (or, as in Qwen3-VL-Embedding, the state of the span's last token),
+scaled to unit length.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from moon_jax.types import Array, EncoderOutput, Rows
 
 
 def span_mask(rows: Rows) -> Array:
-    """The tokens of each span; none for an absent view. f32[R,G,S]."""
-    place = jnp.arange(rows.tokens.shape[1])
-    inside = (place >= rows.span[..., :1]) & (place < rows.span[..., 1:])
+    """1 for the tokens of each span; all 0 for an absent view. f32[R,G,S]."""
+    position = jnp.arange(rows.tokens.shape[1])
+    inside = (position >= rows.span[..., :1]) & (position < rows.span[..., 1:])
     return (inside & (rows.view > 0)[..., None]).astype(jnp.float32)
 
 
 def last_token_mask(rows: Rows) -> Array:
-    """The last token of each span; none for an absent view. f32[R,G,S]."""
+    """1 for the last token of each span; all 0 for an absent view. f32[R,G,S]."""
     last = jnp.arange(rows.tokens.shape[1]) == rows.span[..., 1:] - 1
     return (last & (rows.view > 0)[..., None]).astype(jnp.float32)
 
@@ -43,21 +43,21 @@ def pool_mean(hidden: Array, mask: Array) -> Array:
         f32[R,G,D].
     """
     total = jnp.einsum("rgs,rsd->rgd", mask, hidden.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    # The length of the sum cancels the count. Below the floor only an empty span can fall.
+    # Normalising the sum makes the division by the count unnecessary. Only an empty span is below the floor.
     square = jnp.sum(total * total, axis=-1, keepdims=True)
     return total * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
 def composition(rows: Rows) -> Array:
-    """The view that each token's segment makes up, 1 to 3 as in `Rows.view`; 0 for padding. i32[R,S].
+    """The view that each token's segment forms, 1 to 3 as in `Rows.view`; 0 for padding. i32[R,S].
 
-    Of a segment that holds two views, [images then text], it is the one that is all of it.
+    A segment [images then text] holds two views; its tokens get the one that spans all of it.
     """
     return (span_mask(rows) * rows.view[..., None]).max(axis=1).astype(jnp.int32)
 
 
 class Encoder(nn.Module):
-    """Rows → EncoderOutput. Only in `training` are layers recomputed, and may experts drop tokens."""
+    """Rows → EncoderOutput. Layers are rematerialized, and experts may drop tokens, only in `training`."""
 
     config: config_lib.Config
     training: bool = False
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
             tower = VisionTower(c.vision, c.language.width, dtype, param_dtype, remat, name="vision")
             merged, deepstack = tower(rows)
             x = jnp.where(rows.visual[..., None] >= 0, place_visual(merged, rows.visual), x)
-        else:  # rows of texts only: the tower is left out of the program
+        else:  # text only: the tower is not part of the program
             deepstack = jnp.zeros((0, rows.tokens.shape[0], 0, c.language.width), dtype)
         mask = span_mask(rows)
         decoder = Decoder(c, self.training, name="decoder")
@@ -94,5 +94,5 @@ class Encoder(nn.Module):
 
 
 def initialize(config: config_lib.Config, rng: jax.Array, rows: Rows) -> dict:
-    """Encoder parameters with their partitioning boxes; run it under `jax.eval_shape` or `jit`."""
+    """Encoder parameters with their partitioning boxes. Run it under `jax.eval_shape` or `jit`."""
     return Encoder(config).init(rng, rows)["params"]

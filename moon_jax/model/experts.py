@@ -1,15 +1,15 @@
-"""Strategies that move tokens to SwiGLU experts and back, behind one signature:
+"""Strategies that move tokens to SwiGLU experts and back, with one signature:
 
     (hidden [T,D], gate f32[T,E], index i32[T,K], keep bool[T,K], gate_up [E,2,D,F], down [E,F,D], capacity) → [T,D]
 
-`gate` is G̃; `keep` says which routes count, in a shard of tokens at most `capacity` for each expert. Both are the
-router's to decide. Each strategy agrees with `dense` in values and gradients.
+`gate` is G̃. `keep` marks the routes that count: per shard of tokens at most `capacity` for each expert. The router
+decides both. Every strategy agrees with `dense` in values and gradients.
 
-- `dense`: every expert computes every token. The oracle; E/K times the cost.
-- `grouped`: routes are sorted by expert, and each expert multiplies its own: the cost of the routed tokens. On a mesh
-  tokens stay where they are, and a layer's experts are gathered to them from the axes `expert` and `fsdp`.
-- `expert_parallel`: experts stay where they are. Each device sends its tokens to the devices of the axis `expert` whose
-  experts they chose, and gets the results back: two all-to-all of static buffers, `capacity` rows for each expert.
+- `dense`: every expert computes every token. The reference; E/K times the cost.
+- `grouped`: routes are sorted by expert, and each expert computes its own rows: the cost of the routed tokens. On a
+  mesh the tokens stay on their devices, and a layer's experts are gathered from the axes `expert` and `fsdp`.
+- `expert_parallel`: experts stay on their devices. Each device sends its tokens to the devices of the axis `expert`
+  that hold the chosen experts and gets results back: two all-to-alls of static buffers with `capacity` rows per expert.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moon_jax.types import Array
 
 
 def dense(hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array, capacity: int) -> Array:
-    """Every expert on every token, weighed by G̃: the oracle."""
+    """Every expert on every token, weighted by G̃: the reference."""
     del capacity
     kept = (jax.nn.one_hot(index, gate.shape[1]) * keep[..., None]).sum(axis=1)
     gate = (gate * kept).astype(hidden.dtype)
@@ -38,35 +38,35 @@ def dense(hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array,
 
 
 def sort_routes(index: Array, keep: Array, experts: int) -> tuple[Array, Array, Array]:
-    """Where each route stands when they are sorted by expert, those not kept left out.
+    """Sorts the kept routes by expert.
 
     Args:
         index, keep: [T,K]. Route t·K + k is token t's k-th.
 
     Returns:
-        place: i32[T·K], of each route among the sorted; T·K for one left out.
-        order: i32[T·K], the route at each place; T·K behind the last.
+        position: i32[T·K], the sorted position of each route; T·K if it is not kept.
+        order: i32[T·K], the route at each sorted position; T·K after the last one.
         sizes: i32[E], routes of each expert.
     """
     routes = index.size
     expert = jnp.where(keep, index, experts).reshape(-1)
     number = jnp.arange(routes, dtype=jnp.int32)
-    # lax.sort, not argsort: inside shard_map argsort's result counts as replicated, and gradients go wrong.
+    # lax.sort, not argsort: inside shard_map argsort's result counts as replicated, which makes gradients wrong.
     expert, order = jax.lax.sort((expert, number), num_keys=1)
-    place = jax.lax.sort((order, number), num_keys=1)[1]
+    position = jax.lax.sort((order, number), num_keys=1)[1]
     sizes = (expert[:, None] == jnp.arange(experts)).sum(axis=0, dtype=jnp.int32)
     kept = sizes.sum()
-    return jnp.where(place < kept, place, routes), jnp.where(number < kept, order, routes), sizes
+    return jnp.where(position < kept, position, routes), jnp.where(number < kept, order, routes), sizes
 
 
 @jax.custom_vjp
 def permute(x: Array, source: Array, target: Array) -> Array:
-    """Row s of the result is x[source[s]], or zero where there is no such row.
+    """Row m of the result is x[source[m]], or zero if there is no such row.
 
     Args:
         x: [N,D].
         source: i32[M].
-        target: i32[N], the inverse: row n of x goes to target[n]. Both ways it is a gather, never a scatter.
+        target: i32[N], the inverse: row n of x goes to target[n]. With it the backward pass is a gather, not a scatter.
     """
     del target
     return jnp.take(x, source, axis=0, mode="fill", fill_value=0)
@@ -84,7 +84,7 @@ permute.defvjp(_permute_forward, _permute_backward)
 
 
 def _routed(hidden: Array, per_token: int) -> Array:
-    """A row for each route. [T,D] → [T·K,D]."""
+    """One row per route. [T,D] → [T·K,D]."""
     return jnp.broadcast_to(hidden[:, None], (hidden.shape[0], per_token, hidden.shape[1])).reshape(-1, hidden.shape[1])
 
 
@@ -95,10 +95,10 @@ def _combined(y: Array, gate: Array, index: Array) -> Array:
 
 
 def _grouped(hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array) -> Array:
-    """`grouped` on one device, which holds every expert that its tokens may choose."""
-    place, order, sizes = sort_routes(index, keep, gate_up.shape[0])
-    y = grouped_matmul.swiglu(permute(_routed(hidden, index.shape[1]), order, place), gate_up, down, sizes)
-    return _combined(permute(y, place, order), gate, index)
+    """`grouped` on one device that holds all experts."""
+    position, order, sizes = sort_routes(index, keep, gate_up.shape[0])
+    y = grouped_matmul.swiglu(permute(_routed(hidden, index.shape[1]), order, position), gate_up, down, sizes)
+    return _combined(permute(y, position, order), gate, index)
 
 
 def _expert_parallel(
@@ -106,35 +106,35 @@ def _expert_parallel(
 ) -> Array:
     """`expert_parallel` on one device of the axis `expert`, which holds its share of the experts."""
     experts, width = gate.shape[1], hidden.shape[1]
-    place, order, sizes = sort_routes(index, keep, experts)
-    routes = place.size
+    position, order, sizes = sort_routes(index, keep, experts)
+    routes = position.size
     start = jnp.cumsum(sizes) - sizes
-    # From the sorted routes to slots, C for each expert.
+    # From sorted routes to slots, C per expert.
     rank = jnp.arange(capacity)
     at = start[:, None] + rank
     order = jnp.where(rank < sizes[:, None], jnp.take(order, at, mode="fill", fill_value=routes), routes).reshape(-1)
-    rank = place - start[index.reshape(-1)]
-    place = jnp.where((place < routes) & (rank < capacity), index.reshape(-1) * capacity + rank, order.size)
+    rank = position - start[index.reshape(-1)]
+    position = jnp.where((position < routes) & (rank < capacity), index.reshape(-1) * capacity + rank, order.size)
 
-    slots = permute(_routed(hidden, index.shape[1]), order, place).reshape(experts, capacity, width)
+    slots = permute(_routed(hidden, index.shape[1]), order, position).reshape(experts, capacity, width)
     slots = jax.lax.all_to_all(slots, "expert", split_axis=0, concat_axis=1, tiled=True)  # [E/n, n·C, D]
     slots = checkpoint_name(slots, KEPT)
     first, up = checkpoint_name(jnp.einsum("ecd,egdf->gecf", slots, gate_up), KEPT)
     y = jnp.einsum("ecf,efd->ecd", jax.nn.silu(first) * up, down)
     y = jax.lax.all_to_all(y, "expert", split_axis=1, concat_axis=0, tiled=True)  # [E, C, D]
     y = checkpoint_name(y, KEPT)
-    return _combined(permute(y.reshape(-1, width), place, order), gate, index)
+    return _combined(permute(y.reshape(-1, width), position, order), gate, index)
 
 
 def capacity_of(tokens: int, per_token: int, experts: int, factor: float) -> int:
-    """C, the tokens that a shard of so many may send to one expert: `factor` times the even share; all for factor 0."""
+    """C, how many of a shard's `tokens` one expert may take: `factor` times the even share; all for factor 0."""
     if not factor:
         return tokens
     return min(tokens, -(-int(-(-factor * tokens * per_token // experts)) // 8) * 8)
 
 
 def _on_mesh(local: Callable[..., Array], gathered: tuple[str, ...], *arrays: Array) -> Array:
-    """`local` on each device's tokens, with matrices gathered from the axes `gathered`; `tensor` divides F."""
+    """`local` on each device's tokens, with the matrices gathered from the axes `gathered`. `tensor` splits F."""
     mesh = jax.sharding.get_abstract_mesh()
     rows, held = sharding.ROWS, "expert"
 
@@ -143,7 +143,7 @@ def _on_mesh(local: Callable[..., Array], gathered: tuple[str, ...], *arrays: Ar
             gate_up = jax.lax.all_gather(gate_up, axis, axis=0 if axis == held else 2, tiled=True)
             down = jax.lax.all_gather(down, axis, axis=0 if axis == held else 2, tiled=True)
         y = local(hidden, gate, index, keep, gate_up, down)
-        # Each device has summed over its part of F; each keeps its part of D.
+        # Each device has summed over its part of F, and keeps its part of D.
         return jax.lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True)
 
     tokens = PartitionSpec(rows)
@@ -152,12 +152,12 @@ def _on_mesh(local: Callable[..., Array], gathered: tuple[str, ...], *arrays: Ar
         mesh=mesh,
         in_specs=(tokens,) * 4 + (PartitionSpec(held, None, "fsdp", "tensor"), PartitionSpec(held, "tensor", "fsdp")),
         out_specs=PartitionSpec(rows, "tensor"),
-        check_vma=False,  # kernels in Pallas do not say over which axes their results vary
+        check_vma=False,  # Pallas kernels do not declare over which axes their results vary
     )(*arrays)
 
 
 def grouped(hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array, capacity: int) -> Array:
-    """Tokens stay, experts are gathered; dropless at the cost of the routed tokens."""
+    """Tokens stay and experts are gathered. Dropless, at the cost of the routed tokens."""
     del capacity
     arrays = (hidden, gate, index, keep, gate_up, down)
     if jax.sharding.get_abstract_mesh().size <= 1:
@@ -168,7 +168,7 @@ def grouped(hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Arra
 def expert_parallel(
     hidden: Array, gate: Array, index: Array, keep: Array, gate_up: Array, down: Array, capacity: int
 ) -> Array:
-    """Experts stay, tokens travel.
+    """Experts stay and tokens are exchanged.
 
     Raises:
         ValueError: no mesh is set.

@@ -1,12 +1,11 @@
-"""A bank of SwiGLU experts over rows that are sorted by expert: the grouped matmul, chosen per backend.
+"""Grouped matmul: SwiGLU experts over rows sorted by expert, with one implementation per backend.
 
-Rows past the last group are nobody's: what comes back there may be anything, and what is passed back there is not read.
+Rows after the last group belong to no expert: their outputs are undefined, and their cotangents are ignored.
 
-- TPU: JAX's Pallas kernels of MegaBlox (arXiv 2211.15841). `jax.lax.ragged_dot` there has a kernel for the product, but
-  XLA computes the gradient of the matrices from every row for every expert (libtpu 0.0.42).
-- GPU: tokamax's Triton kernel of the same meaning (XLA's own would multiply every row with every expert).
-- CPU, and whatever else: loops over blocks of each expert's rows, as many as it has. `ragged_dot` there would multiply
-  every row with every expert.
+- TPU: JAX's Pallas kernels of MegaBlox (arXiv 2211.15841). `jax.lax.ragged_dot` has a kernel for the forward matmul
+  there, but XLA computes the gradient of the matrices from every row for every expert (libtpu 0.0.42).
+- GPU: tokamax's Triton kernel for the same operation. XLA's own would multiply every row with every expert.
+- CPU and others: a loop over blocks of each expert's rows. `ragged_dot` would multiply every row with every expert.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ from moon_jax.model.attention import KEPT
 from moon_jax.types import Array
 
 INTERPRET = False
-"""Whether the TPU's kernels run in Pallas's interpreter, as in tests they must."""
+"""Whether the TPU kernels run in Pallas's interpreter, for tests on a CPU."""
 
 BLOCK = 256
-"""Rows that the loops multiply at once, at most; an expert's last block is half empty on average."""
+"""Maximum rows per step of the loops. An expert's last block is half empty on average."""
 
 
 def swiglu(x: Array, gate_up: Array, down: Array, sizes: Array) -> Array:
-    """silu(x·gate_e) ⊙ (x·up_e) · down_e, where e is the expert whose group a row lies in.
+    """silu(x·gate_e) ⊙ (x·up_e) · down_e for each row, with e the expert of the row's group.
 
     Args:
-        x: [M,D], groups one after the other.
+        x: [M,D], sorted by group.
         gate_up: [E,2,D,F].
         down: [E,F,D].
-        sizes: i32[E], rows of each group; they add up to at most M.
+        sizes: i32[E], rows of each group; their sum is at most M.
 
     Returns:
         [M,D].
@@ -54,18 +53,18 @@ def swiglu(x: Array, gate_up: Array, down: Array, sizes: Array) -> Array:
 
 
 TILE = 128
-"""Rows that the TPU's kernels multiply at once."""
+"""Rows per tile of the TPU kernels."""
 
 
 def _tiling(rows: int, inner: int, columns: int) -> tuple[int, int, int]:
-    """The whole inner axis, so that a tile of a matrix is read once for all rows of its expert; about 4 MB of it."""
+    """The whole inner axis, so that a tile of a matrix (about 4 MB) is read once for all rows of its expert."""
     del rows
     return TILE, inner, min(columns, max(128, 2**21 // inner // 128 * 128))
 
 
 @jax.custom_vjp
 def _megablox(x: Array, matrices: Array, sizes: Array) -> Array:
-    """Rows [M,·] with their groups' matrices [E,·,·]; M is a multiple of TILE."""
+    """Rows [M,·] times their groups' matrices [E,·,·]; M is a multiple of TILE."""
     return gmm(x, matrices, sizes, x.dtype, _tiling, interpret=INTERPRET)
 
 
@@ -89,13 +88,13 @@ def _tokamax() -> Callable[..., Array]:
         import tokamax
     except ImportError:
         raise UserError(
-            "config.experts.dispatch: on a GPU the grouped matmul is tokamax's; pip install -e '.[cuda]'"
+            "config.experts.dispatch: on a GPU the grouped matmul needs tokamax; pip install -e '.[cuda]'"
         ) from None
     return lambda x, matrices, sizes: tokamax.ragged_dot(x, matrices, sizes, implementation="triton")
 
 
 def ragged(x: Array, gate_up: Array, down: Array, sizes: Array, dot: Callable[..., Array]) -> Array:
-    """The bank by a product of all rows with their groups' matrices, `dot` (rows [M,·], matrices [E,·,·], sizes)."""
+    """`swiglu` by a grouped matmul `dot`: (rows [M,·], matrices [E,·,·], sizes) → [M,·]."""
     x = checkpoint_name(x, KEPT)
     gate, up = (checkpoint_name(dot(x, gate_up[:, half], sizes), KEPT) for half in (0, 1))
     return checkpoint_name(dot(_activate(gate, up), down, sizes), KEPT)
@@ -106,7 +105,7 @@ def _activate(gate: Array, up: Array) -> Array:
 
 
 def _block(rows: int, experts: int) -> int:
-    """Rows of a block: an expert's even share, in eights, up to BLOCK."""
+    """Rows per block: an expert's even share, rounded up to a multiple of 8, at most BLOCK."""
     return min(BLOCK, -(-rows // experts // 8) * 8)
 
 
@@ -126,11 +125,11 @@ def _looped(x: Array, gate_up: Array, down: Array, sizes: Array) -> Array:
 
 
 def _looped_forward(x: Array, gate_up: Array, down: Array, sizes: Array) -> tuple[Array, tuple[Array, ...]]:
-    # A block that reaches into the next group writes there what that group, later, overwrites.
+    # A block may reach into the next group; that group overwrites those rows later.
     rows, inner = x.shape[0], down.shape[1]
     block = _block(rows, down.shape[0])
     stop = jnp.cumsum(sizes)
-    x = jnp.pad(x, ((0, block), (0, 0)))  # room for the last block
+    x = jnp.pad(x, ((0, block), (0, 0)))  # the last block may reach past the end
 
     def expert(carry, part):
         (gate_matrix, up_matrix), down_matrix, start, stop = part
@@ -162,16 +161,16 @@ def _looped_backward(kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, 
 
     def expert(dx, part):
         (gate_matrix, up_matrix), down_matrix, start, stop = part
-        gate_turned, up_turned, down_turned = gate_matrix.T, up_matrix.T, down_matrix.T
+        gate_transposed, up_transposed, down_transposed = gate_matrix.T, up_matrix.T, down_matrix.T
 
         def body(at, carry):
             dx, dgate, dup, ddown = carry
             arrays = (x, cotangent, gate, up)
             mine, dy, gated, upped = (jax.lax.dynamic_slice_in_dim(array, at, block) for array in arrays)
-            dy = jnp.where((at + jnp.arange(block) < stop)[:, None], dy, 0)  # the next group's rows are not mine
+            dy = jnp.where((at + jnp.arange(block) < stop)[:, None], dy, 0)  # mask the next group's rows
             activated, pull = jax.vjp(_activate, gated, upped)
-            dgated, dupped = pull(dy @ down_turned)
-            dx = _put(dx, dgated @ gate_turned + dupped @ up_turned, at)
+            dgated, dupped = pull(dy @ down_transposed)
+            dx = _put(dx, dgated @ gate_transposed + dupped @ up_transposed, at)
             return dx, dgate + outer(mine, dgated), dup + outer(mine, dupped), ddown + outer(activated, dy)
 
         zeros = [jnp.zeros(matrix.shape, jnp.float32) for matrix in (gate_matrix, up_matrix, down_matrix)]

@@ -1,8 +1,8 @@
 """Qwen3-VL's decoder: grouped-query attention with QK-norm and interleaved M-RoPE, SwiGLU, and the paper's
 modality-driven mixture of experts in the feed-forward of configured layers.
 
-Layers come in equal periods (`config.period`), in which the same layers hold experts; periods are stacked and
-scanned. Weights and layout are those of `qwen3_vl` and `qwen3_vl_moe` checkpoints.
+Layers form equal periods (`config.period`) with experts at the same positions; periods are stacked and scanned.
+Weights and layout are those of `qwen3_vl` and `qwen3_vl_moe` checkpoints.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moon_jax.types import VIEWS, Array
 
 
 def rotary_angles(position: Array, config: config_lib.Language) -> Array:
-    """Angles of interleaved M-RoPE: frequencies go to time, row, column in turn, by `rope_sections`.
+    """Angles of interleaved M-RoPE: frequencies alternate between time, row and column, up to `rope_sections`.
 
     Args:
         position: i32[R,S,3].
@@ -31,14 +31,14 @@ def rotary_angles(position: Array, config: config_lib.Language) -> Array:
     """
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    # Frequency f belongs to axis f mod 3 as far as that axis's section reaches, beyond it to time.
+    # Frequency f belongs to axis f mod 3 within that axis's section, and to time beyond it.
     axis = [f % 3 if f % 3 and f < 3 * config.rope_sections[f % 3] else 0 for f in range(half)]
     return position[..., jnp.array(axis)].astype(jnp.float32) * frequencies
 
 
 @struct.dataclass
 class RouterSums:
-    """Of one layer of experts, summed over tokens (types.EncoderOutput)."""
+    """The router quantities of one layer, summed over tokens (types.EncoderOutput)."""
 
     gate: Array  # f32[R,G,E]
     load: Array  # f32[E]
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         k = RMSNorm(c.norm_eps, self.param_dtype, name="k_norm")(project("k_proj", c.kv_heads))
         v = project("v_proj", c.kv_heads)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # What evaluation/heatmap.py asks for; else nothing is kept.
+        # For evaluation/heatmap.py; nothing is stored unless intermediates are requested.
         self.sow("intermediates", "query_key", (q, k))
         y = attention(q, k, v, segment, causal=True)
         y = y.reshape(*x.shape[:2], c.heads * c.head_dim)
@@ -93,8 +93,8 @@ class FeedForward(nn.Module):
 class MixtureOfExperts(nn.Module):
     """The modality-driven mixture of experts. [R,S,D] → [R,S,D] and the router's sums.
 
-    `pool` f32[R,G,S] marks the tokens of each span, `composition` i32[R,S] says of which view a token is (1 to 3), 0
-    for padding. Only in `training` may experts drop tokens.
+    `pool` f32[R,G,S] marks the tokens of each span. `composition` i32[R,S] is the view that a token's segment forms
+    (1 to 3), or 0 for padding. Experts may drop tokens only in `training`.
     """
 
     config: config_lib.Experts
@@ -126,16 +126,16 @@ class MixtureOfExperts(nn.Module):
         valid = composition > 0
         routing = router_lib.route(tokens, router, c.per_token, term)
 
-        travels = c.dispatch == "expert_parallel"
-        shards = sharding.shards() if travels else 1
+        exchanged = c.dispatch == "expert_parallel"
+        shards = sharding.shards() if exchanged else 1
         capacity = experts_lib.capacity_of(
-            tokens.shape[0] // shards, c.per_token, c.count, c.capacity if travels and self.training else 0.0
+            tokens.shape[0] // shards, c.per_token, c.count, c.capacity if exchanged and self.training else 0.0
         )
         keep = router_lib.keep_strongest(routing, valid, capacity, shards)
-        # Without a capacity the buffers of expert_parallel are E/K times too large; nothing else is lost by `grouped`.
-        strategy = "grouped" if travels and not self.training else c.dispatch
+        # Without a capacity, expert_parallel's buffers would be E/K times too large; `grouped` gives the same result.
+        strategy = "grouped" if exchanged and not self.training else c.dispatch
         y = tokens
-        if not self.is_initializing():  # when only shapes are asked for, rows need not divide over the mesh
+        if not self.is_initializing():  # initialization needs shapes only, and its rows may not divide over the mesh
             matrices = gate_up.astype(self.dtype), down.astype(self.dtype)
             y = experts_lib.STRATEGIES[strategy](tokens, routing.gate, routing.index, keep, *matrices, capacity)
         counted = valid[:, None].astype(jnp.float32)
@@ -182,7 +182,7 @@ class Layer(nn.Module):
 
 
 class Period(nn.Module):
-    """A period of layers, the unit that is scanned. DeepStack features join on the way."""
+    """A period of layers, the unit of the scan. Adds the DeepStack features to the first layers."""
 
     config: config_lib.Config
     training: bool
@@ -203,11 +203,11 @@ class Period(nn.Module):
         c = self.config
         layer = rematerialized(Layer, c.training.remat if self.training else "none")
         period, found = config_lib.period(c), []
-        for place, sparse in enumerate(config_lib.sparse_layers(c)[:period]):
-            x, sums = layer(c, sparse, self.training, name=f"layer_{place}")(x, segment, cos, sin, pool, composition)
+        for position, sparse in enumerate(config_lib.sparse_layers(c)[:period]):
+            x, sums = layer(c, sparse, self.training, name=f"layer_{position}")(x, segment, cos, sin, pool, composition)
             found += [sums] if sparse else []
             if deepstack.shape[0]:
-                number = index * period + place
+                number = index * period + position
                 x = jax.lax.cond(number < deepstack.shape[0], _add_deepstack, _keep, x, number, visual, deepstack)
         return x, jax.tree.map(lambda *layers: jnp.stack(layers), *found) if found else None
 
@@ -223,7 +223,7 @@ def _keep(x: Array, number: Array, visual: Array, deepstack: Array) -> Array:
 
 
 def place_visual(features: Array, visual: Array) -> Array:
-    """Visual tokens to where they stand in the row, zero elsewhere. [R,V,D], i32[R,S] → [R,S,D]."""
+    """Visual tokens at their positions in the row, zero elsewhere. [R,V,D], i32[R,S] → [R,S,D]."""
     placed = jnp.take_along_axis(features, jnp.maximum(visual, 0)[..., None], axis=1)
     return jnp.where(visual[..., None] >= 0, placed, 0)
 

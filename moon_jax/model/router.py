@@ -1,9 +1,9 @@
-"""The router decides which experts a token goes to; experts.py moves and computes (house rule: three things).
+"""The router chooses each token's experts; experts.py moves the tokens and computes.
 
 G = softmax(W_g h + term),  G̃ = the K largest, renormalised to sum 1,  y = Σ_e G̃_e f_e(h)
 
-The term is ours, an option: the paper's router sees h alone. It depends on the token's *composition*, the view that
-its segment makes up. `hard` leaves each composition experts of its own (−inf for the others); `learned` is trained.
+The term is our option: the paper's router sees h alone. It depends on the token's *composition*, the view that its
+segment forms. `hard` reserves experts for each composition (−inf for all others); `learned` is trained.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moon_jax.types import VIEWS, Array
 
 @struct.dataclass
 class Routing:
-    """What the router says of each token, in float32."""
+    """The router's result for each token, in float32."""
 
     gate: Array  # f32[T,E]: G̃, zero for experts not chosen
     index: Array  # i32[T,K]: chosen experts, the strongest first
@@ -27,7 +27,7 @@ class Routing:
 
 
 def hard_term(experts: int) -> np.ndarray:
-    """−inf where a composition may not use an expert, else 0; f32[3,E]. Expert e serves view e mod 3."""
+    """f32[3,E]: 0 if the composition may use the expert, else −inf. Expert e serves view e mod 3."""
     own = np.arange(experts) % len(VIEWS) == np.arange(len(VIEWS))[:, None]
     return np.where(own, 0.0, -np.inf).astype(np.float32)
 
@@ -38,7 +38,7 @@ def route(hidden: Array, kernel: Array, per_token: int, term: Array | None = Non
     Args:
         hidden: [T,D].
         kernel: W_g, [D,E].
-        per_token: K ≤ E, and ≤ the experts that the term leaves a token.
+        per_token: K; at most E, and at most the number of experts that the term allows a token.
         term: f32[T,E], added to the logits.
     """
     logits = jnp.einsum(
@@ -46,7 +46,7 @@ def route(hidden: Array, kernel: Array, per_token: int, term: Array | None = Non
     )
     logits = logits if term is None else logits + term
     prob = jax.nn.softmax(logits, axis=-1)
-    # The logits, not G, are ranked: where G underflows to 0, a forbidden expert would tie with one that is not.
+    # Rank the logits, not G: if G underflows to 0, a forbidden expert would tie with an allowed one.
     _, index = jax.lax.top_k(logits, per_token)
     chosen = jax.nn.one_hot(index, prob.shape[-1], dtype=jnp.float32).sum(axis=1)
     gate = prob * chosen
@@ -55,23 +55,23 @@ def route(hidden: Array, kernel: Array, per_token: int, term: Array | None = Non
 
 
 def keep_strongest(routing: Routing, valid: Array, capacity: int, shards: int) -> Array:
-    """The routes that find room: of each shard's tokens an expert takes the C whose G for it is largest.
+    """The routes within capacity: from each shard, an expert takes the C tokens with the largest G for it.
 
-    Of equal ones the first token is taken (batch prioritised routing, arXiv 2106.05974). What a token loses is not
-    given to its other experts.
+    Ties go to the earlier token (batch prioritised routing, arXiv 2106.05974). The gate of a dropped route is not
+    redistributed to the token's other experts.
 
     Args:
         routing: of T tokens.
-        valid: bool[T]; the others take no room.
+        valid: bool[T]; invalid tokens use no capacity.
         capacity: C.
-        shards: equal parts of the tokens, one after the other.
+        shards: number of equal, consecutive parts of the tokens.
 
     Returns:
         bool[T,K].
     """
     index, experts = routing.index, routing.prob.shape[-1]
     tokens = index.shape[0] // shards
-    if capacity >= tokens:  # an expert has at most one route of each token
+    if capacity >= tokens:  # an expert has at most one route per token
         return jnp.broadcast_to(valid[:, None], index.shape)
     strength = jax.lax.stop_gradient(jnp.take_along_axis(routing.prob, index, axis=1)).reshape(shards, -1)
     expert = jnp.where(valid[:, None], index, experts).reshape(shards, -1)

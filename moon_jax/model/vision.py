@@ -1,7 +1,7 @@
-"""Qwen3-VL's vision tower: patches → merged visual tokens, and the DeepStack features of chosen layers.
+"""Qwen3-VL's vision tower: patches → merged visual tokens, and the DeepStack features of selected layers.
 
 2-D rotary embedding, learned positions interpolated to each image's grid, 2×2 merger (arXiv 2511.21631). The grid is
-data, the number of patches is static: any aspect of image goes through one compilation.
+data and the number of patches is static, so one compilation handles all aspect ratios.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from moon_jax.types import Array, Rows
 
 
 def rotary_angles(patch_yx: Array, head_dim: int) -> Array:
-    """Angles of the 2-D rotary embedding: rows on the first quarter, columns on the second. f32[R,P,head_dim/2]."""
+    """Angles of the 2-D rotary embedding, rows then columns. i32[R,P,2] → f32[R,P,head_dim/2]."""
     frequencies = 10000.0 ** (-jnp.arange(0, head_dim // 2, 2, dtype=jnp.float32) / (head_dim // 2))
     angles = patch_yx[..., None].astype(jnp.float32) * frequencies
     return angles.reshape(*patch_yx.shape[:2], head_dim // 2)
 
 
 def interpolated_positions(table: Array, patch_yx: Array, grid: Array) -> Array:
-    """Learned positions, bilinear between the corners of a square table (corners aligned).
+    """Learned positions from a square table, interpolated bilinearly (corners aligned).
 
     Args:
         table: [side²,D].
         patch_yx: i32[R,P,2].
-        grid: i32[R,P,2], the size of the patch's image.
+        grid: i32[R,P,2], the grid size of the patch's image.
 
     Returns:
         f32[R,P,D].
     """
     side = round(table.shape[0] ** 0.5)
-    place = patch_yx * (side - 1) / jnp.maximum(grid - 1, 1)
-    low = jnp.floor(place).astype(jnp.int32)
+    position = patch_yx * (side - 1) / jnp.maximum(grid - 1, 1)
+    low = jnp.floor(position).astype(jnp.int32)
     high = jnp.minimum(low + 1, side - 1)
-    part = place - low
+    part = position - low
     taps, weights = [], []
     for y, wy in ((low[..., 0], 1 - part[..., 0]), (high[..., 0], part[..., 0])):
         for x, wx in ((low[..., 1], 1 - part[..., 1]), (high[..., 1], part[..., 1])):
@@ -59,7 +59,7 @@ class Block(nn.Module):
         c, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = sharding.by_rows(x)
         h = LayerNorm(param_dtype=self.param_dtype, name="norm1")(x)
-        # One kernel as in Qwen's checkpoints: [query | key | value].
+        # One kernel for [query | key | value], as in Qwen's checkpoints.
         qkv = Dense(3 * c.width, ("embed", "heads"), bias=True, name="qkv", **dtypes)(h)
         q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, c.heads, -1), 2, 0)
         h = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, segment, causal=False)
@@ -91,7 +91,7 @@ class Merger(nn.Module):
 
 
 class _Layer(nn.Module):
-    """A Block inside the scan over layers; keeps the outputs that DeepStack taps."""
+    """A Block inside the scan over layers. Stores the outputs that DeepStack taps."""
 
     config: config_lib.Vision
     dtype: jnp.dtype
@@ -103,7 +103,7 @@ class _Layer(nn.Module):
         x, taps = carry
         block = rematerialized(Block, self.remat)
         x = block(self.config, self.dtype, self.param_dtype, name="block")(x, segment, cos, sin)
-        # A buffer of the tapped outputs only: scan's own outputs would hold every layer's.
+        # A buffer for the tapped outputs only: the scan's own outputs would hold those of every layer.
         for slot, layer in enumerate(self.config.deepstack):
             taps = taps.at[slot].set(jnp.where(index == layer, x, taps[slot]))
         return (x, taps), None
@@ -121,12 +121,12 @@ class VisionTower(nn.Module):
     @nn.compact
     def __call__(self, rows: Rows) -> tuple[Array, Array]:
         c, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        # Qwen's preprocessing, x/255 with mean and deviation 0.5, on the device.
+        # Qwen's preprocessing on the device: x/255, with mean and standard deviation 0.5.
         pixels = (rows.patches.astype(jnp.float32) / 127.5 - 1.0).astype(self.dtype)
         init = partitioned((None, None, "embed"), nn.initializers.variance_scaling(1.0, "fan_in", "normal", (0, 1)))
         kernel = self.param("patch_kernel", init, (config_lib.FRAMES, pixels.shape[-1], c.width), self.param_dtype)
         bias = self.param("patch_bias", partitioned(("embed",), nn.initializers.zeros), (c.width,), self.param_dtype)
-        # A still image fills all frames of the kernel: the sum over them is the same product.
+        # A still image is the same in all frames, so it is multiplied with the sum of the kernel over frames.
         x = pixels @ kernel.sum(0).astype(self.dtype) + bias.astype(self.dtype)
 
         grid = jnp.take_along_axis(rows.image_hw, jnp.maximum(rows.patch_image, 0)[..., None], axis=1)

@@ -1,4 +1,4 @@
-"""The paper's objectives: pure functions of an EncoderOutput and the alignment parameters."""
+"""The paper's objectives, as pure functions of an EncoderOutput and the alignment parameters."""
 
 from moon_jax.objectives.alignment import objectives
 

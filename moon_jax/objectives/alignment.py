@@ -4,10 +4,10 @@
     L_intra^ϖ = −log exp(r_ϖ^i·r_ϖ^t/ε̃) / ( exp(r_ϖ^i·r_ϖ^t/ε̃) + Σ_{t'} exp(r_ϖ^i·r_{t'}/ε̃) ),  ϖ ∈ {p, n}
     L = Σ_m ω_m L_m + ρ L_aux + ς L_sparsity
 
-Both are one contrastive loss: an anchor, its own candidate, all other candidates of the global batch. Ours, since
-the paper leaves it open: the negatives are all other p and n of the batch, those of the same product or of an equal
-title masked; φ weighs the inter objectives only; ω multiplies the intra objectives as well (M = 5); Matryoshka widths
-are none by default, and φ is of the whole vector.
+Both are one contrastive loss: an anchor, its own candidate, all other candidates of the global batch. Ours, because
+the paper leaves it open: the negatives are all other p and n of the batch, except those of the same product or with
+an equal title; φ weights the inter objectives only; ω also multiplies the intra objectives (M = 5); by default there
+are no Matryoshka widths, and φ uses the whole vector.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from moon_jax.types import OBJECTIVES, VIEWS, Array, Batch, EncoderOutput, Objec
 T, I, MM = range(len(VIEWS))
 
 INTER = (0, 1, 2)
-"""The inter-product ones of OBJECTIVES."""
+"""The indices of the inter-product OBJECTIVES."""
 
 LEVELS = {"dual": (*INTER, 3, 4), "inter": INTER, "mm→mm": (2,)}
-"""The objectives that train, by `config.objective.levels`: the whole method, and what is left of it in an ablation."""
+"""The objectives that train, by `config.objective.levels`: the whole method, then the subsets for ablations."""
 
 
 def contrastive_loss(
@@ -41,21 +41,21 @@ def contrastive_loss(
     chunk: int,
     widths: tuple[int, ...] = (),
 ) -> tuple[Array, Array]:
-    """−log of the softmax probability of each anchor's own candidate, mean over D and the Matryoshka `widths`.
+    """−log softmax probability of each anchor's own candidate, averaged over D and the Matryoshka `widths`.
 
     Args:
         anchors: f32[B,D], unit.
         candidates: f32[C,D], unit.
         own: i32[B], index of each anchor's own candidate.
         present: bool[C], candidates that exist.
-        product, group: i32[C]; a candidate that shares either with the anchor's own one is no negative. -1 is shared
-            with nothing.
+        product, group: i32[C]. A candidate that shares either with the anchor's own candidate is not a negative. -1
+            equals nothing, not even -1.
         temperature: f32[].
-        chunk: candidates whose similarities are held at once.
-        widths: below D, at which the vectors are compared as well (arXiv 2205.13147).
+        chunk: number of candidates with similarities in memory at once.
+        widths: widths below D at which the vectors are also compared (arXiv 2205.13147).
 
     Returns:
-        f32[B], and i32[B], the negatives of each anchor. Both are meaningless where the own candidate is absent.
+        f32[B], and i32[B], the negatives of each anchor. Both are meaningless if the own candidate is absent.
     """
 
     def keep(columns: Array) -> Array:
@@ -76,8 +76,8 @@ def contrastive_loss(
 
 
 def _mean(values: Array, weight: Array) -> Array:
-    """Σ w·v / Σ w over the samples of positive weight, 0 without any; f32[] from two f32[B]."""
-    # Where the weight is 0 the value may be anything, NaN included.
+    """Σ w·v / Σ w over the samples with positive weight, 0 if there are none; f32[] from two f32[B]."""
+    # A value with weight 0 may be anything, NaN included.
     return jnp.where(weight > 0, values * weight, 0.0).sum() / jnp.maximum(weight.sum(), 1e-9)
 
 
@@ -87,25 +87,25 @@ def objectives(
     """All losses of a batch.
 
     Args:
-        output: of the batch's rows, R = 3B.
-        alignment: {"dual": W* f32[L,E,M], absent where no layer holds experts, "log_temperature": f32[2], of ε and ε̃}.
+        output: for the batch's rows, R = 3B.
+        alignment: {"dual": W* f32[L,E,M], absent if no layer has experts, "log_temperature": f32[2], for ε and ε̃}.
         batch: for identities and weights.
-        config: `objective`, `experts` and the warm-up of `training` are read.
-        step: i32[], steps done; sets m̄, and when L_sparsity begins.
+        config: uses `objective`, `experts` and the steps and warm-up of `training`.
+        step: i32[], steps done; determines m̄ and when L_sparsity starts.
     """
     options = config.objective
     size = batch.weight.shape[0]
     q, p, n = range(3)
     embedding = output.embedding.reshape(3, size, len(VIEWS), -1)
     present = (batch.rows.view > 0).reshape(3, size, len(VIEWS))
-    # Candidates are all positives, then all negatives: the own candidate of p_b is b, that of n_b is B + b.
+    # Candidates are all positives, then all negatives: p_b has index b, n_b has index B + b.
     items = embedding[p:].reshape(2 * size, len(VIEWS), -1)
     items_present = present[p:].reshape(2 * size, len(VIEWS))
     product, group = batch.product[size:], batch.group[size:]
     first = jnp.arange(size)
     temperature, intra_temperature = jnp.exp(alignment["log_temperature"])
 
-    # φ: the query's richest view against the items' mm. NaN where one of the three is missing.
+    # φ compares the query's richest view with the items' mm. NaN if one of the three is missing.
     richest = jnp.where(present[q, :, MM], MM, jnp.where(present[q, :, I], I, T))
     query = jnp.take_along_axis(embedding[q], richest[:, None, None], axis=1)[:, 0]
     margin = filtering.margin_at(options.margin, step / config.training.steps)
@@ -154,7 +154,7 @@ def objectives(
         pair = 0.5 * (routing[:, item, :, I] + routing[:, item, :, T])
         served.append((pair * exists[:, None]).sum(1) / jnp.maximum(exists.sum(), 1))
 
-    # What does not train is no objective: M shrinks, and with it the columns of W*.
+    # Objectives that do not train are left out: M and the columns of W* shrink.
     kept = np.array(LEVELS[options.levels])
     loss, count = jnp.stack(losses)[kept], jnp.stack(counts)[kept]
     dual = alignment.get("dual", jnp.zeros((0, config.experts.count, len(OBJECTIVES))))[..., kept]
@@ -163,7 +163,7 @@ def objectives(
     value, weights = weighting.weighted_sum(dual, routed, loss, count, options.weighting, inter)
     balanced = balance.load_balance(output.load, output.prob, output.valid, config.experts.per_token)
     sparsity = weighting.sparsity(dual)
-    # Before the end of the warm-up the entropy of p says nothing but W*'s initial noise.
+    # During the warm-up the entropy of p reflects only W*'s initial noise.
     warm = step >= config_lib.warmup_steps(config.training)
     total = value + options.balance * balanced + jnp.where(warm, options.sparsity, 0.0) * sparsity
     if options.router_z:

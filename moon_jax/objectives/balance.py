@@ -1,4 +1,4 @@
-"""Losses of the router, from the sums that the encoder returns (means are taken here, over the global batch)."""
+"""Router losses, from the encoder's sums. Means over the global batch are taken here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moon_jax.types import Array
 
 
 def load_balance(load: Array, prob: Array, valid: Array, per_token: int) -> Array:
-    """L_aux in Switch form (arXiv 2101.03961, eq. 4), E Σ_e f_e P_e, mean over layers; 1 when balanced.
+    """L_aux in the form of Switch (arXiv 2101.03961, eq. 4): E Σ_e f_e P_e, mean over layers; 1 when balanced.
 
     Args:
         load: f32[L,E], valid tokens routed to each expert; f = load / (K · valid).
@@ -17,7 +17,7 @@ def load_balance(load: Array, prob: Array, valid: Array, per_token: int) -> Arra
         per_token: K.
 
     Returns:
-        f32[]; 0 without layers of experts or without valid tokens.
+        f32[]; 0 if there are no layers with experts or no valid tokens.
     """
     layers, experts = load.shape
     if layers == 0:

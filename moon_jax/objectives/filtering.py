@@ -1,4 +1,4 @@
-"""Dynamic sample filtering: triplets whose purchase contradicts the embeddings are weighed down, not dropped.
+"""Dynamic sample filtering: triplets in which the purchase contradicts the embeddings are down-weighted, not dropped.
 
     φ = σ( κ ( r_q·r_p − r_q·r_n − m̄ ) )
 
@@ -14,7 +14,7 @@ from moon_jax.types import Array
 
 
 def margin_at(margin: tuple[float, float], progress: Array) -> Array:
-    """m̄: a cosine from margin[0] at progress 0 to margin[1] at progress 1. f32[]."""
+    """m̄: a cosine schedule from margin[0] at progress 0 to margin[1] at progress 1. f32[]."""
     first, last = margin
     return last + (first - last) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
 
@@ -26,11 +26,10 @@ def phi(query: Array, positive: Array, negative: Array, slope: float, margin: Ar
 
 
 def sample_weight(phi: Array, threshold: float) -> Array:
-    """1 from the threshold on, φ / threshold below it; 1 where φ is NaN, that is, where nothing speaks against.
+    """φ / threshold below the threshold, else 1; also 1 if φ is NaN, because nothing contradicts the triplet. f32[B].
 
-    A threshold of 0 lets every triplet count fully.
-
-    Carries no gradient: the loss must not fall by making a triplet look doubtful.
+    With a threshold of 0 every triplet has weight 1. There is no gradient: the model must not lower its loss by making
+    a triplet look doubtful.
     """
     weight = jnp.where(phi < threshold, phi / threshold, 1.0)
     return jax.lax.stop_gradient(weight)

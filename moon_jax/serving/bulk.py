@@ -1,4 +1,4 @@
-"""Vectors of a catalogue on disk."""
+"""Bulk embedding: the vectors of a whole catalogue, on disk."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from moon_jax.types import VIEWS, Product
 def write_vectors(
     path: Path, ids: Sequence[str], vectors: np.ndarray, present: np.ndarray, fingerprint: str, synthetic: bool
 ) -> None:
-    """Writes Parquet with columns id, view and vector (float32), a row for each view that is present.
+    """Writes a Parquet file with the columns id, view and vector (float32), one row for each present view.
 
     Args:
         vectors: f32[products,3,D].
         present: bool[products,3].
-        fingerprint: of the model; kept in the file's metadata, since vectors of two models do not compare.
-        synthetic: whether the products were rendered; kept there as well.
+        fingerprint: of the model; stored in the file's metadata, because vectors of different models do not compare.
+        synthetic: whether the products are synthetic; stored in the metadata too.
     """
     product, view = np.nonzero(present)
     flat = pa.array(np.ascontiguousarray(vectors[product, view]).reshape(-1), pa.float32())
@@ -53,25 +53,25 @@ def write_vectors(
 
 
 SHARD = 4096
-"""Products whose vectors are in one file."""
+"""Products per file."""
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-"""Version of the folder's format."""
+"""Version of the folder format."""
 
 RICHEST = "product"
-"""In the place of a view: each product by all it has, mm, or else i or t."""
+"""Instead of a view: one vector per product, from everything it has: mm, or else i or t."""
 
 DTYPES = ("float32", "float16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is kept of a catalogue's vectors."""
+    """Which vectors of a catalogue are written, and how."""
 
-    views: tuple[str, ...] = (RICHEST,)  # or some of t, i and mm, of those that a product has
-    dtype: str = "float32"  # of DTYPES; int8 has a scale for each vector
-    width: int = 0  # first dimensions, brought to unit length again; 0 keeps all
+    views: tuple[str, ...] = (RICHEST,)  # or some of t, i and mm: those of them that a product has
+    dtype: str = "float32"  # one of DTYPES; int8 has one scale per vector
+    width: int = 0  # keeps the first `width` dimensions, normalized again; 0 keeps all
 
 
 def embed(
@@ -81,27 +81,27 @@ def embed(
     options: Options = Options(),  # noqa: B008
     progress: Callable[..., contextlib.AbstractContextManager] | None = None,
 ) -> dict[str, Any]:
-    """Embeds all products of prepared data into Parquet files with the columns id, view and vector (and scale of int8).
+    """Embeds all products of prepared data into Parquet files with columns id, view, vector and, for int8, scale.
 
-    A file is whole or not there; the same call again goes on with those that are missing or damaged, and gives the same
-    bytes. What the catalogue has of queries is not embedded.
+    Files are written atomically. Calling it again creates the missing and damaged files, with the same bytes. The
+    catalogue's queries are not embedded.
 
     Args:
-        embedder: a serving.Embedder, or any of the harness that gives vectors.
-        progress: as Watch.progress.
+        embedder: a serving.Embedder, or any other embedder that returns vectors (embedders/protocol.py).
+        progress: like Terminal.progress; none by default.
 
     Returns:
-        What manifest.json holds; docs/search.md tells it.
+        The contents of manifest.json; see docs/search.md.
 
     Raises:
-        UserError: the folder holds other things, or vectors of another model, other data or other options; or a vector
-            is not finite.
+        UserError: invalid options; the folder contains other files, or vectors of another model, other data or other
+            options; a vector is not finite.
     """
     _check(options)
     output = Path(output).resolve()
     numbers = sorted({*prepared.train, *prepared.val})
     template, pooling = (getattr(embedder, name, "") for name in ("template", "pooling"))
-    about = {
+    manifest_head = {
         "schema": SCHEMA,
         "model": embedder.name,
         "views": list(options.views),
@@ -112,26 +112,26 @@ def embed(
         "synthetic": prepared.synthetic,
         "products": len(numbers),
     }
-    told = json.dumps(about | {"width": options.width, "shard": SHARD}, sort_keys=True)
+    source = json.dumps(manifest_head | {"width": options.width, "shard": SHARD}, sort_keys=True)
     if (output / MANIFEST).is_file():
-        if not outputs.is_from(output, told):
+        if not outputs.is_from(output, source):
             raise outputs.conflict(output)
         manifest: dict[str, Any] = {"shards": []}
-        with contextlib.suppress(UserError):  # a damaged one: all files are made again
+        with contextlib.suppress(UserError):  # if it is damaged, all files are written again
             manifest = read_manifest(output)
-        if manifest["shards"] and all(map(functools.partial(_stands, output), manifest["shards"])):
+        if manifest["shards"] and all(map(functools.partial(_is_intact, output), manifest["shards"])):
             shutil.rmtree(output / outputs.WORK, ignore_errors=True)
             return manifest
-        _reopen(output, told, manifest["shards"])
+        _reopen(output, source, manifest["shards"])
     count = -(-len(numbers) // SHARD)
-    with outputs.claim(output, told, ("shards",)) as work:
+    with outputs.claim(output, source, ("shards",)) as work:
         shards = []
         with (progress or _silent)("embedding", len(numbers)) as advance:
             for shard in range(count):
                 chosen = numbers[shard * SHARD : (shard + 1) * SHARD]
                 path = output / f"vectors-{shard:05}-of-{count:05}.parquet"
                 note = shards_lib.note(path.name, work)
-                if note.is_file() and _stands(output, json.loads(note.read_text(encoding="utf-8"))):
+                if note.is_file() and _is_intact(output, json.loads(note.read_text(encoding="utf-8"))):
                     advance(len(chosen))
                 else:
                     table = _vectors(embedder, records.Chosen(prepared.products, chosen), options, advance)
@@ -148,11 +148,11 @@ def embed(
                     }
                     outputs.write_atomic(note, json.dumps(fields))
                 shards.append(json.loads(note.read_text(encoding="utf-8")))
-        # Of a file without rows the width says nothing.
+        # The width of a file without rows means nothing.
         width = max((shard["width"] for shard in shards if shard["rows"]), default=0)
-        manifest = about | {"width": width, "rows": sum(shard["rows"] for shard in shards), "shards": shards}
-        outputs.write_atomic(output / outputs.SOURCE, told)
-        # The manifest comes last: where it stands, the rest is whole.
+        manifest = manifest_head | {"width": width, "rows": sum(shard["rows"] for shard in shards), "shards": shards}
+        outputs.write_atomic(output / outputs.SOURCE, source)
+        # The manifest is written last: its presence means that all files are complete.
         outputs.write_atomic(output / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         shutil.rmtree(work)
     return manifest
@@ -160,42 +160,43 @@ def embed(
 
 FIELDS = {"schema": int, "model": str, "views": list, "dtype": str, "width": int, "rows": int, "shards": list}
 SHARD_FIELDS = {"file": str, "rows": int, "bytes": int, "checksum": str, "width": int}
-"""What a manifest, and each of its shards, must say."""
+"""Required fields of a manifest and of each of its shards."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """
+    """Reads manifest.json.
+
     Raises:
-        UserError: there is none, or one that embed did not write.
+        UserError: it does not exist, or embed did not write it.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        told = [(manifest, FIELDS), *((shard, SHARD_FIELDS) for shard in manifest["shards"])]
-        whole = all(isinstance(said[name], kind) for said, kinds in told for name, kind in kinds.items())
+        parts = [(manifest, FIELDS), *((shard, SHARD_FIELDS) for shard in manifest["shards"])]
+        whole = all(isinstance(part[name], kind) for part, kinds in parts for name, kind in kinds.items())
         whole = whole and all(Path(shard["file"]).name == shard["file"] for shard in manifest["shards"])
         if not whole or manifest["rows"] != sum(shard["rows"] for shard in manifest["shards"]):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}: nothing that moon-jax embed finished; run it first, with that --output") from None
+        raise UserError(f"{folder}: not a complete output of moon-jax embed; run it first") from None
     if manifest["schema"] != SCHEMA:
-        raise UserError(f"{folder}: of format {manifest['schema']}, this version reads {SCHEMA}; embed again")
+        raise UserError(f"{folder}: format {manifest['schema']}, but this version reads {SCHEMA}; embed again")
     return manifest
 
 
-def _stands(folder: Path, shard: dict[str, Any]) -> bool:
-    """Whether a file is there as it was written."""
+def _is_intact(folder: Path, shard: dict[str, Any]) -> bool:
+    """Whether a file exists as it was written."""
     path = folder / shard["file"]
     same = path.is_file() and path.stat().st_size == shard["bytes"]
     return same and outputs.checksum(path) == shard["checksum"]
 
 
-def _reopen(output: Path, told: str, shards: Sequence[dict[str, Any]]) -> None:
-    """Makes a finished folder one that is half done, of which all files stand that are whole."""
+def _reopen(output: Path, source: str, shards: Sequence[dict[str, Any]]) -> None:
+    """Turns a finished folder into an unfinished one that keeps its intact files."""
     (output / outputs.WORK / "shards").mkdir(parents=True, exist_ok=True)
     for shard in shards:
-        if _stands(output, shard):
+        if _is_intact(output, shard):
             outputs.write_atomic(shards_lib.note(shard["file"], output / outputs.WORK), json.dumps(shard))
-    outputs.write_atomic(output / outputs.WORK / outputs.SOURCE, told)
+    outputs.write_atomic(output / outputs.WORK / outputs.SOURCE, source)
     (output / MANIFEST).unlink()
 
 
@@ -205,7 +206,7 @@ def _check(options: Options) -> None:
     if wrong or not options.views or len(set(options.views)) < len(options.views):
         raise UserError(f"--views {','.join(options.views)}: give product, or some of t, i and mm, each once")
     if RICHEST in options.views and len(options.views) > 1:
-        raise UserError(f"--views {','.join(options.views)}: product is one of t, i or mm already; give it alone")
+        raise UserError(f"--views {','.join(options.views)}: product already is one of t, i or mm; give it alone")
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype {options.dtype}: must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     if options.width < 0:
@@ -222,7 +223,7 @@ def _vectors(embedder: Any, products: Sequence[Product], options: Options, advan
     """The rows of one file, in the products' order."""
     vectors, present = embedder.encode_views(products, advance=advance)
     if RICHEST in options.views:
-        # mm where there is one, else what there is.
+        # mm if present, else i, else t.
         last = present.shape[1] - 1 - present[:, ::-1].argmax(axis=1)
         present = present & (np.arange(present.shape[1]) == last[:, None])
     else:
@@ -232,10 +233,10 @@ def _vectors(embedder: Any, products: Sequence[Product], options: Options, advan
     kept = vectors[product, view]
     wrong = np.flatnonzero(~np.isfinite(kept).all(axis=1))
     if len(wrong):
-        raise UserError(f"product {ids[product[wrong[0]]]}: its vector is not finite; is the model damaged?")
+        raise UserError(f"product {ids[product[wrong[0]]]}: its vector is not finite; check the model")
     if options.width and len(kept):
         if options.width > kept.shape[1]:
-            raise UserError(f"--width {options.width}: the model gives {kept.shape[1]}")
+            raise UserError(f"--width {options.width}: the model has {kept.shape[1]} dimensions; give fewer")
         kept = np.asarray(similarity.truncate(kept, options.width))
     columns: dict[str, Any] = {
         "id": pa.array([ids[index] for index in product.tolist()], pa.string()),

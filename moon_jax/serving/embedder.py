@@ -1,4 +1,4 @@
-"""What a user loads and calls: products in, unit vectors out."""
+"""The embedder that a user loads and calls: products in, unit vectors out."""
 
 from __future__ import annotations
 
@@ -36,34 +36,38 @@ from moon_jax.training.step import initial_state
 from moon_jax.types import VIEWS, Array, Product, Rows
 
 BATCHES = (1, 8)
-"""Batch sizes that get a compilation of their own, beside the largest."""
+"""Batch sizes compiled in addition to the largest."""
 
 AHEAD = 3
-"""Batches that are read while the device works on another."""
+"""Batches read ahead while the device works."""
 
 
 def as_product(item: Any) -> Product:
-    """A product from a Product, a string (its text), or {"text": …, "image": …} (or "images", a list)."""
+    """Converts a Product, a string (the text), or {"text": …, "image": …} (or "images", a list) into a Product.
+
+    Raises:
+        UserError: the item has another type, an unknown key, or a text that is not a string.
+    """
     if isinstance(item, str):
         return Product(text=item)
     if isinstance(item, dict):
         unknown = set(item) - {"text", "image", "images"}
         if unknown:
-            raise UserError(f'{sorted(unknown)[0]!r}: not a part of an item; use "text", "image" or "images"')
+            raise UserError(f'{sorted(unknown)[0]!r}: unknown key; use "text", "image" or "images"')
         images = item.get("image") if item.get("image") is not None else item.get("images")
         item = Product(text=item.get("text"), images=() if images is None else images)
     if isinstance(item, Product):
         if item.text is not None and not isinstance(item.text, str):
-            raise UserError(f"text: {item.text!r} is of type {type(item.text).__name__}, not text")
+            raise UserError(f"text: {item.text!r} is of type {type(item.text).__name__}; give a string")
         images = item.images if isinstance(item.images, list | tuple) else (item.images,)
         return dataclasses.replace(item, text=(item.text or "").strip() or None, images=tuple(images))
     raise UserError(f"an item of type {type(item).__name__} cannot be embedded; give a Product, a string or a dict")
 
 
 class Embedder:
-    """A trained model. Vectors are float32 rows of unit length; the dot product compares them.
+    """A trained model. Vectors are float32 rows of unit length, compared by dot product.
 
-    A product's vector does not depend on what else is in the batch.
+    The vector of a product does not depend on the other products of its batch.
     """
 
     def __init__(
@@ -77,17 +81,18 @@ class Embedder:
     ):
         """
         Args:
-            params: of the encoder.
-            step: steps it was trained for.
-            fingerprint: of weights and tokenizer; vectors with equal ones lie in the same space.
-            mesh: where the parameters lie, if on several devices. All processes that hold a part of them call alike.
+            params: parameters of the encoder.
+            step: number of training steps.
+            fingerprint: hash of weights and tokenizer; vectors with equal fingerprints are in the same space.
+            mesh: the devices of the parameters, if there are several. Every process that holds a part of them must make
+                the same calls.
         """
         self.config = config
         self.fingerprint = fingerprint
         self.step = step
         self.name = f"moon_jax {fingerprint}"
-        self.seconds = {"data": 0.0, "device": 0.0}  # waited for batches, and for the device
-        # The vectors are those of who serves the exported model by Qwen's own rule.
+        self.seconds = {"data": 0.0, "device": 0.0}  # time spent waiting for batches and for the device
+        # Resizes images by Qwen's own rule, so that vectors equal those of the exported model in any server.
         self.reader = Reader(self.config, tokenizer, within_budget=False)
         self._params = params
         encoder = Encoder(self.config)
@@ -101,16 +106,16 @@ class Embedder:
 
     @property
     def template(self) -> str:
-        """What stands around a view."""
+        """The name of the template around a view's text and images (`data.template`)."""
         return self.config.data.template
 
     @property
     def pooling(self) -> str:
-        """How tokens become a view's embedding."""
+        """How hidden states are pooled into a view's embedding (`language.pooling`)."""
         return self.config.language.pooling
 
     def on_all_devices(self) -> Embedder:
-        """The same, whose rows are divided over all devices of this process, each of which holds the parameters."""
+        """The same embedder with parameters replicated and rows split over all devices of this process."""
         devices = jax.local_devices()
         if len(devices) == 1 or self._mesh:
             return self
@@ -122,14 +127,14 @@ class Embedder:
         return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
 
     def of(self, params: Any) -> Embedder:
-        """The same with other parameters, without a new compilation."""
+        """The same embedder with other parameters; does not compile again."""
         other = copy.copy(self)
         other._params = params
         return other
 
     @property
     def dimension(self) -> int:
-        """D."""
+        """D, the width of a vector."""
         return self.config.language.width
 
     def encode(
@@ -140,26 +145,28 @@ class Embedder:
         truncate_dim: int | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> np.ndarray:
-        """One vector per item, from all it has: text, images, or both.
+        """One vector per item, from everything it has: text, images, or both.
 
         Args:
-            items: Products, strings, or dicts with "text" and "image" (a path, bytes or a PIL image); one, or many.
+            items: one item or an iterable of items: Products, strings, or dicts with "text" and "image" (a path, bytes
+                or a PIL image).
             batch_size: rows encoded at once; `config.evaluation.batch` by default.
-            truncate_dim: keep the first so many dimensions, and bring them to unit length again.
-            advance: called with the number of items done.
+            truncate_dim: keeps the first `truncate_dim` dimensions, normalized to unit length again.
+            advance: called with the number of items done since the last call.
 
         Returns:
             f32[items,D], or f32[items,truncate_dim].
 
         Raises:
-            UserError: an item that has nothing to embed, or an image that cannot be read; says which.
+            UserError: an item is empty, of a wrong type, or has an unreadable image (the error names it); or
+                `truncate_dim` is out of range.
         """
         if isinstance(items, str | dict | Product):
             items = [items]
         elif isinstance(items, bytes) or not isinstance(items, Iterable):
             kind = type(items).__name__
             raise UserError(
-                f'an item of type {kind} cannot be embedded; give {{"image": …}}, a Product, a string, or many'
+                f'an item of type {kind} cannot be embedded; give {{"image": …}}, a Product, a string or a list'
             )
         items = list(items)
         products = []
@@ -169,7 +176,7 @@ class Embedder:
             except UserError as error:
                 raise UserError(f"item {number}: {error}") from None
         if truncate_dim is not None and not 1 <= truncate_dim <= self.dimension:
-            raise UserError(f"truncate_dim={truncate_dim}: must lie between 1 and {self.dimension}")
+            raise UserError(f"truncate_dim={truncate_dim}: must be between 1 and {self.dimension}")
 
         def read(number: int) -> list[rows_lib.Segment]:
             try:
@@ -178,24 +185,24 @@ class Embedder:
                 raise UserError(f"item {number}: {error}") from None
 
         vectors = np.zeros((len(products), self.dimension), np.float32)
-        # Texts alone need no vision tower: rows without patches are a program of their own.
+        # Rows without patches are a separate program, which skips the vision tower for text-only items.
         for with_images in (False, True):
             chosen = [n for n, product in enumerate(products) if bool(product.images) == with_images]
             layout = rows_lib.Layout.of(self.config, self.reader.template, with_images, all_views=False)
             embeddings = self._run(chosen, read, layout, batch_size, advance)
-            # A row holds one view, and the absent ones are zero.
+            # A row has one view; absent views are zero.
             vectors[chosen] = embeddings.sum(axis=1)
         return np.asarray(similarity.truncate(vectors, truncate_dim or self.dimension))
 
     def states(self, item: Any) -> tuple[Rows, dict[str, Any]]:
-        """One item's row, as `encode` packs it, and what the network computed on the way.
+        """One item's row, as `encode` packs it, and the network's intermediate values.
 
         Returns:
-            The row, R = 1, as numpy arrays; and the encoder's collection "intermediates": see model/language.py and
-            model/encoder.py for what they keep.
+            The row (R = 1) as numpy arrays, and the encoder's collection "intermediates"; model/language.py and
+            model/encoder.py document its contents.
 
         Raises:
-            UserError: as `encode`.
+            UserError: see `encode`.
         """
         product = as_product(item)
         segments = self._richest(product)
@@ -206,10 +213,10 @@ class Embedder:
         return rows, jax.device_get(apply(self._params, rows)["intermediates"])
 
     def _richest(self, product: Product) -> list[rows_lib.Segment]:
-        """The view of all that a product has.
+        """The segments of the richest view of a product: mm, or else i or t.
 
         Raises:
-            UserError: it has nothing, or an image that cannot be read.
+            UserError: it has neither text nor image, or an image cannot be read.
         """
         richest = "mm" if product.text and product.images else "i" if product.images else "t"
         try:
@@ -217,10 +224,10 @@ class Embedder:
         except BadImage as error:
             raise UserError(f"image: {error}") from None
         if not segments:
-            raise UserError("neither text nor image; nothing to embed")
+            raise UserError("neither text nor image; give one")
         return segments
 
-    # One tower embeds both sides; the two names are what retrieval code calls.
+    # Queries and documents share one encoder; retrieval code expects these two names.
     encode_query = encode
     encode_document = encode
 
@@ -229,11 +236,11 @@ class Embedder:
         """Cosine similarities f32[Q,C] of unit vectors f32[Q,D] and f32[C,D].
 
         Raises:
-            UserError: they differ in width.
+            UserError: their widths differ.
         """
         queries, documents = np.asarray(queries), np.asarray(documents)
         if queries.shape[-1] != documents.shape[-1]:
-            raise UserError(f"vectors of width {queries.shape[-1]} and {documents.shape[-1]} do not compare")
+            raise UserError(f"vectors of width {queries.shape[-1]} and {documents.shape[-1]}: the widths must be equal")
         return queries @ documents.T
 
     def encode_views(
@@ -243,16 +250,17 @@ class Embedder:
         seed: int = 0,
         advance: Callable[[int], None] = lambda count: None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """All three views of each product.
+        """The three views of each product.
 
         Args:
-            alteration: alters each product, a function of (seed, its number here).
+            alteration: how each product is altered; the draws depend on `seed` and the index of the product only.
+            advance: called with the number of products done since the last call.
 
         Returns:
-            f32[products,3,D], zero where a view is absent, and bool[products,3].
+            f32[products,3,D], zero for absent views, and bool[products,3], which views are present.
 
         Raises:
-            UserError: an image that cannot be read; says whose.
+            UserError: an image cannot be read; the error names the product.
         """
 
         def read(number: int) -> list[rows_lib.Segment]:
@@ -274,10 +282,10 @@ class Embedder:
         batch_size: int | None,
         advance: Callable[[int], None],
     ) -> np.ndarray:
-        """f32[numbers,G,D]; one product a row, in batches of a few sizes that are filled up with empty rows."""
+        """f32[numbers,G,D]; one product per row, in batches of a few sizes padded with empty rows."""
         largest = batch_size or self.config.evaluation.batch
         with self._placed():
-            parts = sharding.shards()  # each takes as many rows
+            parts = sharding.shards()  # all get equally many rows
         wanted = (*(size for size in BATCHES if size < largest), largest)
         sizes = sorted({-(-size // parts) * parts for size in wanted})
         results = [np.zeros((0, len(VIEWS), self.dimension), np.float32)]
@@ -290,9 +298,9 @@ class Embedder:
 
         starts = range(0, len(numbers), largest)
         with ThreadPoolExecutor(self.config.data.threads) as pool, ThreadPoolExecutor(1) as packer:
-            # Batches are read ahead, and one is given to the device before the last one's vectors are fetched.
+            # Batches are read ahead, and the next one is sent to the device before the last one's vectors are fetched.
             ahead = collections.deque(packer.submit(packed, start, pool) for start in starts[:AHEAD])
-            given: collections.deque[tuple[int, Array]] = collections.deque()
+            running: collections.deque[tuple[int, Array]] = collections.deque()
             try:
                 for number, start in enumerate(starts):
                     interrupt.check()
@@ -302,12 +310,12 @@ class Embedder:
                         ahead.append(packer.submit(packed, starts[number + AHEAD], pool))
                     with self._timed("device"), self._placed():
                         rows = sharding.spread(self._mesh, rows) if self._mesh else rows
-                        given.append((min(largest, len(numbers) - start), self._encode(self._params, rows)))
+                        running.append((min(largest, len(numbers) - start), self._encode(self._params, rows)))
                         if number:
-                            self._fetch(given, results, advance)
+                            self._fetch(running, results, advance)
                 with self._timed("device"):
-                    while given:
-                        self._fetch(given, results, advance)
+                    while running:
+                        self._fetch(running, results, advance)
             finally:
                 for future in ahead:
                     future.cancel()
@@ -315,9 +323,9 @@ class Embedder:
 
     @staticmethod
     def _fetch(
-        given: collections.deque[tuple[int, Array]], results: list[np.ndarray], advance: Callable[[int], None]
+        running: collections.deque[tuple[int, Array]], results: list[np.ndarray], advance: Callable[[int], None]
     ) -> None:
-        count, vectors = given.popleft()
+        count, vectors = running.popleft()
         results.append(np.asarray(vectors)[:count])
         advance(count)
 
@@ -329,16 +337,16 @@ class Embedder:
 
 
 def load(model: str | Path, options: dict[str, Any] | None = None) -> Embedder:
-    """An Embedder from a workdir, a Hugging Face folder, or hf://owner/name.
+    """Loads an Embedder from a workdir, a Hugging Face folder, or hf://owner/name.
 
     Args:
-        model: public weights of Qwen3-VL, dense or with experts, and of Qwen3-VL-Embedding, whose pooling and template
-            are taken from the folder; what `moon-jax export` wrote; or the workdir of a run.
+        model: the workdir of a run; a folder that `moon-jax export` wrote; or public weights of Qwen3-VL, dense or with
+            experts, or of Qwen3-VL-Embedding, with pooling and template from the folder.
         options: changes to the model's config by dotted name, such as {"training.dtype": "bfloat16",
             "training.param_dtype": "bfloat16", "data.visual_tokens": 512}.
 
     Raises:
-        UserError: no model there, or one that moon_jax cannot read; says why.
+        UserError: there is no model, or moon_jax cannot read it; the error says why.
     """
     trained = read(model, options)
     tokenizer = Tokenizer.load(trained.tokenizer)
@@ -350,10 +358,10 @@ def read(
     options: dict[str, Any] | None = None,
     track: Callable[[Iterable, int], Iterable] = lambda work, total: work,
 ) -> Trained:
-    """All that a workdir or a Hugging Face folder holds of a model, its parameters on the first device.
+    """Everything that a workdir or a Hugging Face folder contains of a model; the parameters are on the first device.
 
     Args, raises: see `load`.
-        track: wraps the iterable of a folder's leaves, whose number it is told, to show progress.
+        track: shows progress: (iterable over a folder's leaves, their number) → the same iterable.
     """
     if str(model).startswith(folder_lib.HUB) or folder_lib.is_folder(Path(model)):
         return _from_folder(str(model), options or {}, track)
@@ -370,7 +378,7 @@ def _from_workdir(store: storage.Store, options: dict[str, Any]) -> Trained:
     if missing:
         within = (workdir.parent / missing[0]).is_file()
         hint = f"try {workdir.parent}" if within else "give a workdir or a Hugging Face folder"
-        raise UserError(f"{store}: no {' and no '.join(missing)} there; {hint}")
+        raise UserError(f"{store}: no {' and no '.join(missing)} in this folder; {hint}")
     config = config_lib.replace(config_lib.read_json(workdir / "config.json"), options)
     path = workdir / "tokenizer.json"
     tokenizer = Tokenizer.load(path, config.language.vocab)
@@ -415,7 +423,7 @@ def _from_folder(model: str, options: dict[str, Any], track: Callable[[Iterable,
 
 
 def cast(trained: Trained, dtype: str) -> Trained:
-    """The model with parameters of another dtype, which is another model."""
+    """The model with parameters of another dtype; it is another model and gets another fingerprint."""
     config = config_lib.replace(trained.config, {"training.param_dtype": dtype})
     encoder = jax.tree.map(lambda leaf: leaf.astype(dtype), trained.encoder)
     fingerprint = _fingerprint(config, encoder, trained.tokenizer)
@@ -423,21 +431,22 @@ def cast(trained: Trained, dtype: str) -> Trained:
 
 
 def _fingerprint(config: config_lib.Config, encoder: Any, tokenizer: Path) -> str:
-    """Of all that decides the space: tokenizer, architecture, pooling, template and weights.
+    """A hash of everything that determines the embedding space: tokenizer, architecture, pooling, template and weights.
 
-    Not of how much of an item is read (pixel budget, longest text): such vectors differ, and still compare.
+    It excludes limits on how much of an item is read (pixel budget, maximum text length): vectors with different limits
+    differ but still compare.
     """
     digest = hashlib.blake2b(tokenizer.read_bytes(), digest_size=8)
     routing = (config.experts.per_token, config.experts.router_term, config_lib.sparse_layers(config))
     digest.update(repr((config.vision, config.language, config.data.template, *routing)).encode())
     for leaf in jax.tree.leaves(encoder):
-        for part in leaf if leaf.ndim > 1 else [leaf]:  # a stack of layers is fetched one by one
+        for part in leaf if leaf.ndim > 1 else [leaf]:  # fetches stacked layers one at a time
             digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
 
 
 def abstract_params(config: config_lib.Config, tokenizer: Tokenizer) -> Any:
-    """Shapes and dtypes of a run's parameters, without making any."""
+    """Shapes and dtypes of a run's parameters, without allocating them."""
     layout = rows_lib.Layout.of(config, tokenizer.template(config.data.template))
     rows = rows_lib.pack([[]], layout, tokenizer.pad)
     return nn.unbox(jax.eval_shape(functools.partial(initial_state, config, rows))).params

@@ -1,4 +1,4 @@
-"""Exact search over the vectors that bulk.embed wrote."""
+"""Exact search over vectors written by bulk.embed."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def _read(path: Path, shard: dict[str, Any]) -> pa.Table:
     """The rows of a file.
 
     Raises:
-        OSError, ValueError: it is not as it was written.
+        OSError, ValueError: it is missing or was changed since it was written.
     """
     if path.stat().st_size != shard["bytes"]:
-        raise ValueError("another size than when it was written")
+        raise ValueError("its size has changed")
     if checksum(path) != shard["checksum"]:
-        raise ValueError("other bytes than when it was written")
+        raise ValueError("its checksum has changed")
     return pq.read_table(path)
 
 
 class Index:
-    """A folder of vectors, opened: they are held in the dtype that they were written in."""
+    """The vectors of a folder, in memory in the dtype that they were written in."""
 
     def __init__(self, folder: str | Path, view: str = ""):
         """
         Args:
-            view: t, i or mm, where the folder holds several for a product.
+            view: t, i or mm; required if the folder contains several views per product.
 
         Raises:
-            UserError: no such folder, a file that is damaged or of another model, or a view that is not there.
+            UserError: no such folder; a file is damaged or from another model; the folder does not have the view.
         """
         folder = Path(folder).expanduser()
         try:
@@ -49,8 +49,8 @@ class Index:
             raise UserError(f"--index {error}") from None
         views = self.manifest["views"]
         if len(views) > 1 and not view:
-            raise UserError(f"--index {folder}: holds {', '.join(views)} of a product; choose one by --view")
-        # Of products by all they have, one view may be chosen as well.
+            raise UserError(f"--index {folder}: contains the views {', '.join(views)}; choose one with --view")
+        # With one vector per product, --view may still select the products embedded from that view.
         if view and view not in views and not (views == [bulk.RICHEST] and view in VIEWS):
             raise UserError(f"--view {view}: give one of {', '.join(VIEWS if views == [bulk.RICHEST] else views)}")
         width = self.manifest["width"]
@@ -60,23 +60,23 @@ class Index:
             try:
                 table = _read(path, shard)
             except (OSError, ValueError) as error:
-                told = str(error).splitlines()[0][:200]
-                raise UserError(f"{path}: damaged ({told}); give embed the same command again") from None
+                why = str(error).splitlines()[0][:200]
+                raise UserError(f"{path}: damaged ({why}); run the same embed command again") from None
             model = (table.schema.metadata or {}).get(b"model", b"").decode()
             if model != self.manifest["model"]:
-                raise UserError(f"{path}: vectors of {model}, the others are of {self.manifest['model']}; embed again")
+                raise UserError(f"{path}: vectors of {model}, but others of {self.manifest['model']}; embed again")
             if not len(table):
                 continue
             if table.schema.field("vector").type.list_size != width:
-                raise UserError(f"{path}: vectors of another width than {width}; embed again")
+                raise UserError(f"{path}: the width of its vectors is not {width}; embed again")
             every = view in ("", bulk.RICHEST)
             kept = np.ones(len(table), bool) if every else np.array(table["view"].to_pylist()) == view
             values = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             vectors.append(values.reshape(len(table), width)[kept])
             ids += [identity for identity, stays in zip(table["id"].to_pylist(), kept, strict=True) if stays]
         if not ids:
-            told = f"no vector of view {view} there; leave --view out" if view else "no vector there; embed a product"
-            raise UserError(f"--index {folder}: {told}")
+            missing = f"no vector of view {view}; leave --view out" if view else "no vectors; embed again"
+            raise UserError(f"--index {folder}: contains {missing}")
         self.folder, self.ids, self._vectors = folder, ids, np.concatenate(vectors)
 
     @property
@@ -88,26 +88,26 @@ class Index:
         return len(self.ids)
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """f32[n,D], unit: what a smaller dtype rounded is brought to unit length again."""
+        """f32[n,D], unit length; vectors rounded to a smaller dtype are normalized again."""
         vectors = self._vectors[part].astype(np.float32)
         if self.manifest["dtype"] == "float32":
             return vectors
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # in which int8's scale cancels
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # int8's scale cancels out
 
     def search(self, embedder: Any, items: Any, k: int = 10) -> list[list[tuple[str, float]]]:
-        """The k products most similar to each item, as (id, cosine); of equal ones the first in the folder first.
+        """The k most similar products for each item, as (id, cosine), best first; ties in the order of the folder.
 
         Args:
-            embedder: of the model that made the vectors.
-            items: what embedder.encode takes.
+            embedder: an embedder of the same model as the vectors.
+            items: as embedder.encode accepts them.
 
         Raises:
-            UserError: vectors of another model.
+            UserError: the vectors are from another model; or see embedder.encode.
         """
         if embedder.name != self.model:
             raise UserError(
-                f"--index {self.folder}: vectors of {self.model}; what {embedder.name} makes of a query does not"
-                " compare with them: ask by that model, or embed again"
+                f"--index {self.folder}: vectors of {self.model}, which do not compare with those of {embedder.name};"
+                " query with the same model, or embed again"
             )
         try:
             vectors = embedder.encode(items)
@@ -121,7 +121,7 @@ class Index:
         ]
 
     def write_faiss(self, path: str | Path) -> None:
-        """A flat FAISS index of the vectors, and beside it FILE.ids.json, the id of each of its rows.
+        """Writes a flat FAISS index of the vectors (inner product), and next to it FILE.ids.json, the id of each row.
 
         Raises:
             UserError: FAISS is not installed, or the file cannot be written.
@@ -130,7 +130,7 @@ class Index:
         try:
             import faiss
         except ImportError:
-            raise UserError("--faiss: wants FAISS; pip install -e '.[faiss]'") from None
+            raise UserError("--faiss: needs FAISS; pip install -e '.[faiss]'") from None
         index = faiss.IndexFlatIP(self.manifest["width"])
         for start in range(0, len(self), bulk.SHARD):
             index.add(np.ascontiguousarray(self[start : start + bulk.SHARD]))
@@ -139,6 +139,6 @@ class Index:
             faiss.write_index(index, str(temporary))
             write_atomic(path.with_name(f"{path.name}.ids.json"), json.dumps(self.ids) + "\n")
             temporary.replace(path)
-        except (OSError, RuntimeError) as error:  # FAISS's own for a file that cannot be opened
+        except (OSError, RuntimeError) as error:  # FAISS raises RuntimeError if it cannot open the file
             temporary.unlink(missing_ok=True)
             raise UserError(f"--faiss {path}: {getattr(error, 'strerror', None) or 'cannot be written'}") from None

@@ -206,8 +206,8 @@ class Checkpoints:
                     for name, value in expected.items():
                         if about[name] != value:
                             raise UserError(
-                                f"{path}: was saved with other {name} ({about[name]}, not {value}); give the same, or use"
-                                " another workdir"
+                                f"{path}: was saved with other {name} ({about[name]}, not {value}); give the same, or"
+                                " use another workdir"
                             )
                     items = {
                         name: self._read(step, name, ocp.args.StandardRestore(item))
@@ -219,8 +219,8 @@ class Checkpoints:
                     problem = _cause(error)
                     if _unreachable(error):
                         raise Unavailable(
-                            f"{path}: cannot be read now ({problem}) but may be intact; fix that and run the same command"
-                            " again, or move it away to resume from the previous one"
+                            f"{path}: cannot be read now ({problem}) but may be intact; fix that and run the same"
+                            " command again, or move it away to resume from the previous one"
                         ) from None
             # The damage may be in a part that only one process reads.
             problem = next(filter(None, distributed.allgather(problem)), "")

@@ -1,15 +1,15 @@
-"""What a compiled program does on one device, read from its optimised HLO: FLOPs, bytes of memory moved, collectives.
+"""The cost of a compiled program on one device, read from its optimised HLO: FLOPs, bytes moved, collectives.
 
-XLA's own `cost_analysis` counts the body of a loop once. Here each computation is counted as often as it runs: the
-trip count of a loop is read from its condition. Counted are
+XLA's own `cost_analysis` counts the body of a loop once. Here each computation is counted as often as it runs, with the
+trip count of a loop read from its condition.
 
-- FLOPs: matrix products and convolutions, 2 for each multiplication that is not by a hole of padding or dilation, and
-  what a custom kernel says of itself. Elementwise work is left out.
-- bytes: what each instruction or fusion reads and writes in the device's main memory. Of an array that is only sliced,
-  gathered or updated, the part. Arrays in on-chip memory (memory space 1 and above) are not counted.
-- collectives: the bytes that a device sends on a ring: (n − 1)/n of the whole for a gather, a scatter or an all-to-all
-  among n devices, twice that for an all-reduce, the array for a permutation. Where a group spans slices, what its
-  devices do inside a slice and what goes between slices are told apart: of the latter each sends its share.
+- FLOPs: matmuls and convolutions, 2 per multiplication, without those by the zeros of padding or dilation; and what
+  custom kernels report. Elementwise work is left out.
+- Bytes: what each instruction or fusion reads from and writes to the device's main memory. If an array is only sliced,
+  gathered or updated, only that part counts. Arrays in on-chip memory (memory space 1 and above) do not count.
+- Collectives: the bytes that a device sends on a ring: (n − 1)/n of the whole array for a gather, scatter or all-to-all
+  among n devices, twice that for an all-reduce, the array itself for a permutation. If a group spans slices, traffic
+  inside a slice and between slices are counted separately; between slices each device sends its share.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array; `on_chip` tells that it does not lie in the device's main memory."""
+    """One array; `on_chip` means that it is not in the device's main memory."""
 
     dims: tuple[int, ...]
     bytes: float
@@ -59,12 +59,12 @@ class Instruction:
     shapes: tuple[Shape, ...]  # of the result; several for a tuple
     operands: tuple[str, ...]
     attributes: str
-    text: str  # what stands between the parentheses
+    text: str  # between the parentheses
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A named body of instructions, in the order of the text; `root` is the one whose result it returns."""
+    """A named list of instructions in program order; `root` names the instruction that it returns."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -73,12 +73,12 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one device, one run of the program."""
+    """The cost of one run of the program on one device."""
 
     flops: float = 0.0
     bytes: float = 0.0
-    collectives: Counter = dataclasses.field(default_factory=Counter)  # (kind, among how many, between slices) → bytes
-    uncounted: frozenset[str] = frozenset()  # loops of unknown length, counted once, and kernels that do not say FLOPs
+    collectives: Counter = dataclasses.field(default_factory=Counter)  # (kind, group size, between slices) → bytes
+    uncounted: frozenset[str] = frozenset()  # loops of unknown length (counted once), kernels that report no FLOPs
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -104,17 +104,17 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """The index of the parenthesis that closes the one at `start`."""
     depth = 0
-    for at in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[at], 0)
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
         if not depth:
-            return at
+            return index
     raise ValueError(f"unbalanced parentheses: {text[:120]}")
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of an HLO module by name, and the name of its entry."""
+    """The computations of an HLO module by name, and the name of its entry computation."""
     computations, entry = {}, ""
     instructions: dict[str, Instruction] = {}
     name = root = ""
@@ -158,7 +158,7 @@ def _numbers(instruction: Instruction, name: str) -> list[int]:
 
 
 def _window(instruction: Instruction, rank: int) -> list[dict[str, tuple[int, ...]]]:
-    """size, stride, pad (low), lhs_dilate and rhs_dilate of each spatial axis of a convolution."""
+    """The size, stride, low padding, lhs_dilate and rhs_dilate of each spatial axis of a convolution."""
     found = re.search(r"window={([^}]*)}", instruction.attributes)
     given = dict(item.split("=") for item in found.group(1).split()) if found else {}
     fields = {}
@@ -168,7 +168,7 @@ def _window(instruction: Instruction, rank: int) -> list[dict[str, tuple[int, ..
     return [{name: values[axis] for name, values in fields.items()} for axis in range(rank)]
 
 
-def _products(instruction: Instruction, shape: dict[str, Shape]) -> float:
+def _matmul_flops(instruction: Instruction, shape: dict[str, Shape]) -> float:
     """FLOPs of a dot or a convolution."""
     left, right = (shape[operand].dims for operand in instruction.operands[:2])
     out = instruction.shapes[0].dims
@@ -179,18 +179,18 @@ def _products(instruction: Instruction, shape: dict[str, Shape]) -> float:
     total = 2.0 * out[labels[2].index("b")] * out[labels[2].index("f")] * right[labels[1].index("i")]
     for letter, window in zip(sorted(spatial), _window(instruction, len(spatial)), strict=True):
         size_in, size_out = left[labels[0].index(letter)], out[labels[2].index(letter)]
-        place = (
+        position = (
             np.arange(size_out)[:, None] * window["stride"]
             + np.arange(window["size"]) * window["rhs_dilate"]
             - window["pad"]
         )
-        within = (place >= 0) & (place <= (size_in - 1) * window["lhs_dilate"])
-        total *= int((within & (place % window["lhs_dilate"] == 0)).sum())
+        within = (position >= 0) & (position <= (size_in - 1) * window["lhs_dilate"])
+        total *= int((within & (position % window["lhs_dilate"] == 0)).sum())
     return total
 
 
 def _groups(instruction: Instruction, devices: int, slice_devices: int) -> tuple[int, int]:
-    """Devices of a collective's group, and slices that a group spans."""
+    """The number of devices in a collective's group, and the number of slices that a group spans."""
     text = instruction.attributes
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         count, size = int(found.group(1)), int(found.group(2))
@@ -209,7 +209,7 @@ def _groups(instruction: Instruction, devices: int, slice_devices: int) -> tuple
 
 
 def _mesh_groups(mesh: str, device_ids: str | None, named: str) -> np.ndarray:
-    """Groups written by the axes of a mesh: 'a'=4,'b'=16; [4,4,4]T(1,0,2; and 'a' or a part of an axis, 'b':(4)2."""
+    """Groups given as axes of a mesh: 'a'=4,'b'=16; [4,4,4]T(1,0,2; and the axes, 'a' or part of one, 'b':(4)2."""
     axes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh)}
     order = np.arange(math.prod(axes.values()))
     if device_ids:
@@ -228,7 +228,7 @@ def _mesh_groups(mesh: str, device_ids: str | None, named: str) -> np.ndarray:
 
 
 class Program:
-    """An HLO module, to be counted."""
+    """An HLO module whose cost can be counted."""
 
     def __init__(self, text: str, devices: int = 1, slices: int = 1):
         self.computations, self.entry = parse(text)
@@ -275,7 +275,7 @@ class Program:
 
     def _flops(self, instruction: Instruction, shapes: dict[str, Shape]) -> float:
         if instruction.opcode in ("dot", "convolution"):
-            return _products(instruction, shapes)
+            return _matmul_flops(instruction, shapes)
         if instruction.opcode == "fusion":
             inner = self.computations[_attribute(instruction, "calls")]
             table = {one.name: one.shapes[0] for one in inner.instructions.values() if one.shapes}
@@ -283,11 +283,11 @@ class Program:
         return self._kernel_flops(instruction) or 0.0 if instruction.opcode == "custom-call" else 0.0
 
     def _kernel_flops(self, kernel: Instruction) -> float | None:
-        """What a kernel says it costs; of splash attention, which says nothing, 2 products forward and 5 backward."""
+        """The FLOPs that a kernel reports. Splash attention reports none: it does 2 matmuls forward and 5 backward."""
         if found := re.search(r'"cost_estimate":({[^}]*})', kernel.attributes):
             return float(json.loads(found.group(1))["flops"])
         if kernel.name.startswith("splash_"):
-            # The query has the most axes: [R,groups,H/g,S,d], in the backward pass a copy for each block of keys.
+            # The query has the most axes: [R,groups,H/g,S,d]. The backward pass has a copy for each block of keys.
             query = max((shape.dims for shape in kernel.shapes), key=len)
             backward = "dkv" in kernel.name
             copies = query[2] if backward else 1
@@ -295,7 +295,7 @@ class Program:
         return None
 
     def _trips(self, loop: Instruction, computation: Computation) -> int | None:
-        """How often a loop runs: it counts from a constant up to one that its condition compares with."""
+        """The trip count of a loop that counts from one constant up to another, or None if it is not of that form."""
         if known := re.search(r'"known_trip_count":{"n":"(\d+)"}', loop.attributes):
             return int(known.group(1))
         condition = self.computations[_attribute(loop, "condition")]
@@ -313,17 +313,17 @@ class Program:
         counter, limit = (inside[name] for name in compare.operands)
         if limit.opcode != "constant" or counter.opcode != "get-tuple-element":
             return None
-        place = int(_attribute(counter, "index"))
-        step = self._step(self.computations[_attribute(loop, "body")], place)
+        index = int(_attribute(counter, "index"))
+        step = self._step(self.computations[_attribute(loop, "body")], index)
         if step is None:
             return None
-        start = self._constant(computation, computation.instructions[loop.operands[0]], place)
+        start = self._constant(computation, computation.instructions[loop.operands[0]], index)
         return None if start is None else max(0, -(-(int(limit.text) - start) // step))
 
-    def _step(self, body: Computation, place: int) -> int | None:
-        """By how much a loop's counter grows; None where that is not a constant."""
+    def _step(self, body: Computation, index: int) -> int | None:
+        """The increment of a loop's counter, or None if it is not a constant."""
         inside = body.instructions
-        grown = inside[inside[body.root].operands[place]]
+        grown = inside[inside[body.root].operands[index]]
         while grown.opcode in ("copy", "bitcast"):
             grown = inside[grown.operands[0]]
         if grown.opcode == "fusion":
@@ -332,11 +332,11 @@ class Program:
         found = [inside[name].text for name in grown.operands if inside[name].opcode == "constant"]
         return int(found[0]) if grown.opcode == "add" and len(found) == 1 and int(found[0]) > 0 else None
 
-    def _constant(self, computation: Computation, made: Instruction, place: int) -> int | None:
-        """The value of a tuple's element, where it is a constant."""
+    def _constant(self, computation: Computation, made: Instruction, index: int) -> int | None:
+        """The value of a tuple's element, or None if it is not a constant."""
         if made.opcode != "tuple":
             return None
-        element = computation.instructions[made.operands[place]]
+        element = computation.instructions[made.operands[index]]
         while element.opcode in ("copy", "bitcast", "convert"):
             element = computation.instructions[element.operands[0]]
         return int(element.text) if element.opcode == "constant" and re.fullmatch(r"-?\d+", element.text) else None
@@ -390,25 +390,25 @@ class Program:
         return total
 
     def _read(self, computation: str, name: str) -> float:
-        """Bytes of an array that a fused computation reads; infinite for all of it, however large it is."""
+        """The bytes of an array that a fused computation reads; infinite if it reads the whole array."""
         inside = self.computations[computation]
         total = 0.0
         for user in inside.instructions.values():
-            for place, operand in enumerate(user.operands):
+            for position, operand in enumerate(user.operands):
                 if operand != name:
                     continue
                 if user.opcode in RENAMES:
                     total += math.inf if user.name == inside.root else self._read(computation, user.name)
-                elif user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                elif user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
                     total += user.shapes[0].bytes
                 elif user.opcode == "fusion":
                     nested = self.computations[_attribute(user, "calls")]
                     (mine,) = (
                         one.name
                         for one in nested.instructions.values()
-                        if one.opcode == "parameter" and int(one.text) == place
+                        if one.opcode == "parameter" and int(one.text) == position
                     )
                     total += self._read(nested.name, mine)
-                elif user.opcode != "dynamic-update-slice" or place:  # which is done in place
+                elif user.opcode != "dynamic-update-slice" or position:  # it updates operand 0 in place, without a read
                     total = math.inf
         return total

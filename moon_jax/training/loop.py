@@ -74,8 +74,8 @@ def lower_step(config: config_lib.Config, state: TrainState, batch: Batch) -> ja
     # The state keeps its sharding. Without this, XLA may shard norm scales, which the next step would then reject. The
     # metrics are replicated, so that every process has all of them.
     mesh = batch.weight.sharding.mesh
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state", out_shardings=(shardings, replicated))
+    out = (shardings, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    jitted = jax.jit(train_step, static_argnames="config", donate_argnames="state", out_shardings=out)
     platform = {"gpu": "cuda"}.get(backend.platform(), backend.platform())
     return jitted.trace(state, batch, config=config).lower(lowering_platforms=(platform,))
 
@@ -124,7 +124,7 @@ def train(
     make_evaluate: MakeEvaluate,
     watch: watchdog.Watchdog = watchdog.Watchdog(),  # noqa: B008
 ) -> Prepared:
-    """Trains on `config.data.path` up to step `config.training.steps`, resuming from the newest checkpoint if there is one.
+    """Trains on `config.data.path` up to step `config.training.steps`; resumes from the newest checkpoint, if any.
 
     Args:
         config: determines the run. A workdir belongs to one config.
@@ -197,7 +197,7 @@ def _train(
         if state is None:
             state = _initialize(config, opened, abstract, placed.rows, terminal)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-        drawn = "" if restored or options.init else ", randomly initialized,"
+        drawn = "" if restored or options.init else ", randomly initialised,"
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         terminal.table(optimizer.table(options, abstract.params))
         terminal.line(

@@ -1,4 +1,4 @@
-"""The metric lines of a run: metrics.jsonl, speed.jsonl and their TensorBoard events."""
+"""The metrics of a run: metrics.jsonl, speed.jsonl and their TensorBoard events."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from moon_jax.training import chips
 from moon_jax.types import OBJECTIVES
 
 PHASES = ("data", "device", "checkpoint", "evaluation")
-"""Where the time of a step goes."""
+"""The parts of a step that are timed."""
 
 PHI_BINS = 20
-"""Equal bins of [0, 1] in the histogram of φ."""
+"""Number of equal bins over [0, 1] in the histogram of φ."""
 
 
 class MetricLog:
-    """metrics.jsonl and speed.jsonl, and the same as TensorBoard events: each logged step once, in order, however often
-    the run was resumed. What follows from the config stands in the first, what the clock says in the second.
+    """Writes metrics.jsonl and speed.jsonl, and the same values as TensorBoard events. Each logged step appears once,
+    in order, however often the run resumes. metrics.jsonl depends on the config alone; timings go to speed.jsonl.
 
-    The JSON lines are the record. The events are made from them anew when a run is resumed. Of several processes the
-    first writes.
+    The JSON lines are the record: when a run resumes, its events are rewritten from them. If there are several
+    processes, the first one writes.
     """
 
     def __init__(self, workdir: Path, resumed_at: int):
@@ -44,7 +44,7 @@ class MetricLog:
         tensorboard.mkdir(exist_ok=True)
         for old in tensorboard.glob("events.out.tfevents.*"):
             old.unlink()
-        # Here, since it imports torch where that is installed: seconds.
+        # Imported here because it imports torch if that is installed, which takes seconds.
         from tensorboardX.event_file_writer import EventsWriter
 
         self._events = EventsWriter(str(tensorboard / "events"))
@@ -54,7 +54,7 @@ class MetricLog:
             self._write_events({"step": line["step"], "speed": line})
 
     def write(self, metrics: dict[str, Any], speed: dict[str, Any]) -> None:
-        """A step's lines (`describe`, `Times.line`)."""
+        """Writes a step's lines: the results of `line` and of `Times.line`."""
         for name, line in (("metrics", metrics), ("speed", speed)):
             if name in self._files:
                 self._files[name].write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -83,10 +83,10 @@ class MetricLog:
 
 
 def _keep(path: Path, resumed_at: int) -> list[dict[str, Any]]:
-    """Strikes the lines of later steps from a file, and the one that a kill cut short; gives those that stay."""
+    """Removes the lines of later steps from a file, and a line truncated by a kill; returns the remaining ones."""
     kept = []
     if path.exists():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():  # a cut one ends anywhere
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():  # may be cut inside a character
             try:
                 line = json.loads(text)
             except ValueError:
@@ -100,7 +100,7 @@ def _keep(path: Path, resumed_at: int) -> list[dict[str, Any]]:
 
 
 class Times:
-    """Where the time goes: waiting for data, on the device, in checkpoints and evaluations, or elsewhere."""
+    """Measures where the time goes: waiting for data, on the device, in checkpoints and evaluations, or elsewhere."""
 
     def __init__(self, config: config_lib.Config, devices: int, start: int):
         chip = chips.of_device(jax.local_devices()[0])
@@ -112,7 +112,7 @@ class Times:
 
     @contextlib.contextmanager
     def of(self, phase: str) -> Iterator[None]:
-        """Time within it belongs to `phase`, one of PHASES."""
+        """Counts the time spent inside as `phase`, one of PHASES."""
         began = time.monotonic()
         try:
             yield
@@ -120,10 +120,10 @@ class Times:
             self._seconds[phase] += time.monotonic() - began
 
     def line(self, step: int) -> dict[str, Any]:
-        """The time since the last line as one of speed.jsonl; `step` steps are done.
+        """A line of speed.jsonl for the time since the last line; `step` is the number of steps done.
 
-        Seconds of a step, and of them those of each phase; `mfu`, the model's FLOPs over the chips' peak, null where
-        that is not known; bytes that this process and its first device hold.
+        It has the seconds of a step and of each phase; `mfu`, model FLOPs over the chips' peak, null if the peak is not
+        known; and the bytes that this process and its first device hold.
         """
         now = time.monotonic()
         taken, count = now - self._began, step - self._step
@@ -144,15 +144,15 @@ class Times:
         }
 
     def summary(self) -> str:
-        """Shares of the whole time, in one line."""
+        """The share of each phase in the total time, in one line."""
         whole = max(time.monotonic() - self._start, 1e-9)
         spent = {phase: self._total[phase] + self._seconds[phase] for phase in PHASES}
-        told = ", ".join(f"{phase} {100 * seconds / whole:.1f}%" for phase, seconds in spent.items() if seconds)
-        return f"of the time of a step: {told}"
+        shares = ", ".join(f"{phase} {100 * seconds / whole:.1f}%" for phase, seconds in spent.items() if seconds)
+        return f"share of training time: {shares}"
 
 
 def _held_bytes() -> int | None:
-    """Memory that this process holds; None where the system does not say."""
+    """The resident memory of this process, or None if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -161,7 +161,7 @@ def _held_bytes() -> int | None:
 
 
 def _scalars(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a metric line with its path as a tag; the histogram of φ is none."""
+    """Every number of a metric line, with its path as a tag; without the histogram of φ."""
     for key, value in metrics.items():
         if isinstance(value, list) and key != "phi_histogram":
             value = {str(index): item for index, item in enumerate(value)}
@@ -172,7 +172,7 @@ def _scalars(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, f
 
 
 def _phi_event(counts: list[int]) -> Any:
-    """The histogram of φ as TensorBoard holds it: moments of the bins' middles, then upper edges and counts."""
+    """The histogram of φ in TensorBoard's form: moments at the bin centres, then upper edges and counts."""
     edges, counts = np.linspace(0, 1, PHI_BINS + 1), np.array(counts)
     middles = (edges[1:] + edges[:-1]) / 2
     moments = dict(min=0.0, max=1.0, num=counts.sum(), sum=counts @ middles, sum_squares=counts @ middles**2)
@@ -182,28 +182,28 @@ def _phi_event(counts: list[int]) -> Any:
 
 
 def _exact(value: Any) -> Any:
-    """A JSON number that tells a float32 from any other, or None where it is not finite."""
+    """A JSON number that identifies a float32 exactly, or None if it is not finite."""
     return float(f"{float(value):.9g}") if np.isfinite(value) else None
 
 
 def _round(value: Any) -> Any:
-    """A JSON number of six significant digits, or None where it is not finite."""
+    """A JSON number of six significant digits, or None if it is not finite."""
     return float(f"{float(value):.6g}") if np.isfinite(value) else None
 
 
 def line(step: int, metrics: dict[str, Any], config: config_lib.Config) -> dict[str, Any]:
     """The metrics of a step (training/step.py) as one JSON line.
 
-    `experts` holds per layer and expert the share of text tokens and of image tokens that its gate took: each
-    modality's shares add up to 1 over a layer's experts. `dropped` is the share of a layer's routes that found no room.
-    `phi_histogram` counts triplets in PHI_BINS equal bins of [0, 1].
+    `experts` holds, per layer and expert, its share of the routing weight of text tokens and of image tokens; within a
+    layer each modality adds up to 1. `dropped` is the share of a layer's routes dropped for lack of capacity.
+    `phi_histogram` counts triplets in PHI_BINS equal bins over [0, 1].
     """
     result, modality = metrics["objectives"], metrics["modality"]
     shares = modality / np.maximum(modality.sum(axis=-1, keepdims=True), 1e-9)
     has_phi = np.isfinite(result.phi)
     phi = result.phi[has_phi]
-    negatives = result.negatives[result.negatives > 0]  # 0 stands for a triplet that serves no inter objective
-    margin = filtering.margin_at(config.objective.margin, (step - 1) / config.training.steps)  # `step` are done
+    negatives = result.negatives[result.negatives > 0]  # 0: the triplet serves no inter-product objective
+    margin = filtering.margin_at(config.objective.margin, (step - 1) / config.training.steps)  # `step` steps are done
     named = {
         name: dict(zip(OBJECTIVES, map(kind, values), strict=True))
         for name, kind, values in (

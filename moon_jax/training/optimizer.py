@@ -1,4 +1,4 @@
-"""What the optimiser does to which parameter: learning rates by group and by path, freezing, weight decay."""
+"""The optimiser: learning rates by group and by path, freezing, weight decay."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def is_decayed(path: tuple[Any, ...]) -> bool:
 
 
 def rates(config: config_lib.Training) -> list[tuple[str, float]]:
-    """Patterns of parameter paths with the factors of their learning rates (`training.learning_rate_factors`)."""
+    """Patterns of parameter paths and their learning-rate factors (`training.learning_rate_factors`)."""
     pairs = (rate.rpartition("=") for rate in config.learning_rate_factors)
     return [(pattern, float(factor)) for pattern, _, factor in pairs]
 
 
 def peak(config: config_lib.Training, path: tuple[Any, ...]) -> float:
-    """The largest learning rate of a parameter: its group's, times the factor of the first pattern that it fits."""
+    """The peak learning rate of a parameter: its group's, times the factor of the first pattern that matches."""
     by_group = {
         "backbone": config.learning_rate,
         "router": config.router_learning_rate,
@@ -61,7 +61,7 @@ def _is_box(node: Any) -> bool:
 
 
 def trained(config: config_lib.Training, params: Any) -> Any:
-    """`params` with None for those whose learning rate is 0: they are frozen, and no gradient is taken of them."""
+    """`params` with None for frozen ones (learning rate 0), for which no gradient is computed."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if peak(config, path) else None, params, is_leaf=_is_box
     )
@@ -75,31 +75,31 @@ def merge(trained: Any, params: Any) -> Any:
 
 
 def named(name: str, betas: tuple[float, float] = (0.9, 0.999)) -> optax.GradientTransformation:
-    """An optimizer of optax (or optax.contrib) at learning rate 1 and without weight decay, which we add.
+    """An optimizer of optax (or optax.contrib) at learning rate 1, without weight decay; `make_optimizer` adds both.
 
     Args:
-        betas: its b1 and b2, where it has them. Everything else is optax's default.
+        betas: its b1 and b2, if it has them. Everything else is optax's default.
 
     Raises:
-        UserError: there is none of this name, or it needs more than gradients.
+        UserError: there is no such optimizer, or it needs more than gradients.
     """
     factory = getattr(optax, name, None) or getattr(optax.contrib, name, None)
     parameters = _parameters(factory)
     if "learning_rate" not in parameters:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of names that optax will drop
+            warnings.simplefilter("ignore")  # about names that optax deprecates
             known = [one for part in (optax, optax.contrib) for one in dir(part) if one.islower() and one[0] != "_"]
             known = [one for one in known if "learning_rate" in _parameters(getattr(optax, one, None))]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise UserError(f"config.training.optimizer: {name} is no optimizer of optax; the closest is {close}")
+        raise UserError(f"config.training.optimizer: {name} is not an optimizer of optax; the closest is {close}")
     given = {"learning_rate": 1.0, "b1": betas[0], "b2": betas[1], "weight_decay": 0.0}
     try:
         optimizer = factory(**{key: value for key, value in given.items() if key in parameters})
         probe = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
         state = jax.eval_shape(lambda probe: optimizer.update(probe, optimizer.init(probe), probe)[1], probe)
         if not all(leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.number) for leaf in jax.tree.leaves(state)):
-            raise ValueError("a random key, which the seed and the step would have to tell")
-    except Exception as error:  # optimizers have ways of their own to say so
+            raise ValueError("a random key, which would have to follow from the seed and the step")
+    except Exception as error:  # each optimizer fails in its own way
         first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(
             f"config.training.optimizer: {name} needs more than gradients ({first}); adamw, lion, adafactor and"
@@ -116,8 +116,8 @@ def _parameters(factory: Any) -> dict[str, inspect.Parameter]:
 
 
 def make_optimizer(config: config_lib.Training) -> optax.GradientTransformation:
-    """The optimizer of `config.optimizer` under a clipped global norm, with decoupled weight decay; each group of
-    parameters has its own peak of a warm-up + cosine schedule. For what `trained` gives.
+    """`config.optimizer` with a clipped global norm and decoupled weight decay. The learning rate follows a warm-up +
+    cosine schedule with its own peak for each parameter. Takes the parameters that `trained` returns.
     """
     warmup = config_lib.warmup_steps(config)
 
@@ -145,21 +145,23 @@ def make_optimizer(config: config_lib.Training) -> optax.GradientTransformation:
 
 
 def check(config: config_lib.Training, params: Any) -> None:
-    """Refuses an optimizer that does not exist, and a pattern that fits none of the abstract `params`.
+    """Checks that the optimizer exists and that every pattern matches some of the abstract `params`.
 
     Raises:
-        UserError: names it, and what is closest.
+        UserError: with the closest name.
     """
     named(config.optimizer, config.betas)
     names = ["/".join(_names(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern, _ in rates(config):
         if not fnmatch.filter(names, pattern):
             close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
-            raise UserError(f"config.training.learning_rate_factors: {pattern} matches no parameter; closest: {close}")
+            raise UserError(
+                f"config.training.learning_rate_factors: {pattern} matches no parameter; the closest is {close}"
+            )
 
 
 def table(config: config_lib.Training, params: Any) -> Table:
-    """What trains, part by part of the abstract `params`: parameters, peak of the learning rate, weight decay."""
+    """What trains, for each part of the abstract `params`: parameter count, peak learning rate, weight decay."""
     parts: dict[tuple[str, float], list[int]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [name for name in _names(path) if name != "periods" and not name.startswith("layer_")]
@@ -170,8 +172,8 @@ def table(config: config_lib.Training, params: Any) -> Table:
         counts = parts.setdefault((part, peak(config, path)), [0, 0])
         counts[0] += leaf.size
         counts[1] += leaf.size if is_decayed(path) else 0
-    shown = Table(title=f"what trains, by {config.optimizer}")
-    shown.add_column("parameters of")
+    shown = Table(title=f"trained with {config.optimizer}")
+    shown.add_column("parameters")
     for column in ("count", "learning rate", "decayed"):
         shown.add_column(column, justify="right")
     for (part, rate), (size, decayed) in parts.items():

@@ -1,9 +1,9 @@
-"""What a training step will cost on a machine that is not here: compiled ahead of time for a named TPU slice.
+"""The cost of a training step on a machine you do not have: compiles it ahead of time for a named TPU slice.
 
-The real step of the config is compiled by libtpu, which needs no TPU, and read back (training/hlo.py). What is told is
-a bound, not a forecast: every product at the chip's peak, every byte at full bandwidth, collectives on a ring of two
-links, all of it overlapped. The slowest of the four gives the step. Without a topology the step is compiled for the
-devices of this machine, and timed on them.
+libtpu, which needs no TPU, compiles the real step of the config, and training/hlo.py reads the result. The step time is
+a lower bound, not a forecast: every matmul at the chip's peak, every byte at full bandwidth, collectives on a ring of
+two links, all of it overlapped; the slowest of the four determines the step. Without a topology, the step is compiled
+for the devices of this machine and timed on them.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from moon_jax.training import hlo, loop
 from moon_jax.training.chips import CHIPS, model_flops
 from moon_jax.training.step import initial_state
 
-TOLD = ("experts.dispatch", "experts.capacity", "training.remat", "training.dtype")
-"""Options that decide much of what a step costs, and are told with it."""
+REPORTED = ("experts.dispatch", "experts.capacity", "training.remat", "training.dtype")
+"""Options with much influence on the cost of a step; reported with it."""
 
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.axes)
 
 
 def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
-    """Chip and shape of a slice: a shape, v5p:4x4x4, or a cloud's name, v5p-128 (v4 and v5p count two cores a chip).
+    """The chip and shape of a slice, given as v5p:4x4x4 or by a cloud name, v5p-128 (v4 and v5p: two cores per chip).
 
     Raises:
         UserError: anything else.
@@ -61,19 +61,19 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     power = chips.bit_length() - 1
     if odd or chips != 2**power or (axes == 3 and chips < 4):
         example = f"{chip}:{'x'.join('4' * axes)}"
-        raise UserError(f"--topology {name}: no such size is known here; give its shape, as in {example}")
+        raise UserError(f"--topology {name}: not a known size; give the shape, as in {example}")
     exponents = [(power + axis) // axes for axis in range(axes)]
     sizes = [2**exponent for exponent in exponents]
     return chip, (2, 2, 1) if chips == 4 and axes == 3 else tuple(sizes)
 
 
 def devices_of(chip: str, shape: tuple[int, ...], slices: int = 1) -> list[Any]:
-    """Devices of slices that are not here.
+    """Abstract devices of TPU slices that this machine lacks.
 
     Raises:
-        UserError: libtpu is not installed, or knows no such slice.
+        UserError: libtpu is not installed, or does not know the slice.
     """
-    # libtpu is to ask no metadata server, share the machine with others of its kind, and not warn of what is not here.
+    # Keep libtpu from querying the metadata server, locking the machine, and warning about missing hardware.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     for variable, value in (quiet | {"TPU_ACCELERATOR_TYPE": f"{chip}-8", "TPU_WORKER_ID": "0"}).items():
         os.environ.setdefault(variable, value)
@@ -85,37 +85,37 @@ def devices_of(chip: str, shape: tuple[int, ...], slices: int = 1) -> list[Any]:
     except Exception as error:
         if "TPU support not installed" in str(error) or "libtpu" in str(error):
             raise UserError(f"--topology {name}: needs libtpu; pip install -e '.[tpu]'") from None
-        raise UserError(f"--topology {name}: libtpu refuses it ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--topology {name}: libtpu rejects it ({str(error).splitlines()[0]})") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One layout of one config on one machine. Quantities of memory, work and traffic are of one chip and one step."""
+    """One layout of one config on one machine. Memory, work and traffic are per chip and per step."""
 
     config: str
     machine: str
     chips: int
     slices: int
     mesh: dict[str, int]
-    options: dict[str, Any]  # those of TOLD
+    options: dict[str, Any]  # those in REPORTED
     triplets: int  # of the global batch
     parameters: int
     compile_seconds: float
     argument_bytes: int
     temporary_bytes: int
-    output_bytes: int  # that do not take an argument's place
+    output_bytes: int  # of outputs that do not alias an argument
     memory_bytes: int | None  # the chip's
     flops: float
     model_flops: float
     moved_bytes: float
-    collective_bytes: dict[str, float]  # "all-gather over 4" → bytes sent; "… between slices" for those that cross
+    collective_bytes: dict[str, float]  # "all-gather over 4" → bytes sent; with " between slices" if it crosses them
     uncounted: list[str]  # loops and kernels whose work could not be read
-    seconds: dict[str, float]  # compute, memory, links, network: each at full speed
+    seconds: dict[str, float]  # of compute, memory, links, network: each at full speed
     step_seconds: float | None  # the longest of them
-    bound: str | None  # which that is
-    utilization: float | None  # of the chip's peak by model_flops, in the measured step or at that bound
+    bound: str | None  # the name of the longest
+    utilization: float | None  # model_flops over the chip's peak, in the measured step or at the bound
     triplets_per_second: float | None
-    measured_step_seconds: float | None  # on this machine; None where it was only compiled
+    measured_step_seconds: float | None  # on this machine; None if only compiled
 
     @property
     def held_bytes(self) -> int:
@@ -127,7 +127,7 @@ class Plan:
 
 
 def machine_of(topology: str, slices: int) -> tuple[str, str, list[Any]]:
-    """The kind of chip, how the machine is called, and its devices; without a topology those of this machine."""
+    """The chip, the machine's name, and its devices; without a topology those of this machine."""
     if not topology:
         devices = jax.devices()
         chip = devices[0].device_kind
@@ -138,7 +138,7 @@ def machine_of(topology: str, slices: int) -> tuple[str, str, list[Any]]:
 
 
 def check(config: config_lib.Config, topology: str = "", slices: int = 1) -> None:
-    """Raises what `plan` raises before it compiles."""
+    """Raises the errors that `plan` would raise before compiling."""
     _check(config, sharding.make_mesh(config.mesh, machine_of(topology, slices)[2]))
 
 
@@ -146,8 +146,8 @@ def _check(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
     sharding.check(config, mesh)
     if config.data.template != "bare":
         raise UserError(
-            "config.data.template: a plan knows no template's length; leave it bare, and raise config.data.text_tokens"
-            " by its tokens"
+            "config.data.template: a plan cannot know the length of a template; leave it bare, and raise"
+            " config.data.text_tokens by its tokens"
         )
 
 
@@ -158,16 +158,16 @@ def plan(
     slices: int = 1,
     busy: Callable[[str], AbstractContextManager] = lambda what: nullcontext(),
 ) -> Plan:
-    """Compiles the config's training step for a slice, or for this machine, and reads what it does.
+    """Compiles the config's training step for a slice, or for this machine, and reads its cost.
 
     Args:
-        name: how the config is called in the result.
+        name: the config's name in the result.
         topology: see `parse_topology`; empty for the devices of this machine, where the step is also timed.
-        slices: how many such slices, joined by the data-center network.
-        busy: shows what takes long.
+        slices: the number of slices, joined by the data-center network.
+        busy: shows progress of slow work.
 
     Raises:
-        UserError: a topology or a mesh that does not fit, or a step that needs more memory than a chip has.
+        UserError: the topology or the mesh does not fit, or the step needs more memory than a chip has.
     """
     chip, machine, devices = machine_of(topology, slices)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -193,7 +193,7 @@ def plan(
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     kind = CHIPS.get(chip)
     seconds = {}
-    if kind and kind.axes:  # a GPU's program calls libraries whose work cannot be read
+    if kind and kind.axes:  # GPU programs call libraries, and their work cannot be read
         seconds = {"compute": cost.flops / kind.flops, "memory": cost.bytes / kind.bandwidth}
         inside = sum(sent for (_, _, crosses), sent in cost.collectives.items() if not crosses)
         across = sum(sent for (_, _, crosses), sent in cost.collectives.items() if crosses)
@@ -208,7 +208,7 @@ def plan(
         chips=len(devices),
         slices=slices,
         mesh=dict(mesh.shape),
-        options={option: config_lib.leaves(config)[option] for option in TOLD},
+        options={option: config_lib.leaves(config)[option] for option in REPORTED},
         triplets=config.data.batch,
         parameters=parameters,
         compile_seconds=round(compiling, 1),
@@ -234,7 +234,7 @@ def plan(
 
 
 def to_json(one: Plan) -> dict[str, Any]:
-    """All numbers, with what follows from them."""
+    """All numbers, including derived ones."""
     return dataclasses.asdict(one) | {"held_bytes": one.held_bytes, "fits": one.fits}
 
 
@@ -248,7 +248,7 @@ def _amount(value: float | None, unit: str) -> str:
 
 
 def table(plans: list[Plan]) -> Table:
-    """One column for each layout."""
+    """A table with one column per layout."""
     first = plans[0]
     title = f"{first.config} on {first.machine}: one chip, one step of {first.triplets:,} triplets"
     shown = Table(title=title)
@@ -267,13 +267,13 @@ def table(plans: list[Plan]) -> Table:
 
     for name in ("experts.dispatch", "training.remat"):
         row(name, lambda one, name=name: str(one.options[name]))
-    row("parameters in all", lambda one: f"{one.parameters:,}")
+    row("total parameters", lambda one: f"{one.parameters:,}")
     row("memory", held)
     row("  arguments", lambda one: _amount(one.argument_bytes, "B"))
     row("  temporary", lambda one: _amount(one.temporary_bytes, "B"))
-    row("  output beyond them", lambda one: _amount(one.output_bytes, "B"))
+    row("  other outputs", lambda one: _amount(one.output_bytes, "B"))
     row("FLOPs", lambda one: ("at least " if one.uncounted else "") + _amount(one.flops, "FLOP"))
-    row("  the model's own", lambda one: _amount(one.model_flops, "FLOP"))
+    row("  model FLOPs", lambda one: _amount(one.model_flops, "FLOP"))
     row("bytes moved", lambda one: _amount(one.moved_bytes, "B"))
     for kind in dict.fromkeys(kind for one in plans for kind in one.collective_bytes):
         row(kind, lambda one, kind=kind: _amount(one.collective_bytes.get(kind, 0.0), "B"))
@@ -294,17 +294,17 @@ def table(plans: list[Plan]) -> Table:
 
 
 def _optimized(dump: Path) -> str:
-    """The optimised HLO that the compiler wrote: `as_text` refuses some of its TPU programs."""
+    """The optimised HLO from the compiler's dump: `as_text` fails on some TPU programs."""
     found = list(dump.glob("*train_step*after_optimizations.txt"))
     if len(found) != 1:
-        raise RuntimeError(f"the compiler wrote {len(found)} optimised programs, not one: another libtpu?")
+        raise RuntimeError(f"the compiler dumped {len(found)} optimised programs instead of one: a different libtpu?")
     return found[0].read_text(encoding="utf-8")
 
 
 def _too_large(message: str, machine: str) -> str:
     needed = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
     if not needed and "RESOURCE_EXHAUSTED" not in message:
-        return f"{machine}: the compiler refuses the step ({message.splitlines()[0]})"
+        return f"{machine}: the compiler rejects the step ({message.splitlines()[0]})"
     need = f"{needed.group(1)} of {needed.group(2)}" if needed else "more than it has"
     return (
         f"{machine}: the step needs {need} of a chip's memory; raise config.mesh.fsdp, expert or tensor, lower"
@@ -313,7 +313,7 @@ def _too_large(message: str, machine: str) -> str:
 
 
 def full_rows(rows: Any, text: int) -> Any:
-    """Rows in which every token is valid: a text, then images and text, whose pixels and words are all alike."""
+    """Rows in which every token is valid: a text, then images and text, all with the same pixel and token values."""
     length = rows.segment.shape[1]
     segment, span = np.ones_like(rows.segment), np.zeros_like(rows.span)
     segment[:, text:] = 2
@@ -323,7 +323,7 @@ def full_rows(rows: Any, text: int) -> Any:
 
 
 def _measure(compiled: Any, config: config_lib.Config, state: Any, batch: Any, busy: Callable, steps: int = 5) -> float:
-    """Seconds of a step on this machine: the median of some, on full rows of zeros."""
+    """Seconds per step on this machine: the median of `steps` steps, on full rows of zeros."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     rows = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), batch)
     product = np.arange(len(rows.product), dtype=np.int32)

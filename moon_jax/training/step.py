@@ -1,4 +1,4 @@
-"""The state, and one training step: pure functions, one compilation."""
+"""The initial state and one training step: pure functions, compiled once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from moon_jax.types import OBJECTIVES, Array, Batch, Objectives, Rows, TrainStat
 
 
 def initial_state(config: config_lib.Config, rows: Rows, encoder: Any = None, alignment: Any = None) -> TrainState:
-    """The state before step 0, a function of config.seed; parameters in partitioning boxes (`nn.unbox` opens them).
+    """The state before step 0, a function of config.seed. Parameters are in partitioning boxes (see `nn.unbox`).
 
     Args:
-        rows: any rows of the training layout; only shapes are read.
-        encoder, alignment: parameters to begin from, in place of random ones.
+        rows: any rows of the training layout; only their shapes matter.
+        encoder, alignment: parameters to start from; by default random ones.
     """
     encoder_rng, dual_rng = jax.random.split(jax.random.key(config.seed))
     if alignment is None:
@@ -39,15 +39,15 @@ def initial_state(config: config_lib.Config, rows: Rows, encoder: Any = None, al
 def loss(
     params: Any, batch: Batch, config: config_lib.Config, step: Array
 ) -> tuple[Array, dict[str, Array | Objectives]]:
-    """The total loss, and of what it was made.
+    """The total loss and its components.
 
     Returns:
         f32[]; and {"objectives": Objectives, "modality": f32[L,2,E], G̃ summed over all text and all image tokens,
-        "dropped": f32[L], the share of routes that found no room}.
+        "dropped": f32[L], the share of routes dropped for lack of capacity}.
     """
     output = Encoder(config, training=True).apply({"params": params["encoder"]}, batch.rows)
     result = objectives(output, params["alignment"], batch, config, step)
-    modality = jax.lax.stop_gradient(output.gate[:, :, :2].sum(axis=1))  # the views t and i of every row
+    modality = jax.lax.stop_gradient(output.gate[:, :, :2].sum(axis=1))  # views t and i of every row
     routes = jnp.maximum(config.experts.per_token * output.valid, 1)
     return result.total, {"objectives": result, "modality": modality, "dropped": output.dropped / routes}
 
@@ -55,10 +55,10 @@ def loss(
 def train_step(
     state: TrainState, batch: Batch, config: config_lib.Config
 ) -> tuple[TrainState, dict[str, Array | Objectives]]:
-    """One optimiser step. One whose loss, gradient or new parameters are not finite changes nothing but the counters.
+    """One optimiser step. If the loss, gradient or new parameters are not finite, only the counters change.
 
     Returns:
-        The next state, and what `loss` returns with {"grad_norm": f32[], "finite": bool[], "bad_in_a_row": i32[]}.
+        The next state; and the metrics of `loss` with {"grad_norm": f32[], "finite": bool[], "bad_in_a_row": i32[]}.
     """
     trained = optimizer.trained(config.training, state.params)
 

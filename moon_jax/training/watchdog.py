@@ -1,4 +1,4 @@
-"""Watches a run without changing it: a warning with all stacks when it stalls, and a profiler trace of chosen steps."""
+"""Observes a run without changing it: prints all stacks when it stalls, and profiles chosen steps."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from moon_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Watchdog:
-    """What is watched while a run goes on, and changes nothing of it."""
+    """Stall warnings and profiling of a run. Neither affects the results."""
 
-    profile: tuple[int, int] | None = None  # first and last step of a profiler trace, written to the workdir's profile/
-    stall_minutes: float = 10.0  # without a step for so long, all threads' stacks are printed
+    profile: tuple[int, int] | None = None  # first and last step of a profiler trace, in profile/ of the workdir
+    stall_minutes: float = 10.0  # print the stacks of all threads when no step finishes for this long
 
     def __post_init__(self) -> None:
         if not self.stall_minutes > 0:
@@ -30,18 +30,17 @@ class Watchdog:
 
     @contextlib.contextmanager
     def over(
-        self, workdir: Path, start: int, steps: int, tell: Callable[[str], None]
+        self, workdir: Path, start: int, steps: int, warn: Callable[[str], None]
     ) -> Iterator[Callable[[int, Any], None]]:
-        """Watches a run of `steps` that has done `start` of them; `tell` is told of a trace that will not be.
+        """Watches a run of `steps` steps of which `start` are done; calls `warn` if the trace cannot be taken.
 
         Yields:
-            alive(step, newest): to be called before each step, so many of which are done; `newest` is what the last one
-                gave.
+            alive(step, newest): call it before each step, with the number of steps done and the last step's metrics.
         """
         tracing, seen, ended = False, time.monotonic(), threading.Event()
         first, last = self.profile or (0, 0)
         if self.profile and not start < first <= steps:
-            tell(f"--profile {first}:{last}: step {first} is not among those to come, {start + 1} to {steps}; no trace")
+            warn(f"--profile {first}:{last}: no trace: step {first} is not one of {start + 1} to {steps}")
 
         def alive(step: int, newest: Any) -> None:
             nonlocal tracing, seen
@@ -59,10 +58,10 @@ class Watchdog:
             while not ended.wait(min(10.0, 10 * self.stall_minutes)):
                 if time.monotonic() - seen > 60 * self.stall_minutes:
                     seen = time.monotonic()
-                    told = f"no step for {self.stall_minutes:g} minutes; all stacks:\n{stacks()}"
-                    print(told, file=sys.stderr, flush=True)
+                    message = f"no step for {self.stall_minutes:g} minutes; all stacks:\n{stacks()}"
+                    print(message, file=sys.stderr, flush=True)
 
-        # A thread, not faulthandler: that reads other threads' frames while they change, and has crashed runs.
+        # Not faulthandler: it reads the frames of other threads while they change, which has crashed runs.
         watchdog = threading.Thread(target=guard, name="stall watch", daemon=True)
         watchdog.start()
         try:
@@ -75,19 +74,19 @@ class Watchdog:
 
 
 def stacks() -> str:
-    """What every thread of this process is doing."""
+    """The stack of every thread of this process."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    told = ""
+    text = ""
     for ident, frame in sys._current_frames().items():
-        told += f"Thread {names.get(ident, ident)}, most recent call last:\n{''.join(traceback.format_stack(frame))}\n"
-    return told
+        text += f"Thread {names.get(ident, ident)}, most recent call last:\n{''.join(traceback.format_stack(frame))}\n"
+    return text
 
 
 def parse_profile(text: str) -> tuple[int, int]:
-    """Steps from FIRST:LAST.
+    """The first and last step in FIRST:LAST.
 
     Raises:
-        UserError: it is written otherwise.
+        UserError: the text has another form.
     """
     first, _, last = text.partition(":")
     if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):

@@ -1,6 +1,6 @@
-"""A run's folder: whose it is, what the run begins from, its tokenizer and its data.
+"""A run's workdir: its config, base model, tokenizer and data.
 
-All processes of a run see the same folder. The first writes; the others read what it wrote.
+All processes of a run see the same folder. The first process writes; the others read what it wrote.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ from moon_jax.ingest.files import Source
 from moon_jax.training import checkpoints
 
 LOCK_SECONDS = 5
-"""So long a run waits for one before it to end."""
+"""How long a run waits for a previous one to end."""
 
 FREE = ("data.path", "data.threads", "mesh.", "training.save_every", "training.keep", "training.max_bad_steps")
-"""Options that may change when a run goes on, by how they begin: no number of the run follows from them."""
+"""Prefixes of options that may change when a run resumes: they do not affect its results."""
 
 
 def check(config: config_lib.Config, store: storage.Store) -> None:
-    """Refuses a workdir that belongs to another config or to anything else, or that cannot be written.
+    """Checks that the workdir is writable, and empty or of this config (apart from options in FREE).
 
-    What FREE names may change; the data itself is held to by its fingerprint.
+    The data is checked later, by its fingerprint (`keep_data`).
+
+    Raises:
+        UserError: it is not.
     """
     workdir = store.files
     path = workdir / "config.json"
@@ -47,23 +50,23 @@ def check(config: config_lib.Config, store: storage.Store) -> None:
         with tempfile.TemporaryFile(dir=there) as probe:
             probe.write(b"0")
     except OSError as error:
-        raise UserError(f"--workdir {store}: {there}: {error.strerror}; give a folder that can be written") from None
+        raise UserError(f"--workdir {store}: {there}: {error.strerror}; give a writable folder") from None
     if not path.exists():
         others = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
         others += ["checkpoints"] if store.remote and store.checkpoints.is_dir() else []
         ours = lambda name: name in ("catalogue", "run.log") or name.endswith(".tmp") or name.startswith(".")  # noqa: E731
         others = sorted(name for name in others if not ours(name))
         if others:
-            raise UserError(f"--workdir {store}: holds no run but {others[0]}; give a folder that is new or empty")
+            raise UserError(f"--workdir {store}: holds {others[0]} but no run; give a new or empty folder")
         return
     held = config_lib.leaves(config_lib.read_json(path))
     if bool(held["data.path"]) != bool(config.data.path):
         what = f"--data {held['data.path']}" if held["data.path"] else "the synthetic catalogue, without --data"
-        raise UserError(f"--workdir {store}: holds a run on {what}; give the same, or take another workdir")
+        raise UserError(f"--workdir {store}: holds a run on {what}; give the same, or use another workdir")
     for name, value in config_lib.leaves(config).items():
         if held[name] != value and not name.startswith(FREE):
             further = name == "training.steps" and value > held[name]
-            remedy = f"to train further, --init {store} in another workdir" if further else "take another workdir"
+            remedy = f"to train further, --init {store} in another workdir" if further else "use another workdir"
             raise UserError(
                 f"--workdir {store}: holds a run with config.{name} = {held[name]!r}, not {value!r}; {remedy}"
             )
@@ -71,13 +74,13 @@ def check(config: config_lib.Config, store: storage.Store) -> None:
 
 @contextlib.contextmanager
 def locked(store: storage.Store) -> Iterator[None]:
-    """Within it no other run of this machine, or of one that shares the folder, may work in the workdir.
+    """Locks the workdir against other runs, on this machine or any other that shares the folder.
 
-    The lock is the system's, on a file of the folder, and falls when the process ends, however it does. In a bucket and
-    on a file system without locks, there is none.
+    It is a file lock, which the system releases however the process ends. In a bucket, and on a file system without
+    locks, there is none.
 
     Raises:
-        Unavailable: another run is at work there.
+        Unavailable: another run is using the workdir.
     """
     if store.remote or not distributed.is_primary():
         yield
@@ -90,7 +93,8 @@ def locked(store: storage.Store) -> Iterator[None]:
             except BlockingIOError:
                 if not patience:
                     raise Unavailable(
-                        f"--workdir {store}: another process trains there; wait for it, end it, or take another workdir"
+                        f"--workdir {store}: another process is training there; wait for it, stop it, or use another"
+                        " workdir"
                     ) from None
                 time.sleep(1)
             except OSError:
@@ -101,10 +105,10 @@ def locked(store: storage.Store) -> Iterator[None]:
 
 
 def claim(config: config_lib.Config, workdir: Path) -> None:
-    """Makes the workdir the home of this config.
+    """Writes config.json, unless it exists: from then on the workdir belongs to this config.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the folder is not writable.
     """
     path = workdir / "config.json"
     try:
@@ -114,22 +118,22 @@ def claim(config: config_lib.Config, workdir: Path) -> None:
             temporary.write_text(config_lib.to_json(config), encoding="utf-8")
             temporary.replace(path)
     except OSError as error:
-        raise UserError(f"--workdir {workdir}: {error.strerror}; give a folder that can be written") from None
+        raise UserError(f"--workdir {workdir}: {error.strerror}; give a writable folder") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The model that a run begins from."""
+    """The model that a run starts from."""
 
-    files: Path  # a Hugging Face folder, or what another run's workdir holds beside its checkpoints
+    files: Path  # a Hugging Face folder, or the files of another run's workdir
     checkpoints: epath.Path | None = None  # of another run
 
 
 def base_of(config: config_lib.Config, store: storage.Store, terminal: progress.Terminal) -> Base | None:
-    """The model of `training.init`, where a run is to begin from it; None where there is none, or the run goes on.
+    """The model of `training.init`; None if that is empty, or if the run resumes from its own checkpoint.
 
     Raises:
-        UserError: no such folder, or its model is not of the config's sizes.
+        UserError: no such folder, or the sizes of its model differ from the config's.
     """
     init = config.training.init
     if not init or checkpoints.steps(store.checkpoints):
@@ -151,7 +155,7 @@ def base_of(config: config_lib.Config, store: storage.Store, terminal: progress.
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What a run works with."""
+    """The data, tokenizer and base model of a run."""
 
     prepared: prepared_lib.Prepared
     tokenizer: text.Tokenizer
@@ -159,15 +163,15 @@ class Opened:
 
 
 def open_run(config: config_lib.Config, store: storage.Store, terminal: progress.Terminal) -> Opened:
-    """Reads and verifies the data, and makes the workdir the run's. All processes call this.
+    """Reads and verifies the data, and sets up the workdir for the run. All processes call this.
 
     Raises:
-        UserError: the data cannot be used, is not the run's or not the same in all processes; the base is of no use.
+        UserError: the data cannot be used, is not the run's, or differs between processes; the base model does not fit.
     """
     workdir = store.files
     with distributed.fail_together():
         if config.data.tokenizer:
-            text.Tokenizer.load(config.data.tokenizer)  # one that cannot be read is told before the data is
+            text.Tokenizer.load(config.data.tokenizer)  # fail before the data is read, if it cannot be
         base = base_of(config, store, terminal)
         if distributed.is_primary():
             render(config, store, terminal)
@@ -183,9 +187,9 @@ def open_run(config: config_lib.Config, store: storage.Store, terminal: progress
             if base and not base.checkpoints:
                 about = {"model": config.training.init, "licence": folder.licence(base.files)}
                 if config.training.init.startswith(folder.HUB):
-                    about["commit"] = base.files.name  # of the hub's cache
+                    about["commit"] = base.files.name  # of the snapshot in the hub's cache
                 (workdir / "base.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-            elif base and (base.files / "base.json").is_file():  # what that run began from, this one began from
+            elif base and (base.files / "base.json").is_file():  # the origin of that run is the origin of this one
                 shutil.copyfile(base.files / "base.json", workdir / "base.json")
     _share(store)
     with distributed.fail_together():
@@ -197,7 +201,7 @@ def open_run(config: config_lib.Config, store: storage.Store, terminal: progress
 
 
 def _share(store: storage.Store) -> None:
-    """What the first process wrote is there for all."""
+    """Makes what the first process wrote visible to all."""
     with distributed.fail_together():
         if distributed.is_primary():
             store.push()
@@ -209,16 +213,14 @@ def _share(store: storage.Store) -> None:
 def write_tokenizer(
     config: config_lib.Config, workdir: Path, prepared: prepared_lib.Prepared, base: Base | None
 ) -> None:
-    """Writes the run's tokenizer.json: the configured one, that of the model it begins from, or one trained on the
-    catalogue.
-    """
+    """Writes the run's tokenizer.json: the configured one, the base model's, or one trained on the catalogue."""
     path = workdir / "tokenizer.json"
     if not path.exists():
         if config.data.tokenizer or base:
             given = config.data.tokenizer or folder.tokenizer(base.files)
             text.Tokenizer.load(given)
             temporary = path.with_suffix(".tmp")
-            shutil.copyfile(given, temporary)  # byte by byte: the fingerprint is taken of it
+            shutil.copyfile(given, temporary)  # byte for byte: the fingerprint includes it
             temporary.replace(path)
         else:
             titles = (prepared.products[index].text for index in prepared.train)
@@ -228,13 +230,13 @@ def write_tokenizer(
 
 
 PARTIAL = ".data"
-"""Where the workdir's data/ is prepared, until the workdir is the run's."""
+"""Where data/ is prepared, until the workdir belongs to the run."""
 
 CATALOGUE = "catalogue/synthetic.parquet"
 
 
 def render(config: config_lib.Config, store: storage.Store, terminal: progress.Terminal) -> None:
-    """Renders the synthetic catalogue, where no data is given and it does not stand yet."""
+    """Renders the synthetic catalogue, if no data is given and it does not exist yet."""
     if config.data.path:
         return
     path = store.files / CATALOGUE
@@ -245,9 +247,9 @@ def render(config: config_lib.Config, store: storage.Store, terminal: progress.T
 
 
 def prepare_data(config: config_lib.Config, store: storage.Store, terminal: progress.Terminal) -> prepared_lib.Prepared:
-    """The data of a run: what was prepared before, or what is prepared now, in the workdir.
+    """The data of a run, prepared earlier or prepared now in the workdir.
 
-    A process that is not the first, or whose workdir is a copy, prepares for itself alone.
+    If a process is not the first, or its workdir is a copy of a bucket, it prepares in a temporary folder.
     """
     path, own = config.data.path or str(store.files / CATALOGUE), store.files / "data"
     if prepared_lib.is_prepared(path):
@@ -262,16 +264,16 @@ def prepare_data(config: config_lib.Config, store: storage.Store, terminal: prog
             pool = functools.partial(interrupt.thread_pool, config.data.threads)
             prepared = prepare.prepare(opened, folder, options, pool, config.data.threads, terminal.progress)
         except UserError:
-            # Of data that is of no use nothing stays, and no workdir that there was none before.
+            # Unusable data leaves nothing behind, not even a new workdir.
             if folder != own:
                 shutil.rmtree(folder, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     folder.parent.rmdir()
             raise
     manifest = prepared.manifest
-    kind = "synthetic products" if prepared.synthetic else "products"
+    kind = "synthetic training products" if prepared.synthetic else "training products"
     terminal.line(
-        f"{len(prepared.train):,} {kind} to train on, {len(prepared.val):,} to find"
+        f"{len(prepared.train):,} {kind}, {len(prepared.val):,} held out"
         f" ({manifest['without_text']:,} without text, {manifest['without_image']:,} without image),"
         f" {manifest['splits']['train_queries'] + manifest['splits']['val_queries']:,} queries of the catalogue's own;"
         f" {prepared.summary() or '0 left out'}"
@@ -279,20 +281,18 @@ def prepare_data(config: config_lib.Config, store: storage.Store, terminal: prog
     added, mode = manifest.get("augmented"), config.data.augmented
     if added:
         counts = f"{added['text']['added']:,} enriched titles, {added['image']['added']:,} expanded images"
-        terminal.line(f"augmented by {counts}; config.data.augmented = {mode!r} says what a step reads of them")
+        terminal.line(f"augmented by {counts}; config.data.augmented = {mode!r} selects which of them training reads")
     elif mode != config_lib.Config().data.augmented:
-        terminal.line(
-            f"config.data.augmented is {mode!r}, and nothing was added to this data: moon-jax augment does it"
-        )
+        terminal.line(f"config.data.augmented is {mode!r}, but this data is not augmented; moon-jax augment does that")
     if prepared.quarantined:
-        terminal.line(f"what was left out is listed in {store}/data/quarantine.jsonl")
+        terminal.line(f"{store}/data/quarantine.jsonl lists what was left out")
     if len(prepared.val) <= 10:
-        terminal.line(f"only {len(prepared.val)} products to find: R@10 says nothing; give a larger catalogue")
+        terminal.line(f"only {len(prepared.val)} held-out products: R@10 is meaningless; give a larger catalogue")
     return prepared
 
 
 def _home(workdir: Path, opened: Source, options: prepare.Options) -> Path | None:
-    """Where in the workdir this source is, or shall be, prepared; None where other data stands."""
+    """The folder of the workdir in which this source is or will be prepared; None if it holds other data."""
     own, half = workdir / "data", workdir / PARTIAL
     if (own / prepared_lib.MANIFEST).exists():
         return own if prepared_lib.is_prepared(own) and prepare.is_of(own, opened, options) else None
@@ -301,16 +301,17 @@ def _home(workdir: Path, opened: Source, options: prepare.Options) -> Path | Non
     if half.exists() and not any(
         (half / name).is_file() for name in (outputs.SOURCE, f"{outputs.WORK}/{outputs.SOURCE}")
     ):
-        return half if outputs.is_empty(half, prepare.PARTS) else None  # not ours
+        return half if outputs.is_empty(half, prepare.PARTS) else None  # else not ours
     shutil.rmtree(half, ignore_errors=True)
     return half
 
 
 def keep_data(prepared: prepared_lib.Prepared, folder: Path, workdir: object) -> prepared_lib.Prepared:
-    """Leaves in the workdir's data/ what was prepared in the workdir, or of other data the manifest and the quarantine.
+    """Keeps the data in `folder`: all of it if it was prepared in the workdir, else only its manifest and quarantine.
 
     Args:
-        workdir: whose folder it is, for errors.
+        folder: data/ in the workdir.
+        workdir: its name, for errors.
 
     Raises:
         UserError: the folder holds the manifest of other data.
@@ -319,14 +320,14 @@ def keep_data(prepared: prepared_lib.Prepared, folder: Path, workdir: object) ->
     if manifest.exists():
         held = json.loads(manifest.read_text(encoding="utf-8"))
         if held["fingerprint"] != prepared.fingerprint:
-            raise UserError(f"{workdir}: holds other data than is given now; take another folder, or remove this one")
+            raise UserError(f"{workdir}: holds data other than that given; use another folder, or remove this one")
         return prepared
     if prepared.folder == folder.with_name(PARTIAL):
         shutil.rmtree(folder, ignore_errors=True)
         prepared.folder.rename(folder)
         return prepared_lib.open_prepared(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # The manifest comes last: where it stands, the rest is whole.
+    # The manifest comes last: if it exists, the rest is complete.
     for name in (prepared_lib.QUARANTINE, prepared_lib.MANIFEST):
         temporary = folder / f"{name}.tmp"
         shutil.copyfile(prepared.folder / name, temporary)

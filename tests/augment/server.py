@@ -23,7 +23,7 @@ def free_port() -> int:
 
 @contextmanager
 def served(folder: Path, port: int, log: Path) -> Iterator[str]:
-    """The server's URL, from when it answers until it is ended."""
+    """Starts the server, yields its URL once it answers, and stops it afterwards."""
     command = [sys.executable, "-m", "tests.augment.server", str(folder), str(port)]
     with log.open("ab") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
@@ -51,7 +51,7 @@ if __name__ == "__main__":
     from transformers.cli.serve import Serve
 
     def decode_image(encoded: torch.Tensor, **_: object) -> torch.Tensor:
-        """What torchvision's own needs a library for that its wheel does not find beside this torch."""
+        """Replaces torchvision's decoder, which needs a library that its wheel does not find beside this torch."""
         with Image.open(io.BytesIO(encoded.numpy().tobytes())) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 

@@ -1,4 +1,4 @@
-"""Titles from a real server of the protocol: `transformers serve` on loopback, with a tiny random model."""
+"""Titles from a real OpenAI-compatible server: `transformers serve` on loopback, with a tiny random model."""
 
 import base64
 import functools
@@ -46,21 +46,21 @@ for part in ("torch", "transformers", "fastapi", "uvicorn"):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A random model that can say WORDS and stop: other tokens have no embedding, and so no chance."""
+    """A random model that can only output WORDS and stop: all other tokens have zero embeddings."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = text_lib.train([row["title"] for row in records(60) if row["title"]] * 3, 330)
     config = tiny(experts__count=0, data__visual_tokens=24, data__text_tokens=40, language__vocab=330)
     params = random_params(config, tokenizer)
-    said = [ids[0] for ids in (tokenizer.base.encode(word, add_special_tokens=False).ids for word in WORDS)]
-    assert len({*said}) == len(WORDS)
+    words = [ids[0] for ids in (tokenizer.base.encode(word, add_special_tokens=False).ids for word in WORDS)]
+    assert len({*words}) == len(WORDS)
     table = np.zeros_like(params["token_embedding"])
-    kept = [*said, tokenizer.pad]
+    kept = [*words, tokenizer.pad]
     table[kept] = np.random.default_rng(4).normal(size=(len(kept), table.shape[1]))
     params = dict(params) | {"token_embedding": table}
     path = folder / "tokenizer.json"
     tokenizer.save(path)
-    given = dict(config=config, encoder=params, alignment=None, tokenizer=path, fingerprint="f", step=1)
-    export.export(export.Trained(**given), folder / "model")
+    fields = dict(config=config, encoder=params, alignment=None, tokenizer=path, fingerprint="f", step=1)
+    export.export(export.Trained(**fields), folder / "model")
     (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
     return folder / "model"
 
@@ -73,7 +73,7 @@ def server(model, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Short answers, and one more try."""
+    """Short answers, and one retry."""
     monkeypatch.setattr(chat, "MOST_TOKENS", 6)
     monkeypatch.setattr(chat.Chat.__init__, "__defaults__", (chat.SECONDS, 1))
     candidates._client.cache_clear()
@@ -81,25 +81,24 @@ def quick(monkeypatch):
 
 @contextmanager
 def between(url, answer, port=0):
-    """A proxy before the server, which counts what is asked.
+    """A proxy in front of the server that records the requests.
 
     Args:
-        answer: (number of the request) → status, headers and, if it matters, content to refuse it with; or None to
-            pass it on.
+        answer: (number of the request) → status, headers and optionally content of a reply; None forwards the request.
     """
-    asked = []
+    requests = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            asked.append((time.monotonic(), body))
-            refusal = answer(len(asked))
-            if refusal:
-                status, headers, content = (*refusal, b'{"error": {"message": "as told"}}')[:3]
+            requests.append((time.monotonic(), body))
+            reply = answer(len(requests))
+            if reply:
+                status, headers, content = (*reply, b'{"error": {"message": "refused by the test"}}')[:3]
             else:
                 request = urllib.request.Request(f"{url}/chat/completions", body, {"Content-Type": "application/json"})
-                with urllib.request.urlopen(request) as given:
-                    status, headers, content = 200, {}, given.read()
+                with urllib.request.urlopen(request) as response:
+                    status, headers, content = 200, {}, response.read()
             self.send_response(status)
             for name, value in ({"Content-Type": "application/json", "Content-Length": len(content)} | headers).items():
                 self.send_header(name, str(value))
@@ -112,7 +111,7 @@ def between(url, answer, port=0):
     proxy = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{proxy.server_port}/v1", asked
+        yield f"http://127.0.0.1:{proxy.server_port}/v1", requests
     finally:
         proxy.shutdown()
         proxy.server_close()
@@ -120,7 +119,7 @@ def between(url, answer, port=0):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Products that say all WORDS somewhere, and one title without a picture."""
+    """Products whose data contains all WORDS, and one title without an image."""
     folder = tmp_path_factory.mktemp("data")
     rows = [row | {"description": " ".join(WORDS), "brand": "Acmé Co"} for row in records(60)][:PRODUCTS]
     schema = SCHEMA.append(pa.field("description", pa.string()))
@@ -139,15 +138,15 @@ def rows_of(prepared):
     return pq.read_table(prepared.folder / pipeline.RESULTS).to_pylist()
 
 
-def test_what_is_asked_follows_from_the_product():
+def test_the_request_depends_on_the_product_alone():
     wide = io.BytesIO()
     Image.new("RGB", (2000, 500), "red").save(wide, "PNG")
     product = Product(text="Red {mug}", images=(wide.getvalue(),), brand="Acme", attributes={"Material": "steel"})
     body = chat.Chat("http://x/v1", "m").request(product, 2**40 + 7, 10**7)
     assert body["model"] == "m" and body["temperature"] == 0 and body["seed"] == 7
     [message] = body["messages"]
-    picture, asked = message["content"]
-    assert "Title: Red {mug}" in asked["text"] and '{"brand": ["Acme"], "Material": ["steel"]}' in asked["text"]
+    picture, prompt = message["content"]
+    assert "Title: Red {mug}" in prompt["text"] and '{"brand": ["Acme"], "Material": ["steel"]}' in prompt["text"]
     kind, data = picture["image_url"]["url"].split(",")
     shown = Image.open(io.BytesIO(base64.b64decode(data)))
     assert kind == "data:image/jpeg;base64" and shown.format == "JPEG" and shown.size == (512, 128)
@@ -155,16 +154,16 @@ def test_what_is_asked_follows_from_the_product():
     assert only["type"] == "text"
 
 
-def test_titles_are_the_servers_and_none_says_what_the_product_does_not(data, model, server, tmp_path):
+def test_titles_come_from_the_server_and_pass_the_checks(data, model, server, tmp_path):
     prepared = augmented(data, tmp_path / "a", server, model)
-    rows, asked = rows_of(prepared), chat.Chat(server, str(model))
-    client = asked.client()
+    rows, direct = rows_of(prepared), chat.Chat(server, str(model))
+    client = direct.client()
     assert len(rows) == sum(bool(prepared.products[index].text) for index in prepared.train)
     for row in rows:
         product = prepared.products[row["product"]]
         bare = Product(**{n: getattr(product, n) for n in ("text", "images", "brand", "category", "attributes", "id")})
-        given = asked.answer(client, asked.request(bare, row["seed"], 10**7))
-        assert row["text"] == text.cleaned(given) and set(row["text"].split()) <= set(WORDS)
+        answer = direct.answer(client, direct.request(bare, row["seed"], 10**7))
+        assert row["text"] == text.cleaned(answer) and set(row["text"].split()) <= set(WORDS)
         assert (row["reason"] or "") == text.flaw(row["text"], product)
         assert product.enriched_texts == (() if row["reason"] else (row["text"],))
         assert (row["backend"], row["model"], row["prompt"]) == ("chat", str(model), chat.PROMPT_VERSION)
@@ -172,61 +171,61 @@ def test_titles_are_the_servers_and_none_says_what_the_product_does_not(data, mo
     assert len({row["seed"] for row in rows}) == len(rows)
 
 
-def test_a_server_that_dies_costs_no_answer(data, model, server, tmp_path):
-    """It goes after a dozen answers, and is back for the next try: each title was asked once, but for those it refused,
-    and the bytes are those of a server that stayed."""
-    with between(server, lambda number: (503, {}) if number > 12 else None) as (url, asked):
-        with pytest.raises(Unavailable, match="nothing done is lost"):
+def test_no_answer_is_lost_if_the_server_dies(data, model, server, tmp_path):
+    """The server fails after 12 answers and is back for the next run. No answered title is requested again, and the
+    result equals that of a server that stayed up."""
+    with between(server, lambda number: (503, {}) if number > 12 else None) as (url, requests):
+        with pytest.raises(Unavailable, match="finished work is kept"):
             augmented(data, tmp_path / "a", url, model)
-        first = {body for _, body in asked[:12]}
+        first = {body for _, body in requests[:12]}
     kept = (tmp_path / "a" / ".work" / "answers").rglob("*")
     assert sum(path.is_file() for path in kept) == 12
     assert json.loads((tmp_path / "a" / ".work" / candidates.BRANDS).read_text()) == ["acmeco"]
     with pytest.raises(UserError, match="other options"):
         augmented(data, tmp_path / "a", "http://127.0.0.1:1/v1", model)
     candidates._client.cache_clear()
-    with between(server, lambda number: None, int(url.split(":")[2].split("/")[0])) as (url, asked):
+    with between(server, lambda number: None, int(url.split(":")[2].split("/")[0])) as (url, requests):
         prepared = augmented(data, tmp_path / "a", url, model)
-        again = [body for _, body in asked]
+        again = [body for _, body in requests]
     assert not first & set(again) and len(again) + 12 == len(rows_of(prepared))
     undisturbed = augmented(data, tmp_path / "b", server, model)
     assert [p.enriched_texts for p in prepared.products] == [p.enriched_texts for p in undisturbed.products]
 
 
-def test_a_limit_is_waited_for(data, model, server, tmp_path, monkeypatch):
+def test_a_rate_limit_delays_the_retry(data, model, server, tmp_path, monkeypatch):
     monkeypatch.setattr(chat.Chat.__init__, "__defaults__", (chat.SECONDS, 3))
     refuse = lambda number: (429, {"Retry-After": "1"}) if number in (1, 2) else None  # noqa: E731
-    with between(server, refuse) as (url, asked):
+    with between(server, refuse) as (url, requests):
         prepared = augmented(data, tmp_path / "a", url, model, connections=1)
-        times = [moment for moment, _ in asked]
+        times = [moment for moment, _ in requests]
     assert times[1] - times[0] >= 0.99 and times[2] - times[1] >= 0.99
-    assert asked[0][1] == asked[1][1] == asked[2][1] and len(asked) == len(rows_of(prepared)) + 2
+    assert requests[0][1] == requests[1][1] == requests[2][1] and len(requests) == len(rows_of(prepared)) + 2
 
 
-def test_a_request_that_is_not_taken_is_noted_and_the_rest_goes_on(data, model, server, tmp_path):
+def test_a_rejected_request_is_recorded_and_the_rest_continues(data, model, server, tmp_path):
     with between(server, lambda number: (400, {}) if number == 3 else None) as (url, _):
         rows = rows_of(augmented(data, tmp_path / "a", url, model))
     [left] = [row for row in rows if row["reason"] == candidates.REFUSED]
-    assert "as told" in left["detail"] and left["text"] == ""
+    assert "refused by the test" in left["detail"] and left["text"] == ""
 
 
-def chosen(message):
-    return json.dumps({"id": "1", "object": "x", "created": 1, "model": "m", "choices": message}).encode()
+def completion(choices):
+    return json.dumps({"id": "1", "object": "x", "created": 1, "model": "m", "choices": choices}).encode()
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        chosen([{"index": 0}]),
-        pytest.param(chosen([]), marks=pytest.mark.slow),
-        pytest.param(chosen(None), marks=pytest.mark.slow),
+        completion([{"index": 0}]),
+        pytest.param(completion([]), marks=pytest.mark.slow),
+        pytest.param(completion(None), marks=pytest.mark.slow),
         pytest.param(
-            chosen([{"index": 0, "message": {"role": "assistant", "content": ["a"]}}]), marks=pytest.mark.slow
+            completion([{"index": 0, "message": {"role": "assistant", "content": ["a"]}}]), marks=pytest.mark.slow
         ),
-        chosen([{"index": 0, "message": {"role": "assistant", "content": "mug \ud800"}}]),
+        completion([{"index": 0, "message": {"role": "assistant", "content": "mug \ud800"}}]),
     ],
 )
-def test_an_odd_answer_costs_one_title(data, model, server, tmp_path, content):
+def test_a_malformed_answer_loses_one_title_only(data, model, server, tmp_path, content):
     with between(server, lambda number: (200, {}, content) if number == 3 else None) as (url, _):
         rows = rows_of(augmented(data, tmp_path / "a", url, model))
     left = [row for row in rows if row["reason"] not in (None, *text.FLAWS)] or [
@@ -236,15 +235,15 @@ def test_an_odd_answer_costs_one_title(data, model, server, tmp_path, content):
 
 
 @pytest.mark.parametrize(("content", "kind"), [(b"<html>", "text/html"), (b'{"a', "application/json")])
-def test_what_is_no_such_server_is_told(data, model, server, tmp_path, content, kind):
+def test_another_kind_of_server_is_an_error(data, model, server, tmp_path, content, kind):
     with (
         between(server, lambda number: (200, {"Content-Type": kind}, content)) as (url, _),
-        pytest.raises(UserError, match="does not speak OpenAI's protocol"),
+        pytest.raises(UserError, match="does not answer in OpenAI's format"),
     ):
         augmented(data, tmp_path / "a", url, model, connections=1)
 
 
-def test_a_key_that_a_server_repeats_is_not_kept(data, model, server, tmp_path, monkeypatch):
+def test_a_key_repeated_by_the_server_is_not_stored(data, model, server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-mine")
     echo = b'{"error": {"message": "bad header Bearer sk-secret-of-mine"}}'
     with between(server, lambda number: (413, {}, echo) if number == 2 else None) as (url, _):
@@ -254,13 +253,13 @@ def test_a_key_that_a_server_repeats_is_not_kept(data, model, server, tmp_path, 
 
 
 @pytest.mark.parametrize("status", [401, 404])
-def test_no_permission_or_no_such_model_ends_it_at_once(data, model, server, tmp_path, status):
+def test_no_permission_or_no_such_model_fails_at_once(data, model, server, tmp_path, status):
     with (
-        between(server, lambda number: (status, {})) as (url, asked),
+        between(server, lambda number: (status, {})) as (url, requests),
         pytest.raises(UserError, match="--text-model") as caught,
     ):
         augmented(data, tmp_path / "a", url, model, connections=1)
-    assert len(asked) <= 2 and not isinstance(caught.value, Unavailable) and "\n" not in str(caught.value)
+    assert len(requests) <= 2 and not isinstance(caught.value, Unavailable) and "\n" not in str(caught.value)
 
 
 def test_the_key_is_sent_and_never_written(data, model, server, tmp_path, monkeypatch):

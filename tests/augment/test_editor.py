@@ -1,4 +1,4 @@
-"""Expanded images by a diffusers pipeline: a tiny random one that edits, InstructPix2Pix's."""
+"""Expanded images from a diffusers pipeline: a tiny random InstructPix2Pix."""
 
 import functools
 import inspect
@@ -29,8 +29,8 @@ torch, transformers = reference.torch, reference.transformers
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("pipeline")
     torch.manual_seed(0)
-    signs = [chr(number) for number in range(33, 127)]
-    vocabulary = {sign: n for n, sign in enumerate([*signs, *(f"{sign}</w>" for sign in signs)])}
+    letters = [chr(number) for number in range(33, 127)]
+    vocabulary = {token: n for n, token in enumerate([*letters, *(f"{letter}</w>" for letter in letters)])}
     vocabulary |= {"<|startoftext|>": len(vocabulary), "<|endoftext|>": len(vocabulary) + 1}
     (path / "vocab.json").write_text(json.dumps(vocabulary))
     (path / "merges.txt").write_text("#version: 0.2\n")
@@ -80,7 +80,7 @@ def picture():
     return Image.fromarray(noise)
 
 
-def test_an_edit_is_the_pipelines_own_and_follows_from_the_seed(folder):
+def test_an_edit_equals_the_pipelines_and_depends_on_the_seed(folder):
     edit = editor.Editor(str(folder), 2).load()
     first, again, other = (edit(picture(), "a mug", seed) for seed in (1, 1, 2))
     assert first.tobytes() == again.tobytes() != other.tobytes()
@@ -92,42 +92,42 @@ def test_an_edit_is_the_pipelines_own_and_follows_from_the_seed(folder):
     assert first.tobytes() == expected.tobytes()
 
 
-def test_the_subject_is_edited_first_and_expansions_from_it():
-    """I_m = edit(I), I_k = edit(I_m, T, prompt_k): each with a seed of its own, and kept under a name of its own."""
-    asked, names = [], []
+def test_expansions_are_edits_of_the_subject():
+    """I_m = edit(I), I_k = edit(I_m, T, prompt_k); each has its own seed and its own name in the cache."""
+    calls, names = [], []
 
     def edit(base, prompt, seed):
-        asked.append((base.getpixel((8, 8)), prompt, seed))
-        return Image.new("RGB", (32, 32), (10 * len(asked),) * 3)
+        calls.append((base.getpixel((8, 8)), prompt, seed))
+        return Image.new("RGB", (32, 32), (10 * len(calls),) * 3)
 
-    def kept(name, make):
+    def cache(name, make):
         names.append(name)
         return make()
 
-    made = editor.expand(edit, Image.new("RGB", (32, 32), (200, 200, 200)), "blue {mug}", 4, 70, kept)
+    made = editor.expand(edit, Image.new("RGB", (32, 32), (200, 200, 200)), "blue {mug}", 4, 70, cache)
     assert [name for name, _, _ in made] == ["background", "viewpoint", "detail", "background"]
-    assert names == ["subject", "1", "2", "3", "4"] and [seed for _, _, seed in asked] == [70, 71, 72, 73, 74]
-    assert [base[0] for base, _, _ in asked] == [200, 10, 10, 10, 10]
-    assert all("blue {mug}" in prompt for _, prompt, _ in asked)
+    assert names == ["subject", "1", "2", "3", "4"] and [seed for _, _, seed in calls] == [70, 71, 72, 73, 74]
+    assert [base[0] for base, _, _ in calls] == [200, 10, 10, 10, 10]
+    assert all("blue {mug}" in prompt for _, prompt, _ in calls)
     assert [decode(image, 10**6).getpixel((0, 0))[0] for _, _, image in made] == [20, 30, 40, 50]
     assert [seed for _, seed, _ in made] == [71, 72, 73, 74]
 
 
-def test_data_is_augmented_by_it_and_what_breaks_costs_no_picture(folder, catalogue, tmp_path, monkeypatch):
+def test_a_crash_loses_no_edited_image(folder, catalogue, tmp_path, monkeypatch):
     data = tmp_path / "p"
     prepared_from(catalogue, data)
     options = Options(text="none", images=str(folder), image_steps=1, expansions=1)
     engine = engines.Local(functools.partial(workers.pool, 1), 1)
-    asked = Counter()
+    edits = Counter()
     load = editor.Editor.load
 
     def broken(self, after):
         edit = load(self)
 
         def counted(picture, prompt, seed):
-            if sum(asked.values()) == after:
+            if sum(edits.values()) == after:
                 raise MemoryError("the device is gone")
-            asked[prompt, seed] += 1
+            edits[prompt, seed] += 1
             return edit(picture, prompt, seed)
 
         return counted
@@ -140,25 +140,25 @@ def test_data_is_augmented_by_it_and_what_breaks_costs_no_picture(folder, catalo
         candidates._loaded.cache_clear()
         patched.setattr(editor.Editor, "load", lambda self: broken(self, -1))
         prepared = pipeline.augment(data, tmp_path / "a", options, 10**7, engine, 1)
-    assert set(asked.values()) == {1}
+    assert set(edits.values()) == {1}
     candidates._loaded.cache_clear()
     undisturbed = pipeline.augment(data, tmp_path / "b", options, 10**7, engine, 1)
     assert list(prepared.products) == list(undisturbed.products)
     made = [p for p in prepared.products if p.expanded_images]
     assert len(made) == sum(bool(prepared.products[index].images) for index in prepared.train)
-    assert len(asked) == 2 * len(made) and all(decode(p.expanded_images[0], 10**6) for p in made)
+    assert len(edits) == 2 * len(made) and all(decode(p.expanded_images[0], 10**6) for p in made)
 
 
 @pytest.mark.parametrize("name", ["QwenImageEditPipeline", "QwenImageEditPlusPipeline", "FluxKontextPipeline"])
-def test_the_pipelines_that_are_meant_are_called_alike(name):
-    taken = inspect.signature(getattr(diffusers, name).__call__).parameters
-    assert {"image", "prompt", "generator", "num_inference_steps"} <= set(taken)
+def test_the_recommended_pipelines_share_one_signature(name):
+    parameters = inspect.signature(getattr(diffusers, name).__call__).parameters
+    assert {"image", "prompt", "generator", "num_inference_steps"} <= set(parameters)
 
 
 def test_a_pipeline_with_code_or_pickles_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "code")
     (tmp_path / "code" / "unet" / "mine.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(UserError, match=r"holds code, unet/mine\.py, which is never run"):
+    with pytest.raises(UserError, match=r"contains code \(unet/mine\.py\), which is never run"):
         editor.Editor(str(tmp_path / "code")).load()
     shutil.copytree(folder, tmp_path / "pickled")
     weights = next((tmp_path / "pickled" / "unet").glob("*.safetensors"))
@@ -168,9 +168,9 @@ def test_a_pipeline_with_code_or_pickles_is_refused(folder, tmp_path):
         editor.Editor(str(tmp_path / "pickled")).load()
 
 
-def test_beside_a_server_one_pipeline_edits_one_picture_at_a_time(folder, catalogue, tmp_path, monkeypatch):
-    """Titles are asked by several threads; the pipeline is loaded once. An image that training could not read is left
-    out, and each row's seed is that of its edit."""
+def test_one_pipeline_edits_one_image_at_a_time_beside_a_server(folder, catalogue, tmp_path, monkeypatch):
+    """Several threads request titles, but the pipeline is loaded once. An image that training could not read is left
+    out, and each row has the seed of its edit."""
     from moon_jax.augment import chat
 
     busy, seeds, loads = threading.Lock(), [], []
@@ -206,7 +206,7 @@ def test_beside_a_server_one_pipeline_edits_one_picture_at_a_time(folder, catalo
     assert sum(len(product.expanded_images) for product in prepared.products) == len(images) - len(left) > 0
 
 
-def test_a_folder_that_is_no_pipeline_is_told(tmp_path):
+def test_a_folder_that_is_not_a_pipeline_is_an_error(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "Nothing"}')
     with pytest.raises(UserError, match="--images"):
         editor.Editor(str(tmp_path)).load()
@@ -214,7 +214,7 @@ def test_a_folder_that_is_no_pipeline_is_told(tmp_path):
 
 @pytest.mark.slow
 def test_qwen_image_edit_itself(tmp_path):
-    """The pipeline that the docs name, tiny and random: it loads and edits, and what it gives is made smaller."""
+    """The pipeline that the docs recommend, tiny and random: it loads and edits, and its output is scaled down."""
     kept = json.loads(reference.qwen_tokenizer(320).base.to_str())["model"]
     names = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
     tokenizer = transformers.Qwen2Tokenizer(vocab=kept["vocab"], merges=[tuple(pair) for pair in kept["merges"]])

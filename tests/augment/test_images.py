@@ -1,4 +1,4 @@
-"""The subject is found and kept, the rest is changed; all of it follows from the seed."""
+"""Expansions find and keep the subject, change the rest, and depend on the seed alone."""
 
 import io
 
@@ -15,7 +15,7 @@ INK, PAPER = (190, 40, 40), (245, 245, 242)
 
 
 def picture(badge: bool = False, noise: float = 1.5, size: tuple[int, int] = SIZE) -> tuple[Image.Image, np.ndarray]:
-    """A red jug with a dark mark on its left, on paper, and where it is."""
+    """A red jug with a dark mark on its left, on paper; and its true mask."""
     shape, truth = Image.new("RGB", size, PAPER), Image.new("L", size)
     for image, colour in ((shape, INK), (truth, 1)):
         draw = ImageDraw.Draw(image)
@@ -34,7 +34,7 @@ def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("badge", [False, True])
-def test_the_subject_is_found_and_a_badge_is_not(badge):
+def test_the_subject_is_found_without_the_badge(badge):
     shown, truth = picture(badge)
     subject = images.subject_of(shown)
     assert overlap(subject.mask > 0.5, truth) > 0.9
@@ -45,8 +45,8 @@ def test_the_subject_is_found_and_a_badge_is_not(badge):
     assert np.abs(alone[2, 2] - [0, 0, 255]).max() < 1 and np.abs(alone[60, 70] - INK).max() < 12
 
 
-def test_a_white_subject_before_white_is_kept_whole():
-    """Its outline is all that tells it; what it encloses is not background, however alike."""
+def test_a_white_subject_on_white_is_kept_whole():
+    """Only its outline is visible; the area inside is not background even though it has the same colour."""
     shown = Image.new("RGB", SIZE, (255, 255, 255))
     draw = ImageDraw.Draw(shown)
     draw.ellipse((30, 15, 90, 75), fill=(255, 255, 255), outline=(150, 150, 150), width=3)
@@ -54,7 +54,7 @@ def test_a_white_subject_before_white_is_kept_whole():
     assert mask[45, 60] == 1 and mask[:8].max() == 0
 
 
-def test_in_clutter_nothing_is_found_and_before_a_varied_wall_the_subject_is():
+def test_the_subject_is_found_on_a_varied_wall_but_not_in_noise():
     noise = np.random.default_rng(1).integers(0, 255, (90, 120, 3), dtype=np.uint8)
     assert images.subject_of(Image.fromarray(noise)).mask is None
     assert images.subject_of(Image.new("RGB", SIZE, "teal")).mask is None
@@ -67,7 +67,7 @@ def test_in_clutter_nothing_is_found_and_before_a_varied_wall_the_subject_is():
     shown_again = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     mask = images.subject_of(shown_again).mask
     assert overlap(mask > 0.5, truth) > 0.85
-    # GrabCut draws, and not from what was drawn before.
+    # GrabCut uses random numbers; the state of OpenCV's generator must not matter.
     cv2.setRNGSeed(12345)
     np.testing.assert_array_equal(images.subject_of(shown_again).mask, mask)
 
@@ -96,13 +96,13 @@ def test_another_viewpoint_shows_the_whole_subject_unmirrored():
     for seed in range(12):
         pixels = images.viewpoint(images.subject_of(shown), np.random.default_rng(seed))
         assert 0.55 * truth.sum() < (red(pixels) | dark(pixels)).sum() < 1.8 * truth.sum()
-        # The mark is left of the middle still.
+        # The mark is still left of the middle.
         assert np.nonzero(dark(pixels))[1].mean() < np.nonzero(red(pixels))[1].mean() - 2
         border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
         assert not red(border).any()
 
 
-def test_a_detail_is_a_part_of_the_subject_enlarged():
+def test_a_detail_is_an_enlarged_part_of_the_subject():
     shown, _ = picture()
     for seed in range(12):
         pixels = images.detail(images.subject_of(shown), np.random.default_rng(seed))
@@ -110,7 +110,7 @@ def test_a_detail_is_a_part_of_the_subject_enlarged():
         assert dark(pixels).sum() > 1.5 * dark(np.asarray(shown)).sum()
 
 
-def test_expansions_follow_from_the_seed_and_alternate():
+def test_expansions_depend_on_the_seed_and_alternate():
     shown, _ = picture()
     first, again = (images.expand(shown, 5, np.random.default_rng(7)) for _ in range(2))
     assert first == again and first != images.expand(shown, 5, np.random.default_rng(8))
@@ -124,7 +124,7 @@ def test_expansions_follow_from_the_seed_and_alternate():
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 1000), (1000, 16), (17, 90), (2000, 1500)])
-def test_pictures_of_any_size_are_expanded(size):
+def test_images_of_any_size_are_expanded(size):
     noise = np.random.default_rng(3).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     for shown in (Image.fromarray(noise), Image.new("RGB", size, "white"), picture()[0].resize(size)):
         for _, image in images.expand(shown, 3, np.random.default_rng(0)):

@@ -1,4 +1,4 @@
-"""Augment is killed at any moment, and run again: the same bytes."""
+"""Augment, killed at a random moment and run again, writes the same bytes."""
 
 import time
 
@@ -17,7 +17,7 @@ def data(tmp_path_factory, catalogue):
 
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
-    """What comes out, and how many seconds it takes."""
+    """The output of an uninterrupted run, and its seconds."""
     output, began = tmp_path_factory.mktemp("undisturbed") / "a", time.monotonic()
     killing.finish(killing.start(["augment", "--data", data, "--output", output, "--expansions", 9, "--processes", 2]))
     return killing.content(output), time.monotonic() - began

@@ -1,4 +1,4 @@
-"""Augmented data: what is added and what is left as it was, the filter, provenance, and who does the work."""
+"""Augmented data: additions, unchanged parts, the filter, provenance, and the engines."""
 
 import dataclasses
 import functools
@@ -28,8 +28,8 @@ PIXELS = 10**7
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """60 products, of which 6 or so are kept for evaluation, some with two images or a small one; small units, and
-    shards that begin and end within them."""
+    """60 products, about 6 of them held out, some with two images or a small one. Units are small, and shards start
+    and end inside them."""
     folder, rows = tmp_path_factory.mktemp("data"), records(60)
     for number, row in enumerate(rows):
         if number % 5 == 0:
@@ -51,7 +51,7 @@ def augmented(data, output, engine=LOCAL, **options):
 
 
 class Fake:
-    """An embedder whose similarities are known: what was made from what is told by the pixels and the letters."""
+    """An embedder with known similarities: each vector is computed from the item's letters or pixels."""
 
     name = "fake"
 
@@ -79,7 +79,7 @@ def results(prepared):
     return pq.read_table(prepared.folder / pipeline.RESULTS).to_pylist()
 
 
-def test_training_products_gain_and_nothing_else_changes(data, plain):
+def test_only_training_products_change(data, plain):
     before = prepared_lib.open_prepared(data)
     assert len(plain.products) == len(before.products) and plain.fingerprint != before.fingerprint
     gained = 0
@@ -104,9 +104,9 @@ def test_training_products_gain_and_nothing_else_changes(data, plain):
 def test_each_result_has_its_origin(plain):
     rows = results(plain)
     added = [row for row in rows if row["reason"] is None]
-    told = plain.manifest["augmented"]
-    assert told["text"]["added"] + told["image"]["added"] == len(added)
-    assert told["options"]["expansions"] == 2 and told["embedder"] == "" and told["thresholds"] == {}
+    summary = plain.manifest["augmented"]
+    assert summary["text"]["added"] + summary["image"]["added"] == len(added)
+    assert summary["options"]["expansions"] == 2 and summary["embedder"] == "" and summary["thresholds"] == {}
     for row in added:
         product = plain.products[row["product"]]
         assert row["id"] == product.id and row["score"] is None
@@ -120,7 +120,7 @@ def test_each_result_has_its_origin(plain):
 
 
 def test_the_filter_drops_the_lowest_of_each_kind(data, tmp_path, fake):
-    """Against float64 numpy over all pairs; what has no counterpart has no score, and stays."""
+    """Compared with float64 numpy over all pairs. A result without a counterpart has no score and is kept."""
     prepared = augmented(data, tmp_path / "a", model="m", quantile=0.25)
     rows, before = results(prepared), prepared_lib.open_prepared(data)
     unfiltered = augmented(data, tmp_path / "u")
@@ -137,30 +137,30 @@ def test_the_filter_drops_the_lowest_of_each_kind(data, tmp_path, fake):
         vectors = fake.encode([made, origin]).astype(np.float64)
         assert row["score"] == pytest.approx(vectors[0] @ vectors[1], abs=1e-6)
         scores[row["kind"]].append((row["score"], row["reason"]))
-    told = prepared.manifest["augmented"]
-    for kind, judged in scores.items():
-        assert len(judged) > 20
-        dropped = int(0.25 * len(judged))
-        lowest = sorted(score for score, _ in judged)
-        assert told["thresholds"][kind] == lowest[dropped]
-        assert {score for score, reason in judged if reason == pipeline.DISAGREES} == set(lowest[:dropped])
-        assert told[kind]["left_out"] == {pipeline.DISAGREES: dropped}
-        assert told[kind]["added"] == told[kind]["made"] - dropped
+    summary = prepared.manifest["augmented"]
+    for kind, scored in scores.items():
+        assert len(scored) > 20
+        dropped = int(0.25 * len(scored))
+        lowest = sorted(score for score, _ in scored)
+        assert summary["thresholds"][kind] == lowest[dropped]
+        assert {score for score, reason in scored if reason == pipeline.DISAGREES} == set(lowest[:dropped])
+        assert summary[kind]["left_out"] == {pipeline.DISAGREES: dropped}
+        assert summary[kind]["added"] == summary[kind]["made"] - dropped
     assert any(row["score"] is None for row in rows)
     kept = sum(len(product.enriched_texts) + len(product.expanded_images) for product in prepared.products)
     assert kept == sum(row["reason"] is None for row in rows)
 
 
-def test_the_same_again_is_done_and_anything_else_is_refused(data, plain, tmp_path):
+def test_a_repeat_does_nothing_and_other_options_are_refused(data, plain, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in plain.folder.iterdir()}
     assert augmented(data, plain.folder).fingerprint == plain.fingerprint
     assert before == {path.name: path.stat().st_mtime_ns for path in plain.folder.iterdir()}
     with pytest.raises(UserError, match="other options"):
         augmented(data, plain.folder, seed=1)
-    with pytest.raises(UserError, match="augmented already"):
+    with pytest.raises(UserError, match="already augmented"):
         augmented(plain.folder, tmp_path / "twice")
     for output in (data, data / "sub"):
-        with pytest.raises(UserError, match="within --data"):
+        with pytest.raises(UserError, match="inside --data"):
             augmented(data, output)
     with pytest.raises(UserError, match="not prepared data"):
         augmented(tmp_path, tmp_path / "x")
@@ -168,12 +168,12 @@ def test_the_same_again_is_done_and_anything_else_is_refused(data, plain, tmp_pa
         augmented(tmp_path / "nowhere", tmp_path / "x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
-    with pytest.raises(UserError, match="holds other things"):
+    with pytest.raises(UserError, match="holds other files"):
         augmented(data, tmp_path / "full")
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
         ({"expansions": -1}, "--expansions"),
         ({"quantile": 1.0}, "--quantile"),
@@ -182,20 +182,20 @@ def test_the_same_again_is_done_and_anything_else_is_refused(data, plain, tmp_pa
         ({"text": "ftp://x"}, "give rules, none, or a server's URL"),
         ({"text": "http://127.0.0.1:9/v1"}, "--text-model"),
         ({"text_model": "m"}, "--text-model"),
-        ({"text": "http://me:secret@x/v1", "text_model": "m"}, "no password in the URL"),
+        ({"text": "http://me:secret@x/v1", "text_model": "m"}, "must not contain a password"),
         ({"images": "nowhere"}, "model_index.json"),
-        ({"image_steps": 4}, "--image-steps: wants"),
-        ({"quantile": 0.3}, "--quantile: wants"),
+        ({"image_steps": 4}, "--image-steps: needs"),
+        ({"quantile": 0.3}, "--quantile: needs"),
         ({"model": "nowhere"}, "nowhere"),
     ],
 )
-def test_an_option_that_cannot_be_is_told_before_any_work(data, tmp_path, options, told):
-    with pytest.raises(UserError, match=told):
+def test_an_invalid_option_is_an_error_before_any_work(data, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
         augmented(data, tmp_path / "a", **options)
     assert not (tmp_path / "a").exists()
 
 
-def test_what_is_not_installed_is_told_with_the_extra(data, tmp_path, monkeypatch):
+def test_the_error_for_a_missing_package_names_the_extra(data, tmp_path, monkeypatch):
     for module, options, extra in (
         ("cv2", {}, "augment"),
         ("openai", {"text": "http://127.0.0.1:9/v1", "text_model": "m"}, "openai"),
@@ -209,7 +209,7 @@ def test_what_is_not_installed_is_told_with_the_extra(data, tmp_path, monkeypatc
         engines.load_beam([])
 
 
-def test_other_models_and_other_data_are_not_taken_for_the_same(data, tmp_path, fake, monkeypatch):
+def test_another_model_is_not_resumed(data, tmp_path, fake, monkeypatch):
     augmented(data, tmp_path / "a", model="m")
     monkeypatch.setattr(Fake, "name", "another")
     with pytest.raises(UserError, match="other options"):
@@ -221,7 +221,7 @@ def test_other_models_and_other_data_are_not_taken_for_the_same(data, tmp_path, 
         augmented(data, tmp_path / "c", model="m")
 
 
-def test_data_that_is_prepared_anew_at_the_same_path_is_read_anew(tmp_path):
+def test_data_prepared_again_at_the_same_path_is_read_again(tmp_path):
     for number, title in enumerate(("old", "new")):
         rows = [row | {"title": f"{title} {row['product_id']}"} for row in records(20)]
         shutil.rmtree(tmp_path / "p", ignore_errors=True)
@@ -232,15 +232,15 @@ def test_data_that_is_prepared_anew_at_the_same_path_is_read_anew(tmp_path):
         assert {product.enriched_texts[0].split()[0] for product in found.products if product.enriched_texts} == {title}
 
 
-def test_a_try_that_was_killed_leaves_nothing_in_the_way(tmp_path):
-    """At its first file, and with files half written."""
+def test_the_remains_of_a_killed_run_are_removed(tmp_path):
+    """Killed at its first file, and with half-written files."""
     output = tmp_path / "o"
     (output / outputs.WORK / "units").mkdir(parents=True)
     (output / outputs.WORK / f"{outputs.SOURCE}.tmp").write_text("{")
-    with outputs.claim(output, "told", ("units",)) as work:
+    with outputs.claim(output, "source", ("units",)) as work:
         for path in (work / "units" / "7.3.tmp", output / "shard.9.tmp"):
             path.write_text("half")
-    with outputs.claim(output, "told", ("units",)):
+    with outputs.claim(output, "source", ("units",)):
         assert not list(output.rglob("*.tmp"))
 
 
@@ -255,7 +255,7 @@ def test_kinds_can_be_left_out_and_seeds_differ(data, plain, tmp_path):
     assert all(first[p.id] != p.expanded_images[0] for p in other.products if p.expanded_images)
 
 
-def test_beam_gives_the_same_bytes(data, plain, tmp_path):
+def test_beam_writes_the_same_bytes(data, plain, tmp_path):
     pytest.importorskip("apache_beam", reason="apache-beam is not installed: pip install -e '.[beam]'")
     other = augmented(data, tmp_path / "a", engines.Beam(("--runner=DirectRunner",)))
     names = {path.name for path in plain.folder.iterdir()}
@@ -266,7 +266,7 @@ def test_beam_gives_the_same_bytes(data, plain, tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class Failing:
-    """Work that ends badly at number 3."""
+    """Work that fails at item 3."""
 
     work: object
     error: Exception
@@ -281,14 +281,14 @@ class Failing:
 
 
 @pytest.mark.parametrize("error", [UserError("the mug broke"), Unavailable("no answer")])
-def test_what_fails_in_beam_is_told_in_one_line(tmp_path, error):
+def test_a_failure_in_beam_becomes_a_one_line_error(tmp_path, error):
     pytest.importorskip("apache_beam", reason="apache-beam is not installed: pip install -e '.[beam]'")
     with pytest.raises(type(error), match=f"^{error}$"):
         engines.Beam(())("work", Failing(tmp_path, error), range(6), pipeline.silent)
     arguments = ("--direct_running_mode=multi_threading", "--direct_num_workers=2")
-    for given in ((), arguments):
+    for options in ((), arguments):
         with pytest.raises(UserError, match=r"--beam: .*a bug"):
-            engines.Beam(given)("work", Failing(tmp_path, ValueError("a bug")), range(6), pipeline.silent)
+            engines.Beam(options)("work", Failing(tmp_path, ValueError("a bug")), range(6), pipeline.silent)
 
 
 def test_beam_does_nothing_twice(tmp_path):
@@ -300,7 +300,7 @@ def test_beam_does_nothing_twice(tmp_path):
     assert all(map(work.done, range(6)))
 
 
-def test_options_that_beam_does_not_have_are_told(data, tmp_path):
+def test_an_option_unknown_to_beam_is_an_error(data, tmp_path):
     pytest.importorskip("apache_beam", reason="apache-beam is not installed: pip install -e '.[beam]'")
     with pytest.raises(UserError, match="--beam runer: not an option of Apache Beam; the closest is runner"):
         augmented(data, tmp_path / "a", engines.Beam(("--runer=DirectRunner",)))
@@ -308,8 +308,8 @@ def test_options_that_beam_does_not_have_are_told(data, tmp_path):
         augmented(data, tmp_path / "b", engines.Beam(("--runner=NoRunner",)))
 
 
-def test_a_stop_ends_the_work_and_what_is_done_stays(data, plain, tmp_path, monkeypatch):
-    """Asked for in the middle, locally and in Beam; then the same command gives the same bytes."""
+def test_a_stop_request_keeps_finished_work(data, plain, tmp_path, monkeypatch):
+    """Requested in the middle, locally and in Beam. The same command then resumes and writes the same bytes."""
     from moon_jax import interrupt
 
     runs = [LOCAL]
@@ -319,11 +319,11 @@ def test_a_stop_ends_the_work_and_what_is_done_stays(data, plain, tmp_path, monk
         output, calls = tmp_path / str(number), []
         make = images.expand
 
-        def stop(*given, calls=calls, make=make):
+        def stop(*arguments, calls=calls, make=make):
             calls.append(0)
             if len(calls) == 20:
                 interrupt.REQUESTED.set()
-            return make(*given)
+            return make(*arguments)
 
         monkeypatch.setattr(images, "expand", stop)
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Entities, titles by rules, and what no enriched title may say."""
+"""Entities, titles by rules, and the checks of enriched titles."""
 
 import json
 import time
@@ -28,7 +28,7 @@ MUG = Product(
 )
 
 
-def test_entities_are_what_the_product_says():
+def test_entities_are_the_products_own_facts():
     found = text.entities(MUG)
     assert found["brand"] == ("Acme",) and found["Material"] == ("Ceramic",)
     assert found["category"] == ("Coffee Mugs", "Drinkware", "Kitchen")
@@ -37,8 +37,8 @@ def test_entities_are_what_the_product_says():
 
 
 def test_rules_add_each_short_fact_once():
-    """Known words are not told again; yes becomes the name; no, codes and long values are no facts; a bare number has
-    its name."""
+    """Known words are not repeated; "yes" becomes the attribute's name; "no", codes and long values are left out; a
+    bare number gets its name."""
     assert (
         text.enriched(MUG) == "Acme Blue Ceramic Mug, Microwave Safe, GSM 410, Glossy, Coffee Mugs, Drinkware, 330 ml"
     )
@@ -106,12 +106,12 @@ BRANDS = frozenset(
         ("Acme Blue Ceramic Mug, GSM 410", ""),
     ],
 )
-def test_a_title_may_say_nothing_that_the_product_does_not(title, reason):
+def test_a_title_may_state_nothing_beyond_the_product(title, reason):
     assert text.flaw(title, MUG, BRANDS) == reason
     assert reason in (*text.FLAWS, "")
 
 
-def test_scripts_without_spaces_are_compared_sign_by_sign():
+def test_scripts_without_spaces_are_compared_by_character():
     mug = Product(text="蓝色陶瓷杯", description="容量330毫升", brand="安可", attributes={"产地": "景德镇"})
     assert text.flaw("蓝色陶瓷杯 景德镇 330毫升", mug) == ""
     assert text.flaw("蓝色陶瓷杯 500毫升", mug) == "number"
@@ -120,25 +120,25 @@ def test_scripts_without_spaces_are_compared_sign_by_sign():
     assert text.flaw("红木家具沙发椅子", mug) == "language"
 
 
-def test_sizes_compare_however_they_are_written():
+def test_sizes_compare_in_any_spelling():
     towel = Product(text="Towel 75 x 150 cm", description="weighs 450g, size XL")
     for title in ("Towel 75x150, soft", "Towel 450 grams soft", "Towel 450 g", "XL Towel", "Towel, 75 × 150 cm, soft"):
         assert text.flaw(title, towel) in ("", "nothing new"), title
     for title in ("Towel 75x75 soft", "Towel 450 kg", "XXL Towel", "Towel S"):
         assert text.flaw(title, towel) in ("size", "number"), title
-    # A number within a code is no size.
+    # A number within a product code is not a size.
     assert text.entities(Product(text="HP v220w drive")) == {}
 
 
-def test_quotation_marks_around_an_answer_go():
+def test_quotation_marks_around_an_answer_are_removed():
     assert text.cleaned(' "“blue mug”" \n') == "blue mug"
     assert text.cleaned('"') == '"' and text.cleaned('the "best" mug') == 'the "best" mug'
 
 
-def test_what_the_rules_write_of_real_products_is_without_a_flaw():
+def test_titles_by_rules_pass_the_checks_on_real_products():
     path = ROOT.parent / "shared" / "data" / "flipkart" / "products.jsonl"
     if not path.is_file():
-        pytest.skip("shared/data/flipkart is not there")
+        pytest.skip("shared/data/flipkart is missing")
     made = 0
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -155,8 +155,8 @@ def test_what_the_rules_write_of_real_products_is_without_a_flaw():
     assert made > 700
 
 
-def test_a_long_description_takes_no_time():
-    """Each expression reads a text once: 65,536 signs, which prepare allows, in any of these shapes."""
+def test_a_long_description_is_checked_fast():
+    """No expression is quadratic in the text: 65,536 characters (the limit of prepare) in any of these shapes."""
     for piece in ("1/", "1,", "1 ", "1x", "1 x ", "1.1 ", "x", "XL", '1"', "11111", "1m", "杯1"):
         long = Product(text="mug", description=(piece * 65_536)[:65_536])
         began = time.monotonic()

@@ -1,5 +1,5 @@
-"""Catalogues of several kinds go the whole way by the commands of docs/data.md: prepare, train and judge, augment by
-what was trained, train and judge again."""
+"""Catalogues of several kinds run end to end with the commands of docs/data.md and docs/augmentation.md: prepare, train
+and evaluate, augment with the trained model, train and evaluate again."""
 
 import json
 
@@ -13,7 +13,7 @@ PRODUCTS = 80
 
 
 def things():
-    """(number, title, category, colour, picture) of products."""
+    """(number, title, category, colour, image) of each product."""
     for number in range(PRODUCTS):
         colour, thing = list(COLOURS)[number % 4], THINGS[number // 4 % 5]
         picture = jpeg(COLOURS[colour], (40, 48), number)
@@ -21,7 +21,7 @@ def things():
 
 
 def mbe(folder):
-    """A file of MBE's documented columns, its images beside it."""
+    """A file with MBE's documented columns, and its images."""
     rows = []
     for number, title, thing, colour, picture in things():
         (folder / f"{number}.jpg").write_bytes(picture)
@@ -34,7 +34,7 @@ def mbe(folder):
 
 
 def log(folder):
-    """Products, and who clicked on what: a page of six for each query, one of them chosen."""
+    """Products and a click log: a page of six results per query, with a click on one of them."""
     rows, events, rng = [], [], np.random.default_rng(0)
     for number, title, thing, colour, picture in things():
         (folder / f"{number}.jpg").write_bytes(picture)
@@ -55,35 +55,35 @@ def shared(name):
     def source(_):
         path = ROOT.parent / "shared" / "data" / name
         if not path.is_dir():
-            pytest.skip(f"shared/data/{name} is not there")
+            pytest.skip(f"shared/data/{name} is missing")
         return ["--data", str(path)]
 
     return source
 
 
 def whole_way(source, folder, steps):
-    given = folder / "source"
-    given.mkdir()
+    original = folder / "source"
+    original.mkdir()
     config = overrides(tiny(training__steps=steps, training__save_every=steps, experts__dispatch="grouped"))
 
     def moon_jax(*arguments):
         assert cli.main([str(argument) for argument in arguments]) == 0
 
-    def judged(data, workdir):
+    def trained(data, workdir):
         moon_jax("quickstart", "--data", data, "--workdir", workdir, *config)
         return json.loads((workdir / "metrics.json").read_text())
 
-    moon_jax("prepare", *source(given), "--output", folder / "p", "--processes", 1)
-    first = judged(folder / "p", folder / "first")
+    moon_jax("prepare", *source(original), "--output", folder / "p", "--processes", 1)
+    first = trained(folder / "p", folder / "first")
     moon_jax("augment", "--data", folder / "p", "--output", folder / "a", "--model", folder / "first")
-    second = judged(folder / "a", folder / "second")
+    second = trained(folder / "a", folder / "second")
     manifest = json.loads((folder / "a" / "manifest.json").read_text())
-    told = manifest["augmented"]
+    summary = manifest["augmented"]
     for kind in ("text", "image"):
-        assert told[kind]["added"] > 0
-        assert told[kind]["made"] == told[kind]["added"] + sum(told[kind]["left_out"].values())
-        assert told[kind]["left_out"]["disagrees"] == int(0.1 * told[kind]["made"]) or kind == "text"
-    # The same queries and candidates were asked of both.
+        assert summary[kind]["added"] > 0
+        assert summary[kind]["made"] == summary[kind]["added"] + sum(summary[kind]["left_out"].values())
+        assert summary[kind]["left_out"]["disagrees"] == int(0.1 * summary[kind]["made"]) or kind == "text"
+    # Both runs are evaluated on the same queries and candidates.
     assert first["retrieval"].keys() == second["retrieval"].keys()
     assert manifest["fingerprint"] == json.loads((folder / "second/data/manifest.json").read_text())["fingerprint"]
     return first, second
@@ -91,11 +91,11 @@ def whole_way(source, folder, steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", [mbe, log])
-def test_the_whole_way(source, tmp_path):
+def test_end_to_end(source, tmp_path):
     whole_way(source, tmp_path, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fashion", "grocery", "flipkart"])
-def test_the_whole_way_of_real_products(name, tmp_path):
+def test_end_to_end_on_real_products(name, tmp_path):
     whole_way(shared(name), tmp_path, 3)

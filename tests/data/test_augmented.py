@@ -1,4 +1,4 @@
-"""What training reads of enriched titles and expanded images, by `data.augmented`; and that evaluation reads none."""
+"""Which enriched titles and expanded images training reads, by `data.augmented`; evaluation reads none."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ ITEM = Product(
 
 
 def read(prepared, tokenizer, item=ITEM, **differences):
-    """64 rows of positives of one product: their texts, the brightness of their images, and the batch."""
+    """Reads one product as 64 positives; returns their texts, the brightness of their images, and the batch."""
     config = tiny(data__batch=64, **differences)
     lone = dataclasses.replace(prepared, products=[item], group=np.array([0]), triplets=[Triplet(0, 0, 0)])
     batch = pipeline.batches(lone, pipeline.Reader(config, tokenizer))[0]
@@ -48,13 +48,13 @@ def read(prepared, tokenizer, item=ITEM, **differences):
     return texts, pictures, batch
 
 
-def test_drawn_reads_one_title_and_one_image_of_all(prepared, tokenizer):
+def test_drawn_reads_one_title_and_one_image_from_all(prepared, tokenizer):
     texts, pictures, batch = read(prepared, tokenizer)
     counted = Counter(texts)
     assert set(counted) == {"plain red shirt", "blue bag"} and 20 < counted["blue bag"] < 44
     shown = Counter(pictures)
     assert set(shown) == {(10,), (100,), (200,)} and min(shown.values()) > 10
-    # The negatives are read alike, and anew.
+    # Negatives are drawn in the same way, but independently.
     assert not np.array_equal(batch.rows.tokens[64:128], batch.rows.tokens[128:])
 
 
@@ -77,7 +77,7 @@ def test_all_holds_both_titles_and_all_images_in_one_row(prepared, tokenizer):
     first, stop = wide.rows.span[64, VIEWS.index("t")]
     assert stop - first == 2 * longest and "shirt" in texts[0] and "blue" in texts[0]
     assert wide.rows.tokens.shape == batch.rows.tokens.shape
-    # Of more images than fit, each is drawn.
+    # If there are more images than fit, each is drawn at some time.
     _, pictures, _ = read(prepared, tokenizer, data__augmented="all", data__images=2)
     assert {len(one) for one in pictures} == {2} and len(set(pictures)) == 3
 
@@ -93,8 +93,8 @@ def test_queries_are_never_augmented(prepared, tokenizer):
             assert rows.patches[row][rows.patch_image[row] >= 0].max() == 10
 
 
-def test_what_has_nothing_added_is_read_as_ever(prepared, tokenizer):
-    """Not one random number is drawn for it: a run on plain data does not depend on the option's default."""
+def test_products_without_augmentation_are_read_as_before(prepared, tokenizer):
+    """They use no random numbers, so a run on data without augmentation does not depend on the option."""
     first, other = (
         pipeline.batches(prepared, pipeline.Reader(tiny(data__augmented=mode), tokenizer))[3].rows
         for mode in ("drawn", "original")
@@ -107,28 +107,28 @@ def test_what_has_nothing_added_is_read_as_ever(prepared, tokenizer):
 @pytest.mark.parametrize("titles", [0, 1, 2])
 @pytest.mark.parametrize("own", [0, 1, 3])
 @pytest.mark.parametrize("added", [0, 2])
-def test_who_draws_nothing_needs_no_random_numbers(mode, titles, own, added):
+def test_products_that_need_no_random_numbers_use_none(mode, titles, own, added):
     item = Product(text="a", images=(b"i",) * own, enriched_texts=("t",) * titles, expanded_images=(b"e",) * added)
-    if not pipeline.draws(item, mode, 1):
-        first = pipeline.drawn(item, mode, 1, None)
-        assert first == pipeline.drawn(item, mode, 1, np.random.default_rng(0))
+    if not pipeline.needs_rng(item, mode, 1):
+        first = pipeline.draw_content(item, mode, 1, None)
+        assert first == pipeline.draw_content(item, mode, 1, np.random.default_rng(0))
 
 
-def test_an_unknown_word_is_refused():
+def test_an_unknown_mode_is_refused():
     with pytest.raises(UserError, match=r"data\.augmented must be drawn, original, augmented or all"):
         tiny(data__augmented="both")
 
 
 @pytest.mark.parametrize("mode", [pytest.param("drawn", marks=pytest.mark.slow), "all"])
-def test_evaluation_reads_nothing_that_was_added(prepared, tokenizer, tmp_path, mode):
-    """Every product gets a title that would change its vector and an image that cannot be read: the scores, the labels'
-    too, and the vectors are those of the untouched data."""
+def test_evaluation_reads_no_augmented_content(prepared, tokenizer, tmp_path, mode):
+    """Every product gets an enriched title that would change its vector and an unreadable expanded image. All scores
+    and vectors equal those of the original data."""
     config = tiny(data__augmented=mode)
     embedder = serving.Embedder(config, random_params(config, tokenizer), tokenizer, "f", 1)
     poisoned = dataclasses.replace(
         prepared,
         products=[
-            dataclasses.replace(product, enriched_texts=("watch watch watch",), expanded_images=(b"no image",))
+            dataclasses.replace(product, enriched_texts=("watch watch watch",), expanded_images=(b"not an image",))
             for product in prepared.products
         ],
     )

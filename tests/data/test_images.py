@@ -19,8 +19,8 @@ def test_all_modes_become_rgb(mode):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB", "I;16", "1", "CMYK"])
-def test_transparency_and_modes_are_transformers_image_processors(mode):
-    """Cut-out products lie on white, not on what their transparent pixels happen to hide."""
+def test_transparency_and_modes_equal_transformers_image_processors(mode):
+    """Cut-out products get a white background, not the colours hidden in their transparent pixels."""
     processors = pytest.importorskip("tests.reference", reason="torch is not installed").transformers
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (32, 48, 4), np.uint8))
@@ -29,7 +29,7 @@ def test_transparency_and_modes_are_transformers_image_processors(mode):
         Image.fromarray(rng.integers(0, 65536, (32, 48), np.uint16)).save(stream, "PNG")
     elif mode == "P":
         picture.convert("RGB").quantize(16).save(stream, "PNG", transparency=3)
-    elif mode in ("L", "RGB"):  # one colour is transparent
+    elif mode in ("L", "RGB"):  # one colour is marked as transparent
         key = 7 if mode == "L" else tuple(int(value) for value in np.asarray(picture)[0, 0, :3])
         picture.convert("RGB").convert(mode).save(stream, "PNG", transparency=key)
     elif mode == "PA":
@@ -47,27 +47,27 @@ def test_transparency_and_modes_are_transformers_image_processors(mode):
     np.testing.assert_allclose(ours.reshape(theirs.shape) / 127.5 - 1, theirs, atol=1e-6)
 
 
-def test_orientation_tags_are_honoured():
+def test_orientation_tags_are_applied():
     stream = io.BytesIO()
     exif = Image.Exif()
-    exif[274] = 6  # turned by a quarter
+    exif[274] = 6  # rotated by 90°
     Image.new("RGB", (10, 20)).save(stream, "JPEG", exif=exif)
     assert images.decode(stream.getvalue(), 1000).size == (20, 10)
 
 
 @pytest.mark.parametrize("source", [b"", b"nonsense", jpeg((1, 2, 3), (20, 20), 0)[:300], "/nowhere.jpg", 7])
-def test_what_is_no_image_is_a_bad_image(source):
+def test_invalid_images_raise_bad_image(source):
     with pytest.raises(images.BadImage):
         images.decode(source, 10**6)
 
 
-def test_a_file_and_its_bytes_give_the_same(tmp_path):
+def test_a_file_and_its_bytes_give_the_same_image(tmp_path):
     data = jpeg((1, 2, 3), (20, 20), 0)
     (tmp_path / "a.jpg").write_bytes(data)
     np.testing.assert_array_equal(images.decode(data, 1000), images.decode(tmp_path / "a.jpg", 1000))
 
 
-def test_every_aspect_keeps_to_the_budget():
+def test_every_aspect_ratio_stays_within_the_budget():
     for budget in (1, 2, 6, 9, 40):
         rule = images.ResizeRule(8, 2, 256 * max(1, budget // 2), 256 * budget, within_budget=True)
         for height in (1, 3, 17, 60, 333, 2000):
@@ -76,7 +76,7 @@ def test_every_aspect_keeps_to_the_budget():
                 assert 0 < high * wide <= rule.max_pixels and high % 16 == wide % 16 == 0
 
 
-def test_an_image_that_may_be_read_may_be_cropped():
+def test_any_accepted_image_can_be_cropped():
     images.check_shape(10, 2000)
     with pytest.raises(images.BadImage, match="more elongated than 200:1"):
         images.check_shape(1, 201)
@@ -87,12 +87,12 @@ def test_an_image_that_may_be_read_may_be_cropped():
 
 def test_formats_that_run_other_programs_are_not_opened():
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"
-    with pytest.raises(images.BadImage, match="none of JPEG"):
+    with pytest.raises(images.BadImage, match="not one of JPEG"):
         images.decode(script, 1000)
 
 
 def test_patches_in_merge_block_order():
-    # A 4 x 4 grid of 8-pixel patches whose grey value is row · 4 + column.
+    # A 4 x 4 grid of 8-pixel patches with grey value row · 4 + column.
     grey = np.kron(np.arange(16).reshape(4, 4), np.ones((8, 8))).astype(np.uint8)
     rule = images.ResizeRule(8, 2, 256, 16 * 256, within_budget=True)
     patches = images.patchify(Image.fromarray(np.stack([grey] * 3, -1)), rule)
@@ -102,7 +102,7 @@ def test_patches_in_merge_block_order():
     assert (patches.yx[:, 0] * 4 + patches.yx[:, 1]).tolist() == order
 
 
-def test_crops_have_the_asked_area_and_aspect():
+def test_crops_have_the_requested_area_and_aspect_ratio():
     rng = np.random.default_rng(0)
     for _ in range(50):
         left, top, right, bottom = images.crop_box(60, 80, (0.6, 0.9), rng)

@@ -1,4 +1,4 @@
-"""Batch = f(seed, step), whatever was read before and by however many threads."""
+"""Batch = f(seed, step), independent of earlier reads and of the number of threads."""
 
 import dataclasses
 
@@ -18,11 +18,11 @@ def equal(a, b):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
 
 
-def test_a_batch_depends_on_seed_and_step_alone(prepared, tokenizer, catalogue):
+def test_a_batch_depends_only_on_seed_and_step(prepared, tokenizer, catalogue):
     reader = pipeline.Reader(tiny(data__path=str(catalogue)), tokenizer)
     dataset = pipeline.batches(prepared, reader)
     straight = [batch for batch, _ in zip(pipeline.from_step(dataset, 0, 1), range(20), strict=False)]
-    for step in (17, 3, 0):  # addressed at random, over the end of the epoch
+    for step in (17, 3, 0):  # random access, also beyond the end of the epoch
         assert equal(dataset[step], straight[step])
     resumed = pipeline.from_step(pipeline.batches(prepared, reader), 12, 4)
     assert all(equal(next(resumed), batch) for batch in straight[12:20])
@@ -54,7 +54,7 @@ def test_rows_hold_queries_then_positives_then_negatives(prepared, tokenizer):
     assert batch.rows.patches.dtype == np.uint8
 
 
-def test_a_template_stands_around_every_view_of_a_batch(prepared, tokenizer):
+def test_a_template_surrounds_every_view_of_a_batch(prepared, tokenizer):
     config = tiny(data__template="<|image_pad|>{}<|vision_end|>")
     batch = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))[0]
     rows, ends = batch.rows, (tokenizer.image_pad, tokenizer.vision_end)
@@ -65,7 +65,7 @@ def test_a_template_stands_around_every_view_of_a_batch(prepared, tokenizer):
     assert (rows.view > 0).sum() > 3 * config.data.batch
 
 
-def test_queries_are_altered_and_items_are_not(prepared, tokenizer):
+def test_queries_are_altered_and_products_are_not(prepared, tokenizer):
     config = tiny()
     batch = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))[0]
     size = config.data.batch
@@ -87,8 +87,8 @@ def test_queries_are_altered_and_items_are_not(prepared, tokenizer):
     assert shorter  # words were dropped
 
 
-def test_mirroring_drawing_and_weights(prepared, tokenizer):
-    """Of a product with three images each is drawn; half of the query's images are mirrored; weights arrive."""
+def test_flipping_image_sampling_and_weights(prepared, tokenizer):
+    """Each of a product's three images is drawn, half of the query images are flipped, and weights reach the batch."""
     picture = np.zeros((32, 32, 3), np.uint8)  # a size that is not resized
     picture[:, :16] = 255  # bright on the left
     images = tuple(Image.fromarray(picture // dim) for dim in (1, 2, 4))
@@ -103,9 +103,9 @@ def test_mirroring_drawing_and_weights(prepared, tokenizer):
     np.testing.assert_array_equal(batch.weight, np.full(64, 0.25))
     brightest = batch.rows.patches[64:128].reshape(64, -1).max(1)
     assert set(brightest.tolist()) == {255, 127, 63}
-    # The first patch is the left upper one: dark where the image was mirrored.
-    mirrored = (batch.rows.patches[:64, 0].mean(1) < 20).sum()
-    assert 16 < mirrored < 48 and (batch.rows.patches[64:128, 0].mean(1) > 20).all()
+    # The first patch is at the upper left: dark if the image was flipped.
+    flipped = (batch.rows.patches[:64, 0].mean(1) < 20).sum()
+    assert 16 < flipped < 48 and (batch.rows.patches[64:128, 0].mean(1) > 20).all()
 
 
 def test_a_missing_negative_is_an_empty_row(prepared, tokenizer):
@@ -115,25 +115,25 @@ def test_a_missing_negative_is_an_empty_row(prepared, tokenizer):
     assert (batch.rows.segment[16:] == 0).all()
 
 
-def test_records_are_read_at_once_in_any_order(catalogue, tmp_path, monkeypatch):
-    """Over several shards, with repetitions, from the end, and none at all."""
+def test_records_are_read_in_batches_in_any_order(catalogue, tmp_path, monkeypatch):
+    """From several shards, with repetitions, negative indices, and an empty list."""
     monkeypatch.setattr(prepare, "SHARD_BYTES", 5_000)
     found = prepared_from(catalogue, tmp_path / "p").products
     assert len(found.shards) > 5
-    asked = [41, 3, 3, 0, len(found) - 1, 17, -1, 3]
-    assert [product.id for product in found.several(asked)] == [found[index].id for index in asked]
-    assert found.several([]) == [] and records.several(list(found), asked) == found.several(asked)
+    indices = [41, 3, 3, 0, len(found) - 1, 17, -1, 3]
+    assert [product.id for product in found.read_many(indices)] == [found[index].id for index in indices]
+    assert found.read_many([]) == [] and records.read_many(list(found), indices) == found.read_many(indices)
     for wrong in (len(found), -len(found) - 1):
         with pytest.raises(IndexError):
-            found.several([0, wrong])
+            found.read_many([0, wrong])
     path = tmp_path / "p" / found.shards[3].file
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match=f"{path.name}: damaged"):
-        type(found)(found.folder, found.shards).several(range(len(found)))
+        type(found)(found.folder, found.shards).read_many(range(len(found)))
 
 
-def test_a_mixture_draws_one_view_of_each_query(prepared, tokenizer):
-    """Of those that it has, by their shares; items keep all their views, and what is drawn follows from the step."""
+def test_a_mixture_draws_one_view_per_query(prepared, tokenizer):
+    """It is drawn from the query's views by their weights and depends only on the step; products keep all views."""
     config = tiny(data__mixture=(3.0, 12.0, 2.0))
     dataset = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))
     whole = pipeline.batches(prepared, pipeline.Reader(tiny(), tokenizer))
@@ -148,7 +148,7 @@ def test_a_mixture_draws_one_view_of_each_query(prepared, tokenizer):
     assert equal(dataset[3], pipeline.batches(prepared, pipeline.Reader(config, tokenizer))[3])
 
 
-def test_a_mixture_gives_nothing_of_what_has_none_of_its_views():
+def test_a_mixture_gives_no_view_if_the_query_has_none_of_them():
     rng = np.random.default_rng(0)
-    assert pipeline.mixed(False, True, (1.0, 0.0, 0.0), rng) == ()
-    assert pipeline.mixed(False, True, (1.0, 1.0, 1.0), rng) == ("i",)
+    assert pipeline.draw_view(False, True, (1.0, 0.0, 0.0), rng) == ()
+    assert pipeline.draw_view(False, True, (1.0, 1.0, 1.0), rng) == ("i",)

@@ -1,4 +1,4 @@
-"""Packing, and what it promises: packed rows give what separate ones give, and view i is mm's prefix."""
+"""Packing and its guarantees: packed rows give the same results as separate rows, and view i is a prefix of mm."""
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ class Ids:
 
 
 def example(config, seed=0):
-    """Segments of four products: whole, text only, image only, whole."""
+    """Token ids and images of four products: both, text only, image only, both."""
     rng = np.random.default_rng(seed)
     rule = ResizeRule.of(config)
     images = [
@@ -47,11 +47,11 @@ def model(request):
     config = tiny(**MODELS[request.param])
     rows = rows_lib.pack([[]], rows_lib.Layout.of(config), 0)
     params = nn.unbox(jax.jit(lambda: initialize(config, jax.random.key(1), rows))())
-    # Larger weights than at the start, so that tokens differ and routes are decided.
+    # Larger weights than at initialization, so that tokens differ and routing is decisive.
     params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
     if config.experts.router_term == "learned":
         term = params["decoder"]["periods"]["layer_0"]["experts"]["router_term"]
-        assert term.shape == (2, 3, 4) and not term.any()  # it begins as if it were not there
+        assert term.shape == (2, 3, 4) and not term.any()  # it has no effect at initialization
         term = np.random.default_rng(0).normal(size=term.shape).astype(np.float32)
         params["decoder"]["periods"]["layer_0"]["experts"]["router_term"] = term
     return config, lambda rows: jax.jit(Encoder(config).apply)({"params": params}, rows)
@@ -79,7 +79,7 @@ def test_packed_rows_equal_separate_ones(model):
         np.testing.assert_allclose(together.embedding[0, slots], alone.embedding[product], atol=1e-5)
         np.testing.assert_array_equal(together.tokens[0, slots], alone.tokens[product])
         np.testing.assert_allclose(together.gate[:, 0, slots], alone.gate[:, product], atol=1e-4)
-    # The router's sums count the same tokens, however they are packed.
+    # The router's sums cover the same tokens in either packing.
     assert int(together.valid) == int(alone.valid) == sum(len(p.tokens) for part in parts for p in part)
     np.testing.assert_allclose(together.load, alone.load)
     np.testing.assert_allclose(together.prob, alone.prob, rtol=1e-5)
@@ -99,15 +99,15 @@ def test_image_prefix_equals_an_image_only_row(model):
     np.testing.assert_array_equal(lone.embedding[0, [0, 2]], np.zeros((2, config.language.width)))
 
 
-def test_a_router_term_sees_the_view(model):
-    """Tokens of another composition take other experts: of a hard term only their own."""
+def test_a_router_term_depends_on_the_view(model):
+    """Tokens know the view of their segment; with a hard term they are routed only to the experts of that view."""
     config, encode = model
     text, images = example(config)[0]
     rows = rows_lib.pack([[split(config, text, images)]], layout(config, 1), 0)
     seen = np.asarray(composition(rows))[0]
     spans = rows.span[0]
     if config.experts.router_term == "none":
-        assert seen[spans[1][0] : spans[2][1]].tolist() == [3] * (spans[2][1] - spans[2][0])  # i is mm's prefix
+        assert seen[spans[1][0] : spans[2][1]].tolist() == [3] * (spans[2][1] - spans[2][0])  # i is a prefix of mm
         return
     for view, (start, stop) in enumerate(spans, 1):
         assert (seen[start:stop] == view).all()
@@ -118,7 +118,7 @@ def test_a_router_term_sees_the_view(model):
             assert (gate[:, view] > 0)[:, np.arange(4) % 3 != view].sum() == 0 and gate[:, view].sum() > 0
 
 
-def test_a_changed_neighbour_changes_nothing(model):
+def test_a_neighbour_in_the_row_has_no_effect(model):
     config, encode = model
     parts = [split(config, text, images) for text, images in example(config)]
     other = [split(config, text, images) for text, images in example(config, seed=9)]
@@ -128,7 +128,7 @@ def test_a_changed_neighbour_changes_nothing(model):
     assert np.abs(a.embedding[0, 3:] - b.embedding[0, 3:]).max() > 1e-2
 
 
-def test_layout_of_a_row_by_hand():
+def test_a_row_written_out():
     config = tiny()
     image = rows_lib.Patches(
         np.arange(6 * 4 * 192, dtype=np.uint8).reshape(24, 192), np.zeros((24, 2), np.int32), (4, 6)
@@ -141,7 +141,7 @@ def test_layout_of_a_row_by_hand():
     assert list(rows.visual[0, :12]) == [-1, -1, -1, 0, 1, 2, 3, 4, 5, -1, -1, -1]
     assert rows.span[0].tolist() == [[0, 2], [2, 10], [2, 12]] and rows.view[0].tolist() == [1, 2, 3]
     assert rows.owner[0].tolist() == [0, 0, 0]
-    # As Qwen3-VL counts: the grid starts after the start token, and the longer side (3) is what it takes up.
+    # As in Qwen3-VL: the grid starts after the start token and advances the position by its longer side (3).
     assert rows.position[0, 2:12].tolist() == [
         [0, 0, 0],
         *[[1, 1, 1], [1, 1, 2], [1, 1, 3], [1, 2, 1], [1, 2, 2], [1, 2, 3]],
@@ -151,8 +151,8 @@ def test_layout_of_a_row_by_hand():
     ]
 
 
-def test_a_template_by_hand():
-    """With nothing behind the view, i stays mm's prefix; else it gets a segment that shows the same visual tokens."""
+def test_a_template_written_out():
+    """Without a suffix, i is a prefix of mm; with one, i has its own segment with the same visual tokens."""
     image = rows_lib.Patches(np.zeros((8, 192), np.uint8), np.zeros((8, 2), np.int32), (2, 4))
     text = np.array([7, 8], np.int32)
     before = Template(np.array([50, 51], np.int32), np.zeros(0, np.int32))
@@ -207,7 +207,7 @@ def test_absent_views_are_absent():
     assert rows_lib.segments(np.zeros(0, np.int32), [], Ids, 2) == []
 
 
-def test_what_does_not_fit_is_refused():
+def test_rows_that_do_not_fit_are_refused():
     config = tiny()
     parts = rows_lib.segments(np.arange(4, 60, dtype=np.int32), [], Ids, 2)
     with pytest.raises(ValueError, match="row 0: 56 tokens"):

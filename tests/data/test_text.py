@@ -5,7 +5,7 @@ from moon_jax.data import text
 TITLES = ["Red canvas sneaker", "Blue denim jacket", "red denim shirt", "Größe 42 – été"] * 3
 
 
-def test_training_is_repeatable_and_saved_whole(tmp_path):
+def test_training_is_deterministic_and_saving_lossless(tmp_path):
     first, second = text.train(TITLES, 300), text.train(TITLES, 300)
     first.save(tmp_path / "a.json")
     second.save(tmp_path / "b.json")
@@ -24,14 +24,14 @@ def test_a_title_cannot_forge_an_image():
     assert len(special) == 4
 
 
-def test_any_text_can_be_encoded_and_is_cut():
+def test_any_text_can_be_encoded_and_is_truncated():
     tokenizer = text.train(TITLES, 300)
     (ids,) = tokenizer.encode(["日本語 🎈 \x00"], 99)
     assert tokenizer.base.decode(ids.tolist()).strip() == "日本語 🎈 \x00"
     assert len(tokenizer.encode(["a b c d e f g"], 3)[0]) == 3
 
 
-def test_kept_words_keep_their_order_and_least_number():
+def test_keep_words_keeps_order_and_a_minimum():
     rng = np.random.default_rng(0)
     words = ["a", "b", "c", "d", "e", "f"]
     lengths = set()

@@ -1,4 +1,4 @@
-"""BM25 and colours against their formulas; all as embedders of the harness."""
+"""BM25 and colour histograms compared with their formulas; precomputed vectors; views and altered queries."""
 
 import math
 import re
@@ -32,7 +32,7 @@ PRODUCTS = [
 
 
 def oracle(query, titles, k1=1.5, b=0.75):
-    """Lucene's BM25, by its formula."""
+    """Lucene's BM25 by its formula."""
     documents = [re.findall(r"\w+", title.casefold()) for title in titles]
     mean, found = np.mean([len(document) for document in documents]), []
     for document in documents:
@@ -46,7 +46,7 @@ def oracle(query, titles, k1=1.5, b=0.75):
     return found
 
 
-def test_bm25_is_its_formula_and_ties_go_to_the_first():
+def test_bm25_equals_its_formula_and_ties_go_to_the_first():
     titles = ["red canvas shirt", "blue shirt, blue!", "a mug", "another mug of the shop", "red red mug", "shirt"]
     model = BM25(10**6)
     queries = ["red shirt", "BLUE", "nothing there", "mug mug"]
@@ -59,12 +59,12 @@ def test_bm25_is_its_formula_and_ties_go_to_the_first():
     assert found[2].tolist() == list(range(6))
 
 
-def test_bm25_reads_scripts_without_spaces_sign_by_sign():
+def test_bm25_splits_scripts_without_spaces_into_characters():
     _, found = BM25(10**6).rank(["红鞋"], ["蓝色上衣", "红色帆布鞋"], 2)
     assert found.tolist() == [[1, 0]]
 
 
-def test_views_of_what_sees_text_only_or_images_only():
+def test_views_of_text_only_and_image_only_models():
     vectors, present = BM25(10**6).encode_views(PRODUCTS)
     assert present.tolist() == [
         [True, False, True],
@@ -87,16 +87,16 @@ def test_views_of_what_sees_text_only_or_images_only():
     assert vectors[0, 1] @ vectors[3, 1] < 0.5 and not vectors[1].any()
 
 
-def test_colours_are_a_histogram():
+def test_colours_are_the_square_roots_of_a_histogram():
     half = np.zeros((10, 10, 3), np.uint8)
-    half[:, :5] = (255, 0, 0)  # hue 0, full; the rest is black
+    half[:, :5] = (255, 0, 0)  # hue 0, saturated; the rest is black
     vector = Colours(10**6).encode([Product(images=(Image.fromarray(half),))])[0].reshape(12, 4, 4)
     assert vector[0, 3, 3] == pytest.approx(math.sqrt(0.5)) and vector[0, 0, 0] == pytest.approx(math.sqrt(0.5))
     assert (vector**2).sum() == pytest.approx(1)
 
 
 class Seen(protocol.ByItem):
-    """Remembers what it was asked to embed."""
+    """Records the items that it embeds."""
 
     name, max_pixels = "seen", 10**6
 
@@ -108,7 +108,7 @@ class Seen(protocol.ByItem):
         return np.ones((len(items), 2), np.float32)
 
 
-def test_queries_are_altered_by_the_draws_of_ours():
+def test_queries_are_altered_with_the_random_draws_of_our_reader():
     seen, done = Seen(), []
     products = records.Chosen(PRODUCTS, [3, 0])
     seen.encode_views(products, retrieval.ALTERATION, 5, done.append)
@@ -132,43 +132,43 @@ def written(folder, rows):
     return folder
 
 
-def test_vectors_from_anywhere_are_found_by_id_and_view(tmp_path):
+def test_precomputed_vectors_are_found_by_id_and_view(tmp_path):
     rows = [("a", "t", [3.0, 4.0]), ("a", "mm", [0.0, 2.0]), ("d", "i", [1.0, 0.0]), ("other", "i", [1.0, 1.0])]
     vectors = Vectors(written(tmp_path / "v", rows))
     found, present = vectors.encode_views(PRODUCTS)
     np.testing.assert_allclose(found[0], [[0.6, 0.8], [0, 0], [0, 1]])
     assert present.sum() == 3 and present[3, VIEWS.index("i")]
-    assert not vectors.encode_views(PRODUCTS, retrieval.ALTERATION)[1].any()  # nobody embedded altered ones
+    assert not vectors.encode_views(PRODUCTS, retrieval.ALTERATION)[1].any()  # there are none of altered products
     assert Vectors(written(tmp_path / "w", rows)).name == vectors.name
     assert Vectors(written(tmp_path / "x", rows[:2])).name != vectors.name
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
-        ([("a", "t", [1.0]), ("a", "t", [1.0])], "view t of 'a' is there twice"),
-        ([("a", "text", [1.0])], "view 'text' is none of t, i and mm"),
-        ([("a", "t", [0.0, 0.0])], "some vectors are zero, or not finite"),
-        ([("a", "t", [float("nan")])], "some vectors are zero, or not finite"),
-        ([("a", "t", "no")], "wants id, view and vector"),
+        ([("a", "t", [1.0]), ("a", "t", [1.0])], "view t of 'a' is repeated"),
+        ([("a", "text", [1.0])], "view 'text': must be t, i or mm"),
+        ([("a", "t", [0.0, 0.0])], "some vectors are zero or not finite"),
+        ([("a", "t", [float("nan")])], "some vectors are zero or not finite"),
+        ([("a", "t", "no")], "needs id, view and vector"),
     ],
 )
-def test_vectors_that_are_none_are_refused(tmp_path, rows, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_vectors_are_refused(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
         Vectors(written(tmp_path / "v", rows))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no .parquet file there"):
+    with pytest.raises(UserError, match=r"contains no .parquet file"):
         Vectors(tmp_path / "empty")
     with pytest.raises(UserError, match="nowhere: no such folder"):
         Vectors(tmp_path / "nowhere")
 
 
-def test_names_of_baselines_are_models(tmp_path):
+def test_baselines_open_by_name(tmp_path):
     assert registry.open_embedder("bm25", 10**6).name == "BM25"
     assert registry.open_embedder("colours", 10**6).name == "colour histogram"
 
 
-def test_given_vectors_may_be_of_any_length(tmp_path):
+def test_precomputed_vectors_may_have_any_length(tmp_path):
     rows = [("a", "t", [3e25, 4e25]), ("b", "t", [-3e-25, 4e-25])]
     vectors = Vectors(written(tmp_path / "v", rows))
     found, _ = vectors.encode_views([Product(id="a"), Product(id="b")])

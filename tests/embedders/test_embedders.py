@@ -1,4 +1,4 @@
-"""Anyone's embedder, against what transformers itself makes of texts and images."""
+"""Third-party embedders, compared with transformers on the same texts and images."""
 
 import io
 
@@ -18,10 +18,10 @@ TOWERS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 
 
 def write_tokenizer(path):
-    """One of the words of TEXTS."""
+    """Writes a tokenizer with the words of TEXTS as its vocabulary."""
     from tests.reference import transformers
 
-    words = sorted({sign for text in TEXTS for sign in text.split()})
+    words = sorted({word for text in TEXTS for word in text.split()})
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     base = Tokenizer(
@@ -36,7 +36,7 @@ def write_tokenizer(path):
 
 
 def folder_of(kind, path):
-    """A tiny random model of that kind with its tokenizer and image processor, as a folder."""
+    """Writes a folder with a tiny random model of that kind, its tokenizer and its image processor."""
     from tests.reference import torch, transformers
 
     write_tokenizer(path)
@@ -72,8 +72,8 @@ def folder_of(kind, path):
 
 
 @pytest.mark.parametrize("kind", contrastive.MODEL_TYPES)
-def test_a_contrastive_model_is_what_transformers_makes_of_it(kind, tmp_path, monkeypatch):
-    """Its similarities are the model's own logits, undone of scale and bias."""
+def test_contrastive_models_equal_transformers(kind, tmp_path, monkeypatch):
+    """Similarities equal the model's own logits after removing bias and scale."""
     from tests.reference import torch
 
     model, tokenizer, processor = folder_of(kind, tmp_path)
@@ -118,7 +118,7 @@ def test_pickled_and_damaged_weights_are_refused(tmp_path):
         registry.open_embedder(str(tmp_path), 10**6)
 
 
-def test_ours_is_the_embedder_itself(tmp_path, tokenizer, monkeypatch):
+def test_open_embedder_returns_our_embedder_for_a_workdir(tmp_path, tokenizer, monkeypatch):
     from moon_jax.serving import embedder as serving
     from tests.conftest import random_params, tiny
 
@@ -131,7 +131,7 @@ def test_ours_is_the_embedder_itself(tmp_path, tokenizer, monkeypatch):
     assert ours.name == "moon_jax f00d"
 
 
-def test_what_is_no_model_is_told(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         registry.open_embedder("nowhere", 10**6)
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
@@ -139,8 +139,8 @@ def test_what_is_no_model_is_told(tmp_path):
         registry.open_embedder(str(tmp_path), 10**6)
 
 
-def test_a_model_of_sentence_transformers_embeds_texts(tmp_path):
-    """A bare encoder with mean pooling, as most of them are; a product with an image is its text."""
+def test_sentence_transformers_models_embed_texts(tmp_path):
+    """A bare encoder with mean pooling, like most; a product with text and image is embedded from its text."""
     from tests.reference import torch, transformers
 
     library = pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")

@@ -1,4 +1,4 @@
-"""benchmarks/ablation.py: rows that differ in what they say and in nothing else, noise, signs, and the table."""
+"""benchmarks/ablation.py: each row changes only the options in its name; noise, signs, and the table."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ def leaves(config):
         ("without filtering, 30% noise", {"objective.phi_threshold"}),
     ],
 )
-def test_a_row_changes_what_it_says(name, changed):
+def test_a_row_changes_only_what_its_name_says(name, changed):
     config = config_lib.override(QUICKSTART, list(ROWS[name].overrides))
     other = leaves(QUICKSTART)
     assert {leaf for leaf, value in leaves(config).items() if value != other[leaf]} == changed
@@ -60,7 +60,7 @@ def test_a_row_changes_what_it_says(name, changed):
     assert not ROWS[name].paper or len(ROWS[name].paper) == len(ablation.COLUMNS)
 
 
-def test_dense_rows_are_as_large_as_they_say(tokenizer):
+def test_dense_rows_have_the_size_that_their_names_say(tokenizer):
     def size(config):
         return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, tokenizer)["encoder"]))
 
@@ -68,30 +68,30 @@ def test_dense_rows_are_as_large_as_they_say(tokenizer):
         size(config_lib.override(QUICKSTART, list(ROWS[name].overrides)))
         for name in ("full", "without MoE, equal active FLOPs", "dense, equal parameters")
     )
-    one = 3 * QUICKSTART.language.width * EXPERTS.width * QUICKSTART.language.layers  # an expert of every layer
+    one = 3 * QUICKSTART.language.width * EXPERTS.width * QUICKSTART.language.layers  # one expert in every layer
     router = full - total
     assert 0 < router < one / 4
     assert total - active == (EXPERTS.count - EXPERTS.per_token) * one
 
 
-def test_noise_makes_some_purchases_wrong_and_touches_nothing_else(prepared, tmp_path):
+def test_noise_corrupts_some_purchases_and_nothing_else(prepared, tmp_path):
     before = {path.name: path.read_bytes() for path in prepared.folder.iterdir() if path.is_file()}
     ablation.noisy_copy(prepared.folder, tmp_path / "noisy")
     found = open_prepared(tmp_path / "noisy")
     assert {path.name: path.read_bytes() for path in prepared.folder.iterdir() if path.is_file()} == before
     assert found.fingerprint != prepared.fingerprint and len(found.products) == len(prepared.products)
-    was, now = (np.array([(t.query, t.positive, t.negative) for t in data.triplets]) for data in (prepared, found))
-    np.testing.assert_array_equal(was[:, [0, 2]], now[:, [0, 2]])
-    wrong = was[:, 1] != now[:, 1]
-    assert wrong.mean() == pytest.approx(ablation.NOISE, abs=4 * np.sqrt(0.21 / len(was)))
-    assert set(now[:, 1]) <= set(was[:, 1]) and not (now[:, 1] == now[:, 2]).any()
+    old, new = (np.array([(t.query, t.positive, t.negative) for t in data.triplets]) for data in (prepared, found))
+    np.testing.assert_array_equal(old[:, [0, 2]], new[:, [0, 2]])
+    wrong = old[:, 1] != new[:, 1]
+    assert wrong.mean() == pytest.approx(ablation.NOISE, abs=4 * np.sqrt(0.21 / len(old)))
+    assert set(new[:, 1]) <= set(old[:, 1]) and not (new[:, 1] == new[:, 2]).any()
     kept = (tmp_path / "noisy" / "triplets.npy").stat().st_mtime_ns
     ablation.noisy_copy(prepared.folder, tmp_path / "noisy")
     assert (tmp_path / "noisy" / "triplets.npy").stat().st_mtime_ns == kept
 
 
 @pytest.mark.parametrize("shift", [-1.0, -0.2, 0.0, 0.2, 1.0])
-def test_a_sign_is_a_paired_t_test(shift):
+def test_signs_come_from_a_paired_t_test(shift):
     rng = np.random.default_rng(int(10 * shift + 20))
     seen = set()
     for seeds in (2, 3, 5):
@@ -106,7 +106,7 @@ def test_a_sign_is_a_paired_t_test(shift):
     assert abs(shift) < 1 or ("↑" if shift > 0 else "↓") in seen
 
 
-def test_the_table_has_means_errors_signs_and_the_papers():
+def test_the_table_has_means_errors_and_signs_with_those_of_the_paper():
     def run(row, seed, score):
         scores = dict.fromkeys(ablation.COLUMNS, score)
         return {"row": row, "seed": seed, "scores": scores, "parameters": 2e6, "active": 1e6, "bytes": 512, "ms": 2.0}
@@ -117,18 +117,18 @@ def test_the_table_has_means_errors_signs_and_the_papers():
     console = Console(width=250, record=True)
     for table in ablation.tables({"runs": runs, "title": "made up", "widths": WIDTHS}):
         console.print(table)
-    said = console.export_text().splitlines()
-    (full,) = (line for line in said if "full (3)" in line)
+    printed = console.export_text().splitlines()
+    (full,) = (line for line in printed if "full (3)" in line)
     assert full.count("51.0 ±0.6") == len(ablation.COLUMNS)
-    (without,) = (line for line in said if "active FLOPs (3)" in line)
+    (without,) = (line for line in printed if "active FLOPs (3)" in line)
     assert without.count("41.0 ±0.6 ↓(↓)") == len(ablation.COLUMNS)
-    (single,) = (line for line in said if "equal parameters (1)" in line)
+    (single,) = (line for line in printed if "equal parameters (1)" in line)
     assert single.count("99.0 ·") == len(ablation.COLUMNS)
-    assert any(line.split()[1:] == ["full", "│", "2.00", "│", "1.00", "│", "512", "│", "2.0", "│"] for line in said)
+    assert any(line.split()[1:] == ["full", "│", "2.00", "│", "1.00", "│", "512", "│", "2.0", "│"] for line in printed)
 
 
-def test_every_row_is_trained_with_its_own_arguments_once(catalogue, tmp_path, monkeypatch):
-    """The whole script, but for the training and the judging."""
+def test_every_row_is_trained_once_with_its_own_arguments(catalogue, tmp_path, monkeypatch):
+    """Runs the whole script with training and evaluation replaced."""
     trained = []
 
     def command(*words):
@@ -139,7 +139,7 @@ def test_every_row_is_trained_with_its_own_arguments_once(catalogue, tmp_path, m
         else:
             trained.append(words)
 
-    def judge(workdir, prepared, tasks):
+    def evaluate(workdir, prepared, tasks):
         assert trained[-1][trained[-1].index("--workdir") + 1] == str(workdir)
         scores = dict.fromkeys(ablation.COLUMNS, float(len(trained)))
         return {"scores": scores, "parameters": 2e6, "active": 1e6, "bytes": 512, "ms": 2.0}
@@ -152,7 +152,7 @@ def test_every_row_is_trained_with_its_own_arguments_once(catalogue, tmp_path, m
         return [list(words) for words in trained]
 
     monkeypatch.setattr(ablation, "command", command)
-    monkeypatch.setattr(ablation, "judge", judge)
+    monkeypatch.setattr(ablation, "evaluate", evaluate)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(shutil, "copytree", functools.partial(shutil.copytree, dirs_exist_ok=True))
     first = run("--seeds", "2", "--steps", "7")
@@ -166,25 +166,25 @@ def test_every_row_is_trained_with_its_own_arguments_once(catalogue, tmp_path, m
     assert len({words[words.index("--workdir") + 1] for words in first}) == len(first)
     assert "--config.data.batch=64" in ablation.COMMON
     mixture = config_lib.override(QUICKSTART, list(ROWS["fixed mixture 12:3:2"].overrides)).data.mixture
-    assert tuple(mixture) == (3.0, 12.0, 2.0)  # text, image, both: image queries are the most
+    assert tuple(mixture) == (3.0, 12.0, 2.0)  # text, image, both: most queries are images
     made = open_prepared(tmp_path / "o" / "noisy").triplets, open_prepared(tmp_path / "o" / "augmented").triplets
     assert [t.positive for t in made[0]] != [t.positive for t in made[1]]
     assert run("--seeds", "2", "--steps", "7") == []
-    assert len(run("--seeds", "2", "--steps", "9")) == len(first)  # other steps are other runs
+    assert len(run("--seeds", "2", "--steps", "9")) == len(first)  # with other steps, they are other runs
     assert len(run("--seeds", "3", "--steps", "9", "--rows", "dense")) == 1
     held = json.loads((tmp_path / "o" / "results.json").read_text())["runs"]
     assert len(held) == len(first) + 1 and all("9" in run["arguments"] for run in held)
 
 
-def test_a_run_is_judged_by_the_paper_s_columns(prepared, tokenizer, tmp_path, monkeypatch):
-    """Against report.evaluate: R@10 of the nine directions, and labels from the image."""
+def test_a_run_is_evaluated_in_the_columns_of_the_paper(prepared, tokenizer, tmp_path, monkeypatch):
+    """Compares with report.evaluate: R@10 of the nine directions, and labels predicted from the image."""
     settings = tiny()
     params = random_params(settings, tokenizer)
     model = Embedder(settings, params, tokenizer, "f00d", 1)
     monkeypatch.setattr(serving, "load", lambda workdir: model)
     monkeypatch.setattr(serving, "read", lambda workdir: SimpleNamespace(encoder=params))
     tasks = labels.tasks(prepared)
-    found = ablation.judge(tmp_path, prepared, tasks)
+    found = ablation.evaluate(tmp_path, prepared, tasks)
     expected = report.evaluate(model, prepared, tmp_path)
     (retrieved,) = expected["retrieval"].values()
     for name, entry in retrieved.items():

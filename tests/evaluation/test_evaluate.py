@@ -1,4 +1,4 @@
-"""Judging as a whole: the same digits again, for any batch and any number of devices; two models side by side."""
+"""Whole evaluations: reproducible, independent of batch size and number of devices; and comparisons of two models."""
 
 import json
 
@@ -25,7 +25,7 @@ def model(tokenizer):
     return settings, random_params(settings, tokenizer)
 
 
-def judged(model, tokenizer, prepared, folder, batch=8, everywhere=False):
+def evaluated(model, tokenizer, prepared, folder, batch=8, everywhere=False):
     settings, params = model
     embedder = Embedder(config.replace(settings, {"evaluation.batch": batch}), params, tokenizer, "f00d", 1)
     embedder = embedder.on_all_devices() if everywhere else embedder
@@ -33,7 +33,7 @@ def judged(model, tokenizer, prepared, folder, batch=8, everywhere=False):
 
 
 def numbers(part, path=()):
-    """Every number of metrics.json by its path."""
+    """Every number in metrics.json, by its path."""
     if isinstance(part, dict):
         return {key: value for name, inner in part.items() for key, value in numbers(inner, (*path, name)).items()}
     if isinstance(part, list):
@@ -44,12 +44,12 @@ def numbers(part, path=()):
 @pytest.fixture(scope="module")
 def first(model, tokenizer, prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
-    return folder, judged(model, tokenizer, prepared, folder)
+    return folder, evaluated(model, tokenizer, prepared, folder)
 
 
-def test_judged_again_the_digits_are_the_same(first, model, tokenizer, prepared, tmp_path):
+def test_a_second_evaluation_writes_identical_files(first, model, tokenizer, prepared, tmp_path):
     folder, metrics = first
-    assert judged(model, tokenizer, prepared, tmp_path) == metrics
+    assert evaluated(model, tokenizer, prepared, tmp_path) == metrics
     assert (tmp_path / "metrics.json").read_bytes() == (folder / "metrics.json").read_bytes()
     assert (tmp_path / "queries.parquet").read_bytes() == (folder / "queries.parquet").read_bytes()
     assert json.loads((folder / "metrics.json").read_text()) == metrics
@@ -64,15 +64,15 @@ def test_judged_again_the_digits_are_the_same(first, model, tokenizer, prepared,
         pytest.param(8, True, marks=pytest.mark.slow),
     ],
 )
-def test_neither_batch_nor_devices_change_a_score(first, model, tokenizer, prepared, tmp_path, batch, everywhere):
+def test_scores_do_not_depend_on_batch_size_or_devices(first, model, tokenizer, prepared, tmp_path, batch, everywhere):
     expected = numbers(first[1])
-    found = numbers(judged(model, tokenizer, prepared, tmp_path, batch, everywhere))
+    found = numbers(evaluated(model, tokenizer, prepared, tmp_path, batch, everywhere))
     assert found.keys() == expected.keys() and len(expected) > 200
     for path, value in expected.items():
         assert found[path] == pytest.approx(value, abs=1e-6), path
 
 
-def test_every_query_is_written(first):
+def test_every_query_is_in_queries_parquet(first):
     folder, metrics = first
     rows = pq.read_table(folder / "queries.parquet").to_pylist()
     for name, scores in metrics["retrieval"].items():
@@ -83,7 +83,7 @@ def test_every_query_is_written(first):
                 assert np.mean([row[measure] for row in own]) == pytest.approx(entry[measure], abs=1e-4)
 
 
-def test_two_models_are_compared_on_the_queries_of_both(first, prepared, tmp_path):
+def test_two_models_are_compared_on_the_queries_that_both_have(first, prepared, tmp_path):
     folder, _ = first
     report.evaluate(BM25(10**6), prepared, tmp_path)
     found = report.compare(folder, tmp_path)
@@ -101,26 +101,26 @@ def test_two_models_are_compared_on_the_queries_of_both(first, prepared, tmp_pat
     assert not any(e["told"] for s in itself.values() for d in s.values() for e in d.values() if isinstance(e, dict))
 
 
-def test_what_was_judged_on_other_data_does_not_compare(first, tmp_path):
+def test_evaluations_on_other_data_do_not_compare(first, tmp_path):
     folder, metrics = first
     (tmp_path / "queries.parquet").write_bytes((folder / "queries.parquet").read_bytes())
     (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"data": "other"}))
-    with pytest.raises(UserError, match="judged on other data"):
+    with pytest.raises(UserError, match="evaluated on other data; evaluate both models on the same data"):
         report.compare(folder, tmp_path)
-    with pytest.raises(UserError, match="nothing that moon-jax evaluate wrote"):
+    with pytest.raises(UserError, match="not a complete output of moon-jax evaluate"):
         report.compare(folder, tmp_path / "nowhere")
 
 
-def test_scores_of_another_evaluation_are_not_taken_for_these(first, prepared, tmp_path):
-    """queries.parquet must be of the metrics.json beside it; a new evaluation leaves nothing of the old one."""
+def test_files_of_different_evaluations_are_not_mixed(first, prepared, tmp_path):
+    """queries.parquet must belong to the metrics.json next to it; a new evaluation removes all files of the old one."""
     folder, metrics = first
     for name in ("metrics.json", "queries.parquet"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"model": "beef"}))
-    with pytest.raises(UserError, match="nothing that moon-jax evaluate wrote whole"):
+    with pytest.raises(UserError, match="not a complete output of moon-jax evaluate"):
         report.compare(folder, tmp_path)
     (tmp_path / "metrics.json").write_text("{")
-    with pytest.raises(UserError, match="nothing that moon-jax evaluate wrote whole"):
+    with pytest.raises(UserError, match="not a complete output of moon-jax evaluate"):
         report.compare(folder, tmp_path)
     (tmp_path / "embeddings").mkdir()
     (tmp_path / "embeddings" / "val.parquet").write_bytes(b"old")
@@ -134,42 +134,42 @@ def test_scores_of_another_evaluation_are_not_taken_for_these(first, prepared, t
     seen = [number for number, there in enumerate(present[:, 1]) if there]
     rows = {"id": [products[n].id for n in seen], "view": ["i"] * len(seen), "vector": colours[seen, 1].tolist()}
     pq.write_table(pa.table(rows), vectors / "x.parquet")
-    # Of images alone labels are learned, and nothing is found.
+    # With image vectors only, labels are evaluated but no direction of retrieval.
     assert report.evaluate(Vectors(vectors), prepared, tmp_path, known=20)["retrieval"] == {}
     assert pq.read_table(tmp_path / "queries.parquet").num_rows == 0
     assert report.compare(tmp_path, folder) == {}
 
 
-def test_other_candidates_do_not_compare(first, prepared, tmp_path, capsys):
-    """Vectors of some products alone are an easier task."""
+def test_directions_with_other_candidates_do_not_compare(first, prepared, tmp_path, capsys):
+    """With vectors of only some products, the task is easier."""
     folder, metrics = first
     table = pq.read_table(folder / "embeddings" / "val.parquet")
     (tmp_path / "v").mkdir()
     some = set(sorted(set(table["id"].to_pylist()))[:3])
     pq.write_table(table.filter([i in some for i in table["id"].to_pylist()]), tmp_path / "v" / "x.parquet")
     found = report.evaluate(Vectors(tmp_path / "v"), prepared, tmp_path / "o")
-    assert "products have no vector, and are neither sought nor found" in capsys.readouterr().out
+    assert "products have no vector; they are left out of queries and candidates" in capsys.readouterr().out
     (name,) = found["retrieval"]
     few, all_ = (entry["retrieval"][name]["t→i"]["candidates"] for entry in (found, metrics))
     assert few < all_ and report.compare(tmp_path / "o", folder) == {}
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("ids", "message"),
     [
-        (["nobody"], "no vector of any product, such as"),
+        (["nobody"], "no vector for any product, such as"),
         ([None], "an id is empty"),
         ([[1]], "id is of type list"),
     ],
 )
-def test_vectors_of_nobody_are_one_line(prepared, tmp_path, ids, said):
+def test_vectors_with_unknown_or_invalid_ids_are_refused(prepared, tmp_path, ids, message):
     pq.write_table(pa.table({"id": ids, "view": ["t"], "vector": [[1.0, 0.0]]}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         report.evaluate(Vectors(tmp_path), prepared, tmp_path / "o")
 
 
-def test_a_workdir_to_compare_with_is_a_model(first, model, tokenizer, prepared, tmp_path, monkeypatch):
-    """It holds an evaluation as well, perhaps of other data, or of an earlier step."""
+def test_compare_opens_a_workdir_as_a_model(first, model, tokenizer, prepared, tmp_path, monkeypatch):
+    """The evaluation in the workdir is not used; it may be on other data or from an earlier step."""
     folder, _ = first
     settings, params = model
     other = tmp_path / "run"
@@ -184,13 +184,13 @@ def test_a_workdir_to_compare_with_is_a_model(first, model, tokenizer, prepared,
 
     monkeypatch.setattr(registry, "open_embedder", open_embedder)
     given = ["evaluate", "--model", "bm25", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
-    assert cli.main([*given, "--known", "0", "--compare", str(other)]) == 0
+    assert cli.main([*given, "--probe-products", "0", "--compare", str(other)]) == 0
     assert opened == [("--model", "bm25"), ("--compare", str(other))]
     assert json.loads((tmp_path / "o" / "compared" / "metrics.json").read_text())["model"] == "f00d"
 
 
-def test_given_vectors_are_judged_where_nothing_must_be_altered(first, prepared, tmp_path):
-    """The vectors that an evaluation left behind give its scores again; labels by what was not struck."""
+def test_precomputed_vectors_are_evaluated_in_directions_without_alterations(first, prepared, tmp_path):
+    """The vectors that an evaluation wrote reproduce its scores; text labels only if no text contains a label word."""
     folder, metrics = first
     vectors = Vectors(folder / "embeddings")
     again = report.evaluate(vectors, prepared, tmp_path, known=20)
@@ -198,100 +198,100 @@ def test_given_vectors_are_judged_where_nothing_must_be_altered(first, prepared,
     assert set(again["retrieval"][name]) == {"t→i", "i→t"}
     for direction, entry in again["retrieval"][name].items():
         assert entry == metrics["retrieval"][name][direction]
-    struck = {task.name for task in labels.tasks(prepared, labels.known(prepared, 20)) if task.struck}
-    assert struck
+    stripped = {task.name for task in labels.tasks(prepared, labels.known(prepared, 20)) if task.stripped}
+    assert stripped
     for task, scores in again["labels"].items():
         expected = metrics["labels"][task]["i"]
         assert scores["i"] == {name: expected[name] for name in ("majority", "products")}
-        # Titles without a label's word are few, and not like the others.
-        assert not {"t", "mm"} & set(scores) or task not in struck
+        # The few titles without a label word are not representative.
+        assert not {"t", "mm"} & set(scores) or task not in stripped
 
 
-def test_the_command_judges_and_compares(prepared, tmp_path, capsys):
+def test_the_command_evaluates_and_compares(prepared, tmp_path, capsys):
     given = ["evaluate", "--model", "bm25", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
     assert cli.main([*given, "--compare", "colours"]) == 0
-    said = capsys.readouterr().out
-    assert "t→mm" in said and "all scores:" in said
+    printed = capsys.readouterr().out
+    assert "t→mm" in printed and "scores: " in printed and "; per query: " in printed
     assert json.loads((tmp_path / "o" / "compared.json").read_text())  # both embed products with text and image
     assert (tmp_path / "o" / "pictures" / "directions.png").is_file()
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ([], "give a model, or --vectors"),
         (["--model", "bm25", "--vectors", "v"], "give a model, or --vectors"),
-        (["--model", "bm25", "--known", "-1"], "--known -1: give 0 or more"),
-        (["--model", "bm25", "--columns", "mbe"], "--columns mbe: of --queries and --qrels"),
-        (["--model", "bm25", "--prompt", "a photo"], "write {} where the label belongs"),
+        (["--model", "bm25", "--probe-products", "-1"], "--probe-products -1: give 0 or more"),
+        (["--model", "bm25", "--columns", "mbe"], "--columns mbe: applies to --queries and --qrels"),
+        (["--model", "bm25", "--prompt", "a photo"], "write {} once, where the label belongs"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--model", "bm25", "--data", "nowhere"], "--data nowhere: no such file or folder"),
         (["--vectors", "nowhere"], "--vectors nowhere: no such folder"),
         (["--model", "bm25", "--compare", "nowhere"], "--compare nowhere: no such folder"),
     ],
 )
-def test_mistakes_are_one_line(prepared, tmp_path, capsys, flags, said):
+def test_user_errors_are_one_line(prepared, tmp_path, capsys, flags, message):
     given = ["evaluate", "--data", str(prepared.folder), "--output", str(tmp_path / "o"), *flags]
     assert cli.main(given) == cli.MISTAKE
     error = capsys.readouterr().err
-    assert said in error and len(error.splitlines()) == 1
+    assert message in error and len(error.splitlines()) == 1
     assert "compare" in "".join(flags) or not (tmp_path / "o").exists()  # nothing was done
 
 
-def test_an_output_holds_one_evaluation_and_nothing_else(prepared, tmp_path, capsys):
+def test_an_output_contains_one_evaluation_and_nothing_else(prepared, tmp_path, capsys):
     given = ["evaluate", "--model", "bm25", "--data", str(prepared.folder), "--output"]
     (tmp_path / "file").touch()
-    for output, said in (
+    for output, message in (
         ("file", "is a file; give a folder"),
-        ("file/o", "Not a directory; give a folder that can be made"),
-        (".", "holds other things (file)"),
+        ("file/o", "Not a directory; give a folder that can be created"),
+        (".", "contains other files (file)"),
     ):
         assert cli.main([*given, str(tmp_path / output)]) == cli.MISTAKE
         error = capsys.readouterr().err
-        assert said in error and "--output" in error and len(error.splitlines()) == 1
+        assert message in error and "--output" in error and len(error.splitlines()) == 1
     output = tmp_path / "o"
     assert cli.main([*given, str(output), "--compare", "colours"]) == 0
-    said = capsys.readouterr().out
-    told = " ".join(said.split())
-    assert "give way" not in told and (output / "compared" / "metrics.json").is_file()
-    assert f"scores of colours, {output}/compared/metrics.json:" in told
+    printed = capsys.readouterr().out
+    folded = " ".join(printed.split())
+    assert "replacing the older scores" not in folded and (output / "compared" / "metrics.json").is_file()
+    assert f"scores of colours, {output}/compared/metrics.json:" in folded
     ranks = json.loads((output / "compared" / "metrics.json").read_text())["retrieval"]["products"]["i→i"]
-    assert " / ".join(f"{ranks[f'R@{k}']:.1f}".replace("100.0", "100") for k in (1, 5, 10)) in said
-    assert "had not the same queries and candidates: t→t, t→mm, mm→t" in told
-    # Nothing gives way where the command is refused, however late: no such vectors, nothing to be asked of them, and
-    # the output's own scores, which would be gone before they are read.
+    assert " / ".join(f"{ranks[f'R@{k}']:.1f}".replace("100.0", "100") for k in (1, 5, 10)) in printed
+    assert "not compared, since queries or candidates differ: t→t, t→mm, mm→t" in folded
+    # A refused command replaces nothing, however late it fails: no such vectors, vectors that allow no evaluation, and
+    # a comparison with the output itself, whose scores would be deleted before they are read.
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and path.name != "run.log"}
-    wrong = [(["--model", "bm25", "--compare", str(output)], "is the output as well")]
+    wrong = [(["--model", "bm25", "--compare", str(output)], "is also the output")]
     for ids, refused in (
-        (["x"], "no vector of any"),
-        ([product.id for product in prepared.products], "nothing to be asked"),
+        (["x"], "no vector for any"),
+        ([product.id for product in prepared.products], "nothing to evaluate"),
     ):
         folder = tmp_path / refused
         folder.mkdir()
         rows = {"id": ids, "view": ["mm"] * len(ids), "vector": [[1.0, 0.0]] * len(ids)}
         pq.write_table(pa.table(rows), folder / "x.parquet")
-        wrong.append((["--vectors", str(folder), "--known", "0"], refused))
+        wrong.append((["--vectors", str(folder), "--probe-products", "0"], refused))
     for flags, refused in wrong:
         assert cli.main(["evaluate", *flags, "--data", str(prepared.folder), "--output", str(output)]) == cli.MISTAKE
         assert refused in capsys.readouterr().err
         assert {path: path.read_bytes() for path in before} == before
-    # Again, and alone: nothing of the older comparison is taken for this one's.
+    # A second evaluation without --compare removes the older comparison.
     assert cli.main([*given, str(output)]) == 0
-    assert "the older scores in" in capsys.readouterr().out and not (output / "compared.json").exists()
+    assert "replacing the older scores in" in capsys.readouterr().out and not (output / "compared.json").exists()
     assert not (output / "compared").exists()
 
 
-def test_vectors_that_nothing_can_be_asked_of_are_a_mistake(first, prepared, tmp_path):
-    """What `embed` writes by default: each product by all that it has."""
+def test_vectors_that_allow_no_evaluation_are_refused(first, prepared, tmp_path):
+    """Such as what `embed` writes by default: one vector per product, from everything it has."""
     table = pq.read_table(first[0] / "embeddings" / "val.parquet")
     pq.write_table(table.filter(pa.compute.equal(table["view"], "mm")), tmp_path / "mm.parquet")
-    with pytest.raises(UserError, match=r"nothing to be asked: vectors of mm alone.*embed --views t,i,mm"):
+    with pytest.raises(UserError, match=r"nothing to evaluate: the vectors are mm only.*embed --views t,i,mm"):
         report.evaluate(Vectors(tmp_path), prepared, tmp_path / "o", known=0)
     assert not (tmp_path / "o" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_model_that_is_damaged_is_not_scored(prepared, tmp_path, which):
+def test_a_damaged_model_gets_no_scores(prepared, tmp_path, which):
     class Damaged(Colours):
         calls = 0
 
@@ -307,26 +307,26 @@ def test_a_model_that_is_damaged_is_not_scored(prepared, tmp_path, which):
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_as_many_candidates_are_not_the_same_ones(first, prepared, tmp_path):
+def test_equally_many_other_candidates_do_not_compare(first, prepared, tmp_path):
     table = pq.read_table(first[0] / "embeddings" / "val.parquet")
     ids = [prepared.products[index].id for index in prepared.val]
     for name, kept in (("a", ids[:-1]), ("b", ids[1:]), ("c", ids[:-1])):
         (tmp_path / name).mkdir()
         some = table.filter(pa.compute.is_in(table["id"], pa.array(kept)))
         pq.write_table(some, tmp_path / name / "x.parquet")
-        report.evaluate(Vectors(tmp_path / name), prepared, tmp_path / f"judged {name}", known=0)
-    assert report.compare(tmp_path / "judged a", tmp_path / "judged c")
-    assert report.compare(tmp_path / "judged a", tmp_path / "judged b") == {}
+        report.evaluate(Vectors(tmp_path / name), prepared, tmp_path / f"scores {name}", known=0)
+    assert report.compare(tmp_path / "scores a", tmp_path / "scores c")
+    assert report.compare(tmp_path / "scores a", tmp_path / "scores b") == {}
 
 
-def test_the_command_hands_on_what_is_known_and_how_it_is_asked(model, tokenizer, prepared, tmp_path, monkeypatch):
+def test_the_command_passes_probe_products_and_prompts_on(model, tokenizer, prepared, tmp_path, monkeypatch):
     settings, params = model
     embedder = Embedder(settings, params, tokenizer, "f00d", 1)
     monkeypatch.setattr(registry, "open_embedder", lambda name, pixels, flag: embedder)
     given = ["evaluate", "--model", "m", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
     prompts = ["a photo of {}", "{}"]
-    assert cli.main([*given, "--known", "20", "--prompt", prompts[0], "--prompt", prompts[1]]) == 0
+    assert cli.main([*given, "--probe-products", "20", "--prompt", prompts[0], "--prompt", prompts[1]]) == 0
     expected = report.evaluate(embedder, prepared, tmp_path / "e", known=20, prompts=prompts)["labels"]
-    told = json.loads((tmp_path / "o" / "metrics.json").read_text())["labels"]
-    assert told == json.loads(json.dumps(expected)) and any(scores["known"] for scores in told.values())
-    assert told != report.evaluate(embedder, prepared, tmp_path / "p", known=20)["labels"]
+    found = json.loads((tmp_path / "o" / "metrics.json").read_text())["labels"]
+    assert found == json.loads(json.dumps(expected)) and any(scores["known"] for scores in found.values())
+    assert found != report.evaluate(embedder, prepared, tmp_path / "p", known=20)["labels"]

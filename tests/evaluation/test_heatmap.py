@@ -1,4 +1,4 @@
-"""Where a model looks, against transformers' own attentions, and the formulas of heat and shares."""
+"""Attention heatmaps: attention compared with transformers, and the formulas of heat and contributions."""
 
 import numpy as np
 import pytest
@@ -28,8 +28,8 @@ def embedder(tokenizer):
     [pytest.param(name, marks=[pytest.mark.slow] * (name in ("dense", "some layers"))) for name in CONFIGS],
     indirect=True,
 )
-def test_attentions_are_those_of_transformers(case):  # noqa: F811
-    """Of a text, an image and both, in every layer and head; so are the hidden states."""
+def test_attention_equals_that_of_transformers(case):  # noqa: F811
+    """For a text, an image and both, in every layer and head; also compares the hidden states."""
     _, folder = case
     from tests.reference import torch, transformers
 
@@ -41,11 +41,11 @@ def test_attentions_are_those_of_transformers(case):  # noqa: F811
     template = (folder / "chat_template.jinja").read_text()
     ours = serving.load(folder)
     longest = ours.config.data.text_tokens
-    asked = verify.products(
+    products = verify.products(
         lambda title: len(ours.reader.tokenizer.encode([title], longest + 1)[0]) <= longest,
         ResizeRule.of(ours.config).max_pixels,
     )
-    for product in asked:
+    for product in products:
         with torch.no_grad():
             theirs = model(**verify._inputs(product, tokenizer, images, template), output_attentions=True)
         looked = heatmap.look(ours, product)
@@ -56,7 +56,7 @@ def test_attentions_are_those_of_transformers(case):  # noqa: F811
         np.testing.assert_allclose(looked.embedding, ours.encode([product])[0], atol=1e-6)
 
 
-def test_heat_is_the_mean_of_what_a_token_is_given(embedder):
+def test_heat_is_the_mean_attention_to_a_token(embedder):
     looked = heatmap.look(embedder, Product(text="red shirt", images=(PHOTO,)))
     assert {looked.heat.dtype, looked.attention.dtype} == {np.dtype(np.float32)}
     layers, heads, length, _ = looked.attention.shape
@@ -65,7 +65,7 @@ def test_heat_is_the_mean_of_what_a_token_is_given(embedder):
     for layer, head, token in ((0, 0, 0), (1, 3, 2), (0, 2, length - 1)):
         given = [looked.attention[layer, head, other, token] for other in range(token, length)]
         assert looked.heat[layer, head, token] == pytest.approx(np.mean(given), abs=1e-6)
-        assert not looked.attention[layer, head, :token, token].any()  # nobody before it sees it
+        assert not looked.attention[layer, head, :token, token].any()  # earlier tokens do not attend to it
     np.testing.assert_allclose(looked.mean(), looked.heat.mean((0, 1)))
     np.testing.assert_allclose(looked.mean(1, 2), looked.heat[1, 2])
     np.testing.assert_allclose(looked.mean(head=1), looked.heat[:, 1].mean(0))
@@ -73,40 +73,40 @@ def test_heat_is_the_mean_of_what_a_token_is_given(embedder):
         looked.mean(2)
 
 
-def test_shares_add_up_to_the_similarity(embedder):
+def test_contributions_sum_to_the_similarity(embedder):
     query, item = (heatmap.look(embedder, x) for x in ("red shirt", Product(text="a bag", images=(PHOTO,))))
     similarity = query.embedding @ item.embedding
     for one, other in ((query, item), (item, query)):
-        shares = one.shares(other.embedding)
-        assert shares.sum() == pytest.approx(similarity, abs=1e-5) and len(shares) == len(one.pieces)
-        assert shares.std() > 0
+        contributions = one.contributions(other.embedding)
+        assert contributions.sum() == pytest.approx(similarity, abs=1e-5) and len(contributions) == len(one.pieces)
+        assert contributions.std() > 0
 
 
-def test_only_the_last_token_is_asked_where_it_is_pooled(tokenizer):
+def test_with_last_token_pooling_heat_is_that_token_s_attention(tokenizer):
     config = tiny(language__pooling="last")
     model = Embedder(config, random_params(config, tokenizer), tokenizer, "f00d", 1)
     looked = heatmap.look(model, "red shirt")
     np.testing.assert_array_equal(looked.heat, looked.attention[:, :, -1])
-    shares = looked.shares(heatmap.look(model, "blue bag").embedding)
-    assert not shares[:-1].any() and shares[-1]
-    with pytest.raises(UserError, match="--shares: the model's vectors are its last token's alone"):
+    contributions = looked.contributions(heatmap.look(model, "blue bag").embedding)
+    assert not contributions[:-1].any() and contributions[-1]
+    with pytest.raises(UserError, match="--contributions: the model pools the last token only"):
         heatmap.seen(model, {"query": "red shirt", "item": "blue bag"}, None, None, True)
 
 
-def test_tokens_have_their_words_and_places(embedder):
+def test_tokens_have_their_text_and_grid_positions(embedder):
     looked = heatmap.look(embedder, Product(text="red shirt", images=(PHOTO, PHOTO)))
     assert "".join(looked.pieces).split() == ["red", "shirt"]
     values = np.arange(len(looked.pieces), dtype=np.float32)
     high, wide = (size // 2 for size in embedder.reader.image(PHOTO, None, None).hw)
     picture = heatmap.image(looked, values)
     assert picture.shape == (high, wide)
-    # Visual tokens follow one another row by row, behind the image's opening token.
+    # Visual tokens come row by row after the image's opening token.
     np.testing.assert_array_equal(picture.ravel(), 1 + np.arange(high * wide))
-    assert heatmap.image(looked, values, 1).size == 0  # one image of a product is read
+    assert heatmap.image(looked, values, 1).size == 0  # only one image of a product is read
     assert heatmap.image(heatmap.look(embedder, "red shirt"), values[:3]).size == 0
 
 
-def test_letters_of_several_tokens_stay_whole(embedder):
+def test_characters_of_several_tokens_are_not_split(embedder):
     title = "红 ☕"
     pieces = heatmap.look(embedder, title).pieces
     assert "".join(pieces).strip() == title and len(pieces) > len(title.split())
@@ -118,7 +118,7 @@ def test_the_command_draws_pairs_and_models(embedder, tmp_path, monkeypatch, cap
     (tmp_path / "x.jpg").write_bytes(PHOTO)
     flags = ["--model", "m", "--text", "red shirt $5", "--item-text", "bag", "--item-image", str(tmp_path / "x.jpg")]
     pair = {"query": Product(text="red shirt $5"), "item": Product(text="bag", images=(PHOTO,))}
-    for number, more in enumerate(([], ["--compare", "n", "--layer", "1", "--head", "0"], ["--shares"])):
+    for number, more in enumerate(([], ["--compare", "n", "--layer", "1", "--head", "0"], ["--contributions"])):
         path = tmp_path / f"{number}.png"
         assert cli.main(["heatmap", *flags, "--output", str(path), *more]) == 0
         with Image.open(path) as picture:
@@ -130,29 +130,29 @@ def test_the_command_draws_pairs_and_models(embedder, tmp_path, monkeypatch, cap
         layers, heads = (1, 0) if "--layer" in more else (slice(None), slice(None))
         for name, other in (("query", "item"), ("item", "query")):
             drawn = seen[name].heat[layers, heads].reshape(-1, seen[name].heat.shape[-1]).mean(0)
-            if "--shares" in more:
-                drawn = seen[name].shares(seen[other].embedding)
+            if "--contributions" in more:
+                drawn = seen[name].contributions(seen[other].embedding)
             np.testing.assert_allclose(arrays[f"0/{name}/drawn"], drawn, atol=1e-6)
     capsys.readouterr()
     out = str(tmp_path / "o.png")
-    for given, said in (
+    for given, message in (
         (["--model", "m", "--output", out], "give a text, an --image, or both"),
         (["--model", "m", "--text", "x", "--output", "o.jpg"], "give a file that ends in .png"),
         (
             ["--model", "m", "--text", "x", "--output", str(tmp_path / "x.jpg" / "o.png")],
-            "in a folder that can be made",
+            "in a folder that can be created",
         ),
-        (["--model", "m", "--text", "x", "--output", out, "--shares"], "give a query and an item"),
+        (["--model", "m", "--text", "x", "--output", out, "--contributions"], "needs a query and an item"),
         (["--model", "m", "--text", "x", "--output", out, "--head", "9"], "--head 9: the model has 4"),
         (["--model", "m", "--image", "no.jpg", "--output", out], "--image no.jpg: No such file"),
         (["--model", "m", "--item-image", "no.jpg", "--output", out], "--item-image no.jpg: No such file"),
-        ([*flags, "--output", out, "--shares", "--layer", "1"], "leave --layer and --head out"),
+        ([*flags, "--output", out, "--contributions", "--layer", "1"], "leave --layer and --head out"),
     ):
         assert cli.main(["heatmap", *given]) == cli.MISTAKE
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_what_is_alone_is_an_item_and_a_text_makes_a_low_picture(embedder, tmp_path, monkeypatch):
+def test_a_single_input_is_an_item_and_text_alone_makes_a_low_picture(embedder, tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "load", lambda model: embedder)
     (tmp_path / "x.jpg").write_bytes(PHOTO)
     sizes = []
@@ -166,32 +166,32 @@ def test_what_is_alone_is_an_item_and_a_text_makes_a_low_picture(embedder, tmp_p
     assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_a_model_of_others_is_refused_with_its_flag(tmp_path, capsys):
+def test_third_party_models_are_refused_with_the_flag_in_the_error(tmp_path, capsys):
     flags = ["heatmap", "--text", "x", "--output", str(tmp_path / "o.png"), "--model"]
     assert cli.main([*flags, "nowhere"]) == cli.MISTAKE
     assert "--model nowhere: no such folder" in capsys.readouterr().err
     assert cli.main([*flags, "bm25"]) == cli.MISTAKE
-    assert "--model bm25: cannot be looked into" in capsys.readouterr().err
+    assert "--model bm25: has no attention to draw" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shares", [False, True])
-def test_words_and_patches_share_a_scale_and_what_is_negative_is_seen(embedder, tmp_path, monkeypatch, shares):
+@pytest.mark.parametrize("contributions", [False, True])
+def test_words_and_patches_share_a_scale_that_shows_negative_values(embedder, tmp_path, monkeypatch, contributions):
     figures, save = [], pictures.Figure.savefig
     monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
     item = Product(text="red shirt", images=(PHOTO,))
     looked = heatmap.look(embedder, item)
-    values = np.linspace(-0.5 if shares else 0, 1, len(looked.pieces)).astype(np.float32)
-    heatmap.draw(tmp_path / "x.png", [("m", [("item", item, looked, values)])], 10**6, "", shares)
+    values = np.linspace(-0.5 if contributions else 0, 1, len(looked.pieces)).astype(np.float32)
+    heatmap.draw(tmp_path / "x.png", [("m", [("item", item, looked, values)])], 10**6, "", contributions)
     over, below, bar = figures[-1].subfigs[0].axes
     heat = heatmap.image(looked, values)
-    # Of each patch and each word the colour is that of its value on the one bar.
+    # The colour of each patch and each word is that of its value on the common colour bar.
     least, most = (float(end) for end in bar.get_ylim())
     words = [text.get_bbox_patch().get_facecolor() for text in below.texts]
     drawn = [value for value, piece in zip(values, looked.pieces, strict=True) if piece.strip()]
     assert len(words) == len(drawn) >= 2
     extreme = max(np.abs(heat).max(), np.abs(drawn).max())
-    np.testing.assert_allclose((least, most), (-extreme if shares else 0, extreme), rtol=1e-6)
-    colours = heatmap.ScalarMappable(heatmap.Normalize(least, most), "PuOr_r" if shares else "YlOrRd")
+    np.testing.assert_allclose((least, most), (-extreme if contributions else 0, extreme), rtol=1e-6)
+    colours = heatmap.ScalarMappable(heatmap.Normalize(least, most), "PuOr_r" if contributions else "YlOrRd")
     np.testing.assert_allclose(over.images[1].get_array(), colours.to_rgba(heat), atol=1e-6)
     for value, colour in zip(drawn, words, strict=True):
         np.testing.assert_allclose(colour, colours.to_rgba(value, alpha=0.6), atol=1e-6)

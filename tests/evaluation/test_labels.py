@@ -1,15 +1,18 @@
+"""Label tasks, removal of label words, and the scores of predictions."""
+
 import dataclasses
 
 import numpy as np
 import pytest
 
+from moon_jax.data import words
 from moon_jax.data.prepared import Prepared
 from moon_jax.evaluation import labels, retrieval
 from moon_jax.types import VIEWS, Product
 
 
 def oracle(truth, predicted):
-    """Accuracy and macro precision, recall, F1 by loops over a confusion matrix, in float64."""
+    """Accuracy and macro-averaged precision, recall and F1 in float64, counted in loops."""
     seen = sorted({*truth, *predicted})
     precision, recall, f1 = [], [], []
     for label in seen:
@@ -29,22 +32,22 @@ def oracle(truth, predicted):
 def test_scores_equal_a_loop(seed):
     rng = np.random.default_rng(seed)
     truth, predicted = rng.integers(0, 7, 60), rng.integers(2, 9, 60)
-    predicted = np.where(rng.random(60) < 0.4, truth, predicted)  # labels 0, 1 never, 7, 8 always wrongly predicted
+    predicted = np.where(rng.random(60) < 0.4, truth, predicted)  # 0 and 1 are never predicted, 7 and 8 always wrongly
     found = labels.scores(truth, predicted)
     assert found == {name: pytest.approx(value, abs=1e-3) for name, value in oracle(truth, predicted).items()}
     assert len({round(value) for value in found.values()}) > 2
 
 
-def test_words_of_labels_are_struck_with_their_plurals_and_hyphens():
-    forbidden = set().union(*map(labels.words, ("Tshirts", "Navy Blue", "Watches", "Dress")))
-    strike = lambda text: labels.strike(text, forbidden)  # noqa: E731
-    assert strike("Nike Men navy-blue T-Shirt size 4") == "Nike Men size 4"
-    assert strike("A watch, two watches; dresses & DRESS!") == "A two &"
-    assert strike("Bluetooth dressing table") == "Bluetooth dressing table"  # words, not parts of words
-    assert strike("blue") == ""
-    assert strike("T Shirt, navy_blue, water watch") == "water"
-    forbidden = set().union(*map(labels.words, ("Flip Flops", "Accessories", "32GB", "Café")))
-    assert strike("black flipflops accessory 32 GB cafe\u0301 x") == "black x"
+def test_label_words_are_removed_with_plurals_and_hyphens():
+    forbidden = set().union(*map(words.words, ("Tshirts", "Navy Blue", "Watches", "Dress")))
+    remove = lambda text: words.remove(text, forbidden)  # noqa: E731
+    assert remove("Nike Men navy-blue T-Shirt size 4") == "Nike Men size 4"
+    assert remove("A watch, two watches; dresses & DRESS!") == "A two &"
+    assert remove("Bluetooth dressing table") == "Bluetooth dressing table"  # words, not parts of words
+    assert remove("blue") == ""
+    assert remove("T Shirt, navy_blue, water watch") == "water"
+    forbidden = set().union(*map(words.words, ("Flip Flops", "Accessories", "32GB", "Café")))
+    assert remove("black flipflops accessory 32 GB cafe\u0301 x") == "black x"
 
 
 @pytest.mark.parametrize(
@@ -65,16 +68,16 @@ def test_words_of_labels_are_struck_with_their_plurals_and_hyphens():
         ("Toy", "toys", ""),
         ("Dress", "Dr. Who's dresses", "Dr. Who's"),
         ("Red", "reduced predator", "reduced predator"),
-        # Vowels are marks on letters here, and no words of their own.
+        # Here vowels are combining marks, not separate words.
         ("लाल", "नीला सूती कलम लंबा थैला", "नीला सूती कलम लंबा थैला"),
         ("लाल", "लाल सूती थैला", "सूती थैला"),
         ("אָדֹם", "תיק אָדֹם", "תיק"),
     ],
 )
-def test_plurals_accents_and_possessives_are_struck_and_seen(label, text, rest):
-    assert labels.strike(text, labels.words(label)) == rest
-    assert labels._holds(text, label) == (rest != text)
-    assert "" not in labels.words(label)
+def test_plurals_accents_and_possessives_are_removed_and_count_as_leaks(label, text, rest):
+    assert words.remove(text, words.words(label)) == rest
+    assert words.holds(text, label) == (rest != text)
+    assert "" not in words.words(label)
 
 
 @pytest.mark.parametrize(
@@ -83,19 +86,19 @@ def test_plurals_accents_and_possessives_are_struck_and_seen(label, text, rest):
      ("anything", "★", False), ("新款红色", "红色", True), ("新款红", "红色", False)],
 )  # fmt: skip
 def test_what_counts_as_a_leak(text, label, held):
-    assert labels._holds(text, label) == held
+    assert words.holds(text, label) == held
 
 
-def test_scripts_without_spaces_lose_the_word_and_keep_the_rest():
-    forbidden = set().union(*map(labels.words, ("红色", "T恤", "Red")))
-    assert labels.strike("新款红色纯棉T恤 Red", forbidden) == "新款 纯棉"
-    assert labels.strike("红 蓝色", forbidden) == "红 蓝色"
+def test_only_the_word_is_removed_in_scripts_without_spaces():
+    forbidden = set().union(*map(words.words, ("红色", "T恤", "Red")))
+    assert words.remove("新款红色纯棉T恤 Red", forbidden) == "新款 纯棉"
+    assert words.remove("红 蓝色", forbidden) == "红 蓝色"
     products = [
         Product(text=f"夏季{colour}上衣{n}", images=(b"x",), attributes={"颜色": colour})
         for n, colour in enumerate(("红色", "蓝色") * 3)
     ]
     (colour,) = labels.tasks(prepared_of(products))
-    assert colour.leak == 100.0 and colour.struck[0] == "夏季 上衣0"
+    assert colour.leak == 100.0 and colour.stripped[0] == "夏季 上衣0"
 
 
 def test_the_category_is_the_deepest_level_that_products_share():
@@ -105,19 +108,19 @@ def test_the_category_is_the_deepest_level_that_products_share():
     assert category.labels == ("kind 0", "kind 1")
 
 
-@pytest.mark.parametrize(("values", "asked"), [(200, True), (201, False)])
-def test_too_many_labels_are_free_text(values, asked):
+@pytest.mark.parametrize(("values", "evaluated"), [(200, True), (201, False)])
+def test_too_many_labels_are_free_text(values, evaluated):
     products = [Product(text="x", attributes={"a": str(n % values)}) for n in range(2 * values)]
-    assert bool(labels.tasks(prepared_of(products))) == asked
+    assert bool(labels.tasks(prepared_of(products))) == evaluated
 
 
-@pytest.mark.parametrize(("having", "asked"), [(5, True), (4, False)])
-def test_an_attribute_that_few_products_have_is_not_asked_for(having, asked):
+@pytest.mark.parametrize(("having", "evaluated"), [(5, True), (4, False)])
+def test_rare_attributes_are_not_evaluated(having, evaluated):
     products = [Product(text="x", attributes={"a": str(n % 2)} if n < having else {}) for n in range(100)]
-    assert bool(labels.tasks(prepared_of(products))) == asked
+    assert bool(labels.tasks(prepared_of(products))) == evaluated
 
 
-def test_no_more_than_the_commonest_attributes_are_asked_for():
+def test_only_the_commonest_attributes_are_evaluated():
     attributes = [{f"a{m:02}": str(n % 2) for m in range(20) if n < 20 - m} for n in range(20)]
     found = labels.tasks(prepared_of([Product(text="x", attributes=a) for a in attributes]))
     assert [task.name for task in found] == [f"attribute a{m:02}" for m in range(8)]
@@ -143,21 +146,21 @@ def test_tasks_are_labels_that_products_share():
     category, colour = labels.tasks(prepared_of(PRODUCTS, train=(5,)))
     assert (category.name, category.labels) == ("category", ("Shirts", "Hats"))
     assert category.truth.tolist() == [0, 0, 1, 1, -1]
-    assert category.struck == {0: "red", 1: "blue", 3: "fine"}
-    assert category.leak == 75.0  # "red" alone does not say what it is
-    # Case and spaces do not make another label; "sku" is a name, and "rare" is on too few products.
+    assert category.stripped == {0: "red", 1: "blue", 3: "fine"}
+    assert category.leak == 75.0  # the title "red" does not contain the category
+    # Case and spaces do not make another label; "sku" is a name, and too few products have "rare".
     assert (colour.name, colour.labels) == ("attribute colour", ("Red", "Blue", "Green"))
-    assert colour.truth.tolist() == [0, 1, 0, 1, 2] and colour.struck == {0: "shirt", 1: "shirt", 2: ""}
+    assert colour.truth.tolist() == [0, 1, 0, 1, 2] and colour.stripped == {0: "shirt", 1: "shirt", 2: ""}
     assert colour.leak == 75.0
 
 
 class Fake:
-    """Text's vector follows from the words' stems: an axis each. An image's is the first axis."""
+    """The vector of a text has one axis per word stem; the vector of every image is the first axis."""
 
     axes = ("red", "blu", "green", "shirt", "hat")
 
     def text(self, text):
-        found = np.array([axis in labels.words(text or "") for axis in self.axes], np.float32)
+        found = np.array([axis in words.words(text or "") for axis in self.axes], np.float32)
         return found / max(np.linalg.norm(found), 1.0)
 
     def encode(self, items):
@@ -171,26 +174,26 @@ class Fake:
         return vectors * present[..., None], present
 
 
-def test_prediction_reads_no_label():
+def test_prediction_does_not_read_the_label_in_the_text():
     prepared = prepared_of(PRODUCTS)
     encoded = retrieval.Encoded(np.arange(6), *Fake().encode_views(PRODUCTS), {})
-    asked, done = labels.tasks(prepared), []
-    answers = labels.encode(Fake(), prepared, encoded, asked, advance=done.append)
-    assert sum(done) == labels.count(asked) == 6
+    tasks, done = labels.tasks(prepared), []
+    answers = labels.encode(Fake(), prepared, encoded, tasks, advance=done.append)
+    assert sum(done) == labels.count(tasks) == 6
     colour = labels.measure(next(a for a in answers if a.task.name == "attribute colour"))
     assert colour["labels"] == 3 and colour["leak"] == 60.0 and colour["known"] == 0
-    # By image: always red, right for two of the four with an image and a colour.
+    # From the image: always red, correct for two of the four products with an image and a colour.
     assert colour["i"]["accuracy"] == 50.0 and colour["i"]["majority"] == 50.0 and colour["i"]["products"] == 4
-    # By text: all colour words are gone (and with them product 2's whole text); ties go to the first label, red.
+    # From the text: all colour words are removed (product 2's whole text); ties go to the first label, red.
     assert colour["t"]["products"] == 4 and colour["t"]["accuracy"] == 25.0
     assert colour["mm"]["products"] == 2 and "probe" not in colour["i"]
     unmasked = dataclasses.replace(answers[1], vectors=encoded.candidates, present=encoded.present)
-    assert labels.measure(unmasked)["t"]["accuracy"] == 60.0  # it would have read them
+    assert labels.measure(unmasked)["t"]["accuracy"] == 60.0  # with the words, it reads the label
     assert answers[0].truncated(2).vectors.shape == (6, len(VIEWS), 2)
 
 
-def test_neighbours_and_probe_know_products_to_train_on_without_the_labels_words():
-    """Kinds say the colour's word in every title to train on: who read it would be right always."""
+def test_neighbours_and_probe_are_fitted_on_training_products_without_label_words():
+    """Every training title contains its colour, so that a model that reads it is always correct."""
     kinds = ("red", "blue", "green")
     products = [
         Product(text=f"{kinds[n % 3]} shirt", images=(b"x",), attributes={"colour": kinds[n % 3]}) for n in range(30)
@@ -201,14 +204,14 @@ def test_neighbours_and_probe_know_products_to_train_on_without_the_labels_words
     assert known == labels.known(prepared, 12)
     (colour,) = labels.tasks(prepared, known)
     assert colour.known.tolist() == [n % 3 for n in known]
-    assert colour.known_struck == dict.fromkeys(range(12), "shirt")
+    assert colour.known_stripped == dict.fromkeys(range(12), "shirt")
     encoded = retrieval.Encoded(np.arange(12), *Fake().encode_views(products[18:]), {})
     done = []
     (answers,) = labels.encode(Fake(), prepared, encoded, [colour], known, advance=done.append)
     assert sum(done) == labels.count([colour], known) == 12 + 12 + 12
     found = labels.measure(answers)
     assert found["known"] == 12
-    # Nothing is left to tell them apart: all get the label that most of the known have.
+    # The stripped texts are equal: all products get the commonest label of the known ones.
     commonest = max(range(3), key=lambda label: (colour.known.tolist().count(label), -label))
     share = 100 * float((colour.truth == commonest).mean())
     assert found["t"]["probe"] == found["t"]["neighbours"] == pytest.approx(share, abs=1e-3)
@@ -218,7 +221,7 @@ def test_neighbours_and_probe_know_products_to_train_on_without_the_labels_words
     assert labels.measure(reading)["t"]["probe"] == labels.measure(reading)["t"]["neighbours"] == 100.0
 
 
-def test_products_that_were_trained_on_teach_nothing():
+def test_nothing_is_fitted_if_training_products_are_evaluated():
     prepared = prepared_of(PRODUCTS, train=range(6))
     assert labels.known(dataclasses.replace(prepared, val=prepared.train), 5) == []
 
@@ -233,18 +236,19 @@ def test_prompts_are_averaged():
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_of_given_vectors_no_title_is_asked_where_one_holds_a_label():
-    """Those that hold none are few, and not like the others."""
+def test_precomputed_text_vectors_are_not_evaluated_if_a_title_contains_a_label():
+    """The few titles without a label are not representative."""
     titles = {"red mug": "red", "mug": "red", "cup": "blue", "jug": "blue"}
     products = [Product(text=text, images=(b"x",), attributes={"colour": titles[text]}) for text in titles]
 
-    class Given:
+    class Fixed:
         fixed = True
 
     vectors, present = np.ones((4, 3, 2), np.float32), np.ones((4, 3), bool)
     data = prepared_of(products)
     for task in labels.tasks(data):
-        assert list(task.struck) == [0]
+        assert list(task.stripped) == [0]
         encoded = retrieval.Encoded(np.arange(4), vectors, present, {})
-        _, kept = labels._anew(Given(), data, list(data.val), task.struck, encoded.candidates, encoded.present, int)
+        old = encoded.candidates, encoded.present
+        _, kept = labels._reembedded(Fixed(), data, list(data.val), task.stripped, *old, int)
         np.testing.assert_array_equal(kept, [[False, True, False]] * 4)

@@ -1,4 +1,4 @@
-"""Pictures are for eyes; what can be asserted is that nothing that comes along breaks them, and what they frame."""
+"""Pictures: unusual input does not break them, and galleries frame the hits."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def size(path):
         return picture.size
 
 
-def test_lines_that_lack_numbers(tmp_path):
+def test_lines_with_missing_numbers(tmp_path):
     lines = [line(1), line(2, loss=dict.fromkeys(OBJECTIVES), phi_histogram=None), line(3)]
     pictures.training(tmp_path / "t.png", lines, "")
     pictures.training(tmp_path / "one.png", lines[1:2], "")
@@ -39,7 +39,7 @@ def test_lines_that_lack_numbers(tmp_path):
     pictures.experts(tmp_path / "e.png", line(1, experts=[[{"text": None, "image": 1.0}] * 64] * 28), "")
     for name in ("t", "one", "p", "e"):
         assert min(size(tmp_path / f"{name}.png")) > 300
-    # Nothing to show: no φ at all, no experts.
+    # Nothing to draw: no φ at all, no experts.
     pictures.phi(tmp_path / "none.png", [line(1, phi_histogram=None)], 0.6, "")
     pictures.experts(tmp_path / "none.png", line(1, experts=[]), "")
     assert not (tmp_path / "none.png").exists()
@@ -52,7 +52,7 @@ def test_directions_without_queries(tmp_path):
 
 
 def encoded(products, own_queries=()):
-    """Views on axes: the same product's are the same, so that each finds itself."""
+    """Each product has its own axis, in all views, so that every query finds its product."""
     count = len(products)
 
     def views(indices):
@@ -60,19 +60,19 @@ def encoded(products, own_queries=()):
         present[:, 2] = present[:, 0] & present[:, 1]
         return np.eye(count, dtype=np.float32)[indices][:, None] * present[..., None], present
 
-    place = np.arange(count - len(own_queries))
-    vectors, present = views(place)
+    index = np.arange(count - len(own_queries))
+    vectors, present = views(index)
     queries = {
-        "products": retrieval.Queries(place, place, vectors, vectors, present, present, metrics.Keys(place, place))
+        "products": retrieval.Queries(index, index, vectors, vectors, present, present, metrics.Keys(index, index))
     }
     if own_queries:
         own = np.arange(count - len(own_queries), count)
         vectors_own, present_own = views(own)
-        sought, pair = np.array(own_queries), (present_own, present_own)
+        target, pair = np.array(own_queries), (present_own, present_own)
         queries["queries"] = retrieval.Queries(
-            own, sought, vectors_own, vectors_own, *pair, metrics.Keys(sought, place)
+            own, target, vectors_own, vectors_own, *pair, metrics.Keys(target, index)
         )
-    return retrieval.Encoded(place, vectors, present, queries)
+    return retrieval.Encoded(index, vectors, present, queries)
 
 
 def prepared_of(products):
@@ -81,14 +81,14 @@ def prepared_of(products):
 
 
 def framed(path):
-    """Whether the colour of a hit's frame is there."""
+    """Whether the picture contains the colour of a hit's frame."""
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
-    hit = [int(pictures.HIT[place : place + 2], 16) for place in (1, 3, 5)]
+    hit = [int(pictures.HIT[start : start + 2], 16) for start in (1, 3, 5)]
     return (np.abs(pixels - hit).sum(-1) < 12).sum() > 500
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")  # the scripts that no font here has are drawn as boxes
+@pytest.mark.filterwarnings("ignore:Glyph")  # scripts without an installed font are drawn as boxes
 @pytest.mark.parametrize(
     "products",
     [
@@ -100,14 +100,14 @@ def framed(path):
     ],
     ids=["signs", "scripts", "shapes", "texts", "images"],
 )
-def test_galleries_of_anything(tmp_path, products):
+def test_galleries_of_unusual_products(tmp_path, products):
     path = tmp_path / "g.png"
     pictures.gallery(path, encoded(products), prepared_of(products), 10**6, 0, "footer")
     assert min(size(path)) > 300 and framed(path)
 
 
-def test_a_gallery_shows_the_query_and_what_it_found(tmp_path, monkeypatch):
-    """Each product finds itself first: its text alone as the query, then its picture with its title below."""
+def test_a_gallery_shows_queries_and_results(tmp_path, monkeypatch):
+    """Each product finds itself first: the query is its text alone, the result its image with its title below."""
     shown = []
     monkeypatch.setattr(pictures, "_cell", lambda axes, product, view, pixels, label, *more, **other: shown.append(
         (product.text, view, label)))  # fmt: skip
@@ -124,11 +124,11 @@ def test_a_gallery_shows_the_query_and_what_it_found(tmp_path, monkeypatch):
 def test_a_gallery_of_misses_frames_nothing(tmp_path):
     products = [Product(text=f"mug {n}", images=(PHOTO,), id=str(n)) for n in range(8)]
     found = encoded(products)
-    asked = found.queries["products"]
-    far = np.roll(asked.plain, 1, axis=0)
-    # Every query points at its neighbour, and the rest are tied: the right one must not be among the first five.
-    far = far - 0.01 * asked.plain
-    found.queries["products"] = dataclasses.replace(asked, altered=far, plain=far)
+    queries = found.queries["products"]
+    far = np.roll(queries.plain, 1, axis=0)
+    # Every query points at its neighbour, and the others are tied: the right product must not be in the top five.
+    far = far - 0.01 * queries.plain
+    found.queries["products"] = dataclasses.replace(queries, altered=far, plain=far)
     pictures.gallery(tmp_path / "g.png", found, prepared_of(products), 10**6, 0, "")
     assert not framed(tmp_path / "g.png")
 

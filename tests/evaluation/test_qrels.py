@@ -1,4 +1,4 @@
-"""One's own queries and judgements: ways of writing them, what is wrong in them, and scores against trec_eval."""
+"""The user's own queries and qrels: file formats, errors in the files, and scores compared with trec_eval."""
 
 import gzip
 import json
@@ -11,6 +11,7 @@ import pytest
 from moon_jax import cli
 from moon_jax.embedders.bm25 import BM25
 from moon_jax.errors import UserError
+from moon_jax.evaluation import qrels as qrels_lib
 from moon_jax.evaluation import report
 from moon_jax.ingest import columns
 from moon_jax.serving.embedder import Embedder
@@ -21,28 +22,28 @@ PIXELS = 10**6
 
 
 def read(queries, qrels, prepared, map="own"):
-    return qrels.of(qrels.read(queries, qrels, columns.load(map), PIXELS), prepared)
+    return qrels_lib.collection(qrels_lib.read(queries, qrels, columns.load(map), PIXELS), prepared)
 
 
 @pytest.fixture(scope="module")
 def ids(prepared):
-    """Ids of all products, those to train on first."""
+    """Ids of all products, training products first."""
     return [prepared.products[index].id for index in range(len(prepared.train) + len(prepared.val))]
 
 
 def written(folder, ids, format="jsonl"):
-    """Four queries, of which one has no judgement and one a product that nobody has; and the judgements in a format."""
+    """Writes four queries and their qrels, in a format. One query has no qrels, one has only an unknown product."""
     (folder / "photo.jpg").write_bytes(jpeg((200, 30, 30), (30, 40), 0))
-    asked = [
+    records = [
         {"query_id": "q1", "title": "red mug"},
         {"query_id": 2, "image": "photo.jpg"},
-        {"query_id": "q3", "title": "nobody asks"},
+        {"query_id": "q3", "title": "no qrels"},
         {"query_id": "q4", "title": "green", "image": "photo.jpg"},
     ]
     pairs = [("q1", ids[0], 3), ("q1", ids[-1], 1), ("q1", ids[1], 0), ("2", ids[5], 2), ("2", ids[6], 2)]
-    pairs += [("q4", "nothing", 4), ("q9", ids[3], 1)]
+    pairs += [("q4", "unknown", 4), ("q9", ids[3], 1)]
     queries, qrels = folder / "queries.jsonl", folder / f"qrels.{format}"
-    queries.write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+    queries.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     names = ("query_id", "product_id", "grade")
     lines = {
         "txt": [f"{query} 0 {product}\t{grade}" for query, product, grade in pairs] + [""],
@@ -58,8 +59,8 @@ def written(folder, ids, format="jsonl"):
 
 
 @pytest.mark.parametrize("name", ["qrels.tsv", "qrels.txt.gz", "qrels.TSV.GZ"])
-def test_lines_of_trec_are_known_without_their_ending(prepared, ids, tmp_path, name):
-    """MS MARCO's qrels.*.tsv have no header."""
+def test_trec_lines_are_recognized_under_other_suffixes(prepared, ids, tmp_path, name):
+    """Such as MS MARCO's qrels.*.tsv, which have no header."""
     queries, qrels = written(tmp_path, ids, "txt")
     lines = "\n".join("\t".join(line.split()) for line in qrels.read_text().splitlines()).encode()
     own = tmp_path / name
@@ -75,11 +76,11 @@ def test_lines_of_trec_are_known_without_their_ending(prepared, ids, tmp_path, n
 
 
 @pytest.mark.parametrize("format", ["txt", "csv", "jsonl", "parquet"])
-def test_judgements_in_any_format_say_the_same(prepared, ids, tmp_path, format):
+def test_qrels_are_the_same_in_every_format(prepared, ids, tmp_path, format):
     found = read(*written(tmp_path, ids, format), prepared)
     assert found.left_out == (
-        "2 queries without a product to be found, 1 judged query not in the queries' file,"
-        " 1 judged product not in the catalogue"
+        "2 queries without a relevant product, 1 query of the qrels not in the queries file,"
+        " 1 product of the qrels not in the catalogue"
     )
     total, count = len(prepared.products), len(ids)
     assert list(found.prepared.val) == list(range(count))
@@ -88,20 +89,20 @@ def test_judgements_in_any_format_say_the_same(prepared, ids, tmp_path, format):
     assert (first.id, first.text, first.images) == ("q1", "red mug", ())
     assert (second.id, second.text, second.images) == ("2", None, ((tmp_path / "photo.jpg").read_bytes(),))
     assert found.prepared.products[3].id == ids[3] and len(found.prepared.products) == total + 2
-    grades = found.relevance.gains(np.tile(np.arange(count), (2, 1)))
+    grades = found.qrels.gains(np.tile(np.arange(count), (2, 1)))
     expected = np.zeros((2, count))
     expected[0, [0, -1]], expected[1, [5, 6]] = (3, 1), 2
     np.testing.assert_array_equal(grades, expected)
 
 
-def test_beir_is_read_by_its_map(prepared, ids, tmp_path):
+def test_the_beir_column_map(prepared, ids, tmp_path):
     _, qrels = written(tmp_path, ids, "tsv")
     (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "red mug"}))
     found = read(tmp_path / "queries.jsonl", qrels, prepared, "beir")
-    assert found.prepared.val_queries == [(len(prepared.products), 0)] and list(found.relevance.grade) == [3, 1]
+    assert found.prepared.val_queries == [(len(prepared.products), 0)] and list(found.qrels.grade) == [3, 1]
 
 
-def test_what_changes_the_scores_changes_the_data_s_name(prepared, ids, tmp_path):
+def test_queries_and_qrels_change_the_fingerprint(prepared, ids, tmp_path):
     queries, qrels = written(tmp_path, ids, "txt")
     names = set()
     for change in ("", f"q1 0 {ids[2]} 1\n", f"q1 0 {ids[2]} 2\n"):
@@ -114,54 +115,54 @@ def test_what_changes_the_scores_changes_the_data_s_name(prepared, ids, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("query", "line", "said"),
+    ("query", "line", "message"),
     [
-        (None, "q1 0 x", "own.txt 1: 3 words; TREC's qrels have 4"),
-        (None, "", "own.txt: holds no judgement"),
-        (None, "q1 0 {} good", "own.txt 1: grade 'good' is no number"),
-        (None, "q1 0 {} 1e999", "own.txt 1: grade '1e999' is no number"),
-        (None, "q1 0 {} inf", "own.txt 1: grade 'inf' is no number"),
+        (None, "q1 0 x", "own.txt 1: 3 fields; TREC qrels have 4"),
+        (None, "", "own.txt: contains no qrels"),
+        (None, "q1 0 {} good", "own.txt 1: grade 'good' is not a finite number"),
+        (None, "q1 0 {} 1e999", "own.txt 1: grade '1e999' is not a finite number"),
+        (None, "q1 0 {} inf", "own.txt 1: grade 'inf' is not a finite number"),
         (None, "q1 0 {0} 1\nq1 0 {0} 2", "own.txt 2: query q1, product"),
-        (None, "q1 0 {} 0", "a grade above 0; are the ids the same in queries, qrels"),
+        (None, "q1 0 {} 0", "a grade above 0; check that queries, qrels and catalogue use the same ids"),
         ({"query_id": "q1"}, "q1 0 {} 1", "has no column title or images or image"),
         ({"query_id": "", "title": "x"}, "q1 0 {} 1", "queries.jsonl 2: no id"),
         ({"query_id": "q1", "title": "x"}, "q1 0 {} 1", "queries.jsonl 2: duplicate id: q1"),
-        ({"query_id": "q2", "image": "../x.jpg"}, "q1 0 {} 1", "queries.jsonl 2: bad image: ../x.jpg lies outside"),
+        ({"query_id": "q2", "image": "../x.jpg"}, "q1 0 {} 1", "queries.jsonl 2: bad image: ../x.jpg is outside"),
         ({"query_id": "q2", "image": "x.jpg"}, "q1 0 {} 1", "queries.jsonl 2: bad image: x.jpg: No such file"),
         ({"query_id": "q2", "image": "https://x/y.jpg"}, "q1 0 {} 1", "queries.jsonl 2: image not fetched: https://x"),
         ([], "q1 0 {} 1", "queries.jsonl 2: not readable: not a JSON object"),
     ],
 )
-def test_mistakes_name_their_line(prepared, ids, tmp_path, query, line, said):
+def test_errors_name_the_line(prepared, ids, tmp_path, query, line, message):
     queries, qrels = tmp_path / "queries.jsonl", tmp_path / "own.txt"
-    asked = [{"query_id": "q1", "title": "red mug"}, *([] if query is None else [query])]
-    if said.startswith("has no"):
-        asked, said = asked[1:], said.removeprefix("has ")
-    queries.write_text("\n".join(map(json.dumps, asked)))
+    records = [{"query_id": "q1", "title": "red mug"}, *([] if query is None else [query])]
+    if message.startswith("has no"):
+        records, message = records[1:], message.removeprefix("has ")
+    queries.write_text("\n".join(map(json.dumps, records)))
     qrels.write_text(line.format(ids[0]))
     with pytest.raises(UserError) as error:
         read(queries, qrels, prepared)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def command(prepared, folder):
-    """Judges the vectors in v."""
+    """Evaluates the vectors in v."""
     flags = {"--vectors": folder / "v", "--data": prepared.folder, "--output": folder / "o"}
     return ["evaluate", *(str(word) for flag in flags.items() for word in flag)]
 
 
-def test_scores_are_those_of_trec_eval(prepared, ids, tmp_path):
-    """Of vectors from anywhere, over the whole catalogue, graded, with views that not all products have."""
+def test_scores_equal_those_of_trec_eval(prepared, ids, tmp_path):
+    """For precomputed vectors, over the whole catalogue, with grades, and views that some products do not have."""
     trec = pytest.importorskip("pytrec_eval", reason="pytrec_eval-terrier is not installed")
     rng = np.random.default_rng(0)
     vectors = {product: rng.normal(size=8) for product in ids[: len(ids) - 3]}
-    asked = {f"q{n}": rng.normal(size=8) for n in range(20)}
-    grades = {q: {p: int(g) for p, g in zip(ids, rng.integers(-1, 4, len(ids)), strict=True)} for q in asked}
-    rows = [(i, view, list(v)) for view, part in (("t", asked), ("mm", vectors)) for i, v in part.items()]
+    queries = {f"q{n}": rng.normal(size=8) for n in range(20)}
+    grades = {q: {p: int(g) for p, g in zip(ids, rng.integers(-1, 4, len(ids)), strict=True)} for q in queries}
+    rows = [(i, view, list(v)) for view, part in (("t", queries), ("mm", vectors)) for i, v in part.items()]
     (tmp_path / "v").mkdir()
     columns_ = dict(zip(("id", "view", "vector"), map(list, zip(*rows, strict=True)), strict=True))
     pq.write_table(pa.table(columns_), tmp_path / "v" / "all.parquet")
-    (tmp_path / "queries.csv").write_text("query_id,title\n" + "\n".join(f"{q},some words" for q in asked))
+    (tmp_path / "queries.csv").write_text("query_id,title\n" + "\n".join(f"{q},some words" for q in queries))
     (tmp_path / "qrels.trec").write_text("\n".join(f"{q} 0 {p} {g}" for q in grades for p, g in grades[q].items()))
     given = command(prepared, tmp_path)
     given += ["--queries", str(tmp_path / "queries.csv"), "--qrels", str(tmp_path / "qrels.trec")]
@@ -172,11 +173,11 @@ def test_scores_are_those_of_trec_eval(prepared, ids, tmp_path):
     found = metrics["retrieval"]["judged"]["t→mm"]
     run = {
         q: {p: float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for p, b in vectors.items()}
-        for q, a in asked.items()
+        for q, a in queries.items()
     }
-    # What has no such view cannot be found, and is no candidate.
-    sought = {q: {p: g for p, g in of.items() if p in vectors} for q, of in grades.items()}
-    scores = trec.RelevanceEvaluator(sought, {"ndcg_cut.10", "recip_rank", "map_cut.100", "success.1,5,10"}).evaluate(
+    # Products without the view are not candidates.
+    relevant = {q: {p: g for p, g in of.items() if p in vectors} for q, of in grades.items()}
+    scores = trec.RelevanceEvaluator(relevant, {"ndcg_cut.10", "recip_rank", "map_cut.100", "success.1,5,10"}).evaluate(
         run
     )
     for name, theirs in {
@@ -192,32 +193,32 @@ def test_scores_are_those_of_trec_eval(prepared, ids, tmp_path):
     assert gallery.is_file()
 
 
-def test_a_model_is_asked_by_what_each_query_has(prepared, ids, tokenizer, tmp_path):
-    """Ours against a full sort by numpy; BM25, which knows no image."""
+def test_each_query_is_embedded_from_what_it_has(prepared, ids, tokenizer, tmp_path):
+    """Our model, compared with a full sort in numpy; and BM25, which does not embed images."""
     own = read(*written(tmp_path, ids, "txt"), prepared)
     settings = tiny()
     model = Embedder(settings, random_params(settings, tokenizer), tokenizer, "f00d", 1)
-    found = report.evaluate(model, own.prepared, tmp_path / "o", judgements=own.relevance)["retrieval"]["judged"]
+    found = report.evaluate(model, own.prepared, tmp_path / "o", qrels=own.qrels)["retrieval"]["judged"]
     assert set(found) == {f"{query}→{candidate}" for query in "ti" for candidate in ("t", "i", "mm")}
     vectors, present = model.encode_views([prepared.products[index] for index in range(len(ids))])
-    asked = {
+    queries = {
         "t": model.encode("red mug")[0],
         "i": model.encode(Product(images=((tmp_path / "photo.jpg").read_bytes(),)))[0],
     }
     for query, relevant in (("t", (0, len(ids) - 1)), ("i", (5, 6))):
-        for place, candidate in enumerate(("t", "i", "mm")):
-            offered = np.flatnonzero(present[:, place])
-            ranked = offered[np.argsort(-(vectors[offered, place] @ asked[query]), kind="stable")]
+        for view, candidate in enumerate(("t", "i", "mm")):
+            offered = np.flatnonzero(present[:, view])
+            ranked = offered[np.argsort(-(vectors[offered, view] @ queries[query]), kind="stable")]
             first = 1 + min(list(ranked).index(product) for product in relevant if product in ranked)
             entry = found[f"{query}→{candidate}"]
             assert entry["MRR"] == pytest.approx(100 / first, abs=1e-3)
             assert (entry["candidates"], entry["queries"]) == (len(offered), 1)
-    words = report.evaluate(BM25(PIXELS), own.prepared, tmp_path / "w", judgements=own.relevance)
+    words = report.evaluate(BM25(PIXELS), own.prepared, tmp_path / "w", qrels=own.qrels)
     assert set(words["retrieval"]["judged"]) == {"t→t", "t→mm"}
     assert set(report.compare(tmp_path / "o", tmp_path / "w")["judged"]) == {"t→t", "t→mm"}
 
 
-def test_vectors_cannot_tell_a_query_from_a_product(prepared, ids, tmp_path, capsys):
+def test_with_vectors_queries_and_products_must_not_share_ids(prepared, ids, tmp_path, capsys):
     (tmp_path / "v").mkdir()
     table = {"id": [ids[0]], "view": ["t"], "vector": [[1.0, 0.0]]}
     pq.write_table(pa.table(table), tmp_path / "v" / "all.parquet")
@@ -225,20 +226,20 @@ def test_vectors_cannot_tell_a_query_from_a_product(prepared, ids, tmp_path, cap
     (tmp_path / "r.txt").write_text(f"{ids[0]} 0 {ids[1]} 1")
     given = command(prepared, tmp_path)
     assert cli.main([*given, "--queries", str(tmp_path / "q.csv"), "--qrels", str(tmp_path / "r.txt")]) == cli.MISTAKE
-    assert "is a query's id and a product's" in capsys.readouterr().err
+    assert "is the id of a query and of a product" in capsys.readouterr().err
     assert cli.main([*given, "--queries", str(tmp_path / "q.csv")]) == cli.MISTAKE
-    assert "--queries, --qrels: they go together" in capsys.readouterr().err
+    assert "--queries, --qrels: give both or neither" in capsys.readouterr().err
 
 
-def test_a_grade_of_many_digits_is_one_line(prepared, ids, tmp_path):
+def test_an_overlong_grade_is_refused_in_one_line(prepared, ids, tmp_path):
     queries, _ = written(tmp_path, ids)
     (tmp_path / "own.jsonl").write_text(f'{{"query_id": "q1", "product_id": "{ids[0]}", "grade": {"9" * 400}}}')
-    with pytest.raises(UserError, match=r"own.jsonl 1: grade .* is no number"):
+    with pytest.raises(UserError, match=r"own.jsonl 1: grade .* is not a finite number"):
         read(queries, tmp_path / "own.jsonl", prepared)
 
 
-def test_the_command_reads_a_map_and_draws_what_only_one_direction_has(prepared, ids, tmp_path):
-    """BEIR's names by --columns; queries of text and image against vectors of images."""
+def test_the_command_applies_a_column_map_and_draws_a_single_direction(prepared, ids, tmp_path):
+    """BEIR's column names with --columns; a query of text and image, and vectors of images only."""
     rng = np.random.default_rng(0)
     rows = [(i, "i", rng.normal(size=4).tolist()) for i in ids] + [("q1", "mm", rng.normal(size=4).tolist())]
     (tmp_path / "v").mkdir()
@@ -253,11 +254,11 @@ def test_the_command_reads_a_map_and_draws_what_only_one_direction_has(prepared,
     assert cli.main(given) == cli.MISTAKE
 
 
-def test_a_query_that_the_model_cannot_see_is_told(prepared, ids, tmp_path, capsys):
+def test_queries_that_the_model_cannot_embed_are_counted(prepared, ids, tmp_path, capsys):
     queries, qrels = written(tmp_path, ids, "txt")
     given = ["evaluate", "--model", "bm25", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
     assert cli.main([*given, "--queries", str(queries), "--qrels", str(qrels)]) == 0
-    assert "1 of 2 (your queries) are asked in no direction" in capsys.readouterr().out  # of an image
+    assert "1 of 2 queries (your queries) count in no direction" in capsys.readouterr().out  # the image query
 
 
 def test_both_files_are_read_before_a_model_is_opened(prepared, ids, tmp_path, capsys):
@@ -265,4 +266,4 @@ def test_both_files_are_read_before_a_model_is_opened(prepared, ids, tmp_path, c
     qrels.write_text("q1 0")
     given = ["evaluate", "--model", "nowhere", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
     assert cli.main([*given, "--queries", str(queries), "--qrels", str(qrels)]) == cli.MISTAKE
-    assert "qrels.txt 1: 2 words" in capsys.readouterr().err
+    assert "qrels.txt 1: 2 fields" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the tables and sentences say is what the scores say."""
+"""Tables, result lines and pictures show the scores that they are given."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def printed(metrics):
     return console.file.getvalue()
 
 
-def test_tables_hold_each_score_in_its_place():
+def test_tables_show_each_score_in_its_cell():
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed(METRICS).splitlines() if "│" in line]
     assert lines[0] == ["t", "0.0 / 1.0 / 2.0", "10.0 / 11.0 / 12.0", "20.0 / 21.0 / 22.0"]
     assert lines[1] == ["i", "30.0 / 31.0 / 32.0", "40.0 / 41.0 / 42.0", "50.0 / 51.0 / 52.0"]
@@ -55,11 +55,11 @@ def test_tables_hold_each_score_in_its_place():
     assert lines[4] == ["t→i 5.0"]
 
 
-def test_what_nothing_was_judged_in_takes_no_room():
-    """Rows and columns of nothing but none, and the table of a model that cannot be asked by a label's text."""
+def test_tables_leave_out_rows_and_columns_without_scores():
+    """Also the table of label texts, if the model cannot embed them."""
     few = {"queries": 3, "interval": {"R@10": [0.0, 100.0]}, "MRR": 1.0, "nDCG@10": 2.0, "mAP": 3.0}
     many = few | {"queries": 10}
-    taught = {
+    fitted = {
         "labels": 2,
         "leak": 5.0,
         "known": 20,
@@ -67,7 +67,7 @@ def test_what_nothing_was_judged_in_takes_no_room():
     }
     scores = METRICS | {
         "retrieval": {"queries": {"i→t": entry(3.0, **few), "i→mm": entry(4.0, **many)}},
-        "labels": {"category": taught},
+        "labels": {"category": fitted},
         "widths": {},
     }
     text = printed(scores)
@@ -81,33 +81,32 @@ def test_what_nothing_was_judged_in_takes_no_room():
     assert rows[2] == ["category", "1.0 / 2.0", "9.0", "20", "7"]
 
 
-def test_every_table_says_synthetic_where_it_is():
+def test_every_table_says_whether_the_catalogue_is_synthetic():
     assert " ".join(printed(METRICS).split()).count("synthetic catalogue; ") == 3
     assert "synthetic" not in printed(METRICS | {"synthetic": False})
 
 
-def test_sentences_say_what_the_lines_say(tmp_path):
+def test_result_lines_show_scores_and_training_lines(tmp_path):
     weights = dict(zip(OBJECTIVES, (0.1, 0.5, 0.2, 0.15, 0.05), strict=True))
     experts = [[{"text": 0.75, "image": 0.25}, {"text": 0.25, "image": 0.75}]]
     line = {"step": 10, "total": 5.0, "omega": weights, "phi_below_threshold": 0.25, "experts": experts}
     write = json.dumps
     (tmp_path / "metrics.jsonl").write_text(f"{write(line)}\n{write(line | {'step': 20, 'total': 2.0})}\n")
-    said = tables.learned(METRICS, tmp_path)
-    assert said == [
-        "text finds an image (t→i) among the first ten of 50 in 12.0% of 40 queries (by chance 0.5%)",
-        "an image finds text (i→t) among the first ten of 50 in 32.0% of 40 queries (by chance 0.5%)",
-        "seen in the image alone, colour is right for 31.0% of products (always telling the commonest: 9.0%)",
-        "the loss went from 5.00 at step 10 to 2.00",
-        "the objective that weighs most is q_i→p_mm (ω 0.50), least n_i→n_t (0.05)",
-        "the filter weighs 25% of the last batch's triplets down",
-        "text and image tokens share 50% of their expert use",
+    assert tables.results(METRICS, tmp_path) == [
+        "text to image (t→i): R@10 12.0% (chance 0.5%), 40 queries, 50 candidates",
+        "image to text (i→t): R@10 32.0% (chance 0.5%), 40 queries, 50 candidates",
+        "colour from the image alone: correct for 31.0% of products (majority-class baseline: 9.0%)",
+        "loss: 5.00 at step 10, 2.00 at step 20",
+        "objective weights ω: highest q_i→p_mm (0.50), lowest n_i→n_t (0.05)",
+        "the filter down-weights 25% of the triplets in the last batch",
+        "expert usage of text and image tokens overlaps by 50%",
     ]
-    assert tables.learned({"retrieval": {}, "labels": {}}, tmp_path / "nowhere") == []
+    assert tables.results({"retrieval": {}, "labels": {}}, tmp_path / "nowhere") == []
 
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn, as matplotlib holds them."""
+    """The matplotlib figures that are drawn."""
     drawn, save = [], pictures.Figure.savefig
     monkeypatch.setattr(
         pictures.Figure, "savefig", lambda self, *args, **more: (drawn.append(self), save(self, *args, **more))
@@ -141,8 +140,8 @@ def test_pictures_show_the_numbers_that_they_are_given(figures, tmp_path):
     assert [label.get_text() for label in panel.get_yticklabels()] == list(VIEWS)
 
 
-def test_an_altered_query_is_shown_as_it_was_asked(monkeypatch, prepared, tmp_path):
-    """BM25 has no direction without altered queries."""
+def test_altered_queries_are_shown_altered(monkeypatch, prepared, tmp_path):
+    """In all directions that BM25 supports, queries are altered."""
     shown, cell = [], pictures._cell
 
     def watched(axes, product, view, pixels, label, *args, **more):
@@ -152,9 +151,9 @@ def test_an_altered_query_is_shown_as_it_was_asked(monkeypatch, prepared, tmp_pa
     monkeypatch.setattr(pictures, "_cell", watched)
     encoded = retrieval.encode(BM25(10**6), prepared)
     pictures.gallery(tmp_path / "g.png", encoded, prepared, 10**6, retrieval.SEED, "")
-    place = {prepared.products[index].id: place for place, index in enumerate(prepared.val)}
-    asked = [(product, label) for product, label in shown if label.startswith("query")]
-    assert asked and {label for _, label in asked} == {"query, altered"}
-    for product, _ in asked:
-        assert product.text == encoded.queries["products"].altered[place[product.id], 0]
-    assert any(product.text != prepared.products[prepared.val[place[product.id]]].text for product, _ in asked)
+    position = {prepared.products[index].id: position for position, index in enumerate(prepared.val)}
+    queries = [(product, label) for product, label in shown if label.startswith("query")]
+    assert queries and {label for _, label in queries} == {"query, altered"}
+    for product, _ in queries:
+        assert product.text == encoded.queries["products"].altered[position[product.id], 0]
+    assert any(product.text != prepared.products[prepared.val[position[product.id]]].text for product, _ in queries)

@@ -1,4 +1,4 @@
-"""Out of moon_jax and into transformers and sentence-transformers: what is served is what was trained."""
+"""Exported models embed in transformers and sentence-transformers exactly as in moon_jax."""
 
 import dataclasses
 import io
@@ -58,13 +58,13 @@ def trained(config, tokenizer, folder, **differences):
         "log_temperature": np.log([0.05, 0.07]).astype(np.float32),
     }
     encoder = random_params(config, tokenizer)
-    given = dict(config=config, encoder=encoder, alignment=alignment, tokenizer=path, fingerprint="f00d", step=12)
-    return export.Trained(**(given | differences))
+    fields = dict(config=config, encoder=encoder, alignment=alignment, tokenizer=path, fingerprint="f00d", step=12)
+    return export.Trained(**(fields | differences))
 
 
 @pytest.fixture(scope="module")
 def case(request, tmp_path_factory, tokenizer, chat_tokenizer):
-    """The exported folder of a config, and what went into it. `experts` has a tokenizer that moon_jax trained."""
+    """The model and its exported folder. `experts` has a tokenizer that moon_jax trained."""
     config = CONFIGS[request.param]
     folder = tmp_path_factory.mktemp("exported")
     model = trained(config, tokenizer if request.param == "experts" else chat_tokenizer, folder)
@@ -85,7 +85,7 @@ def opened(image):
 
 
 def pil_processor(folder):
-    """transformers' processor, with its image processor that resizes as Pillow does, and so as moon_jax."""
+    """transformers' processor with its Pillow image processor, which resizes as moon_jax does."""
     from tests.reference import transformers
 
     processor = transformers.AutoProcessor.from_pretrained(folder)
@@ -96,7 +96,7 @@ def pil_processor(folder):
 ITEMS = [
     {"image": jpeg_of_3_by_4(), "text": " Red canvas sneaker, size 42 "},
     {"image": jpeg_of_3_by_4()},
-    {"image": Image.fromarray(np.full((16, 1600, 3), 90, np.uint8)), "text": "ribbon"},  # overruns the budget
+    {"image": Image.fromarray(np.full((16, 1600, 3), 90, np.uint8)), "text": "ribbon"},  # exceeds the budget
     "blue mug, 红色",
     "b",
 ]
@@ -115,19 +115,19 @@ def test_load_is_bit_equal(case):
     assert (read.step, read.tokenizer.read_bytes()) == (12, model.tokenizer.read_bytes())
 
 
-LONG = "some layers"  # whose layers test_parity holds against transformers, too
+LONG = "some layers"  # slow; test_parity also compares its layers with transformers
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=[pytest.mark.slow] * (name == LONG)) for name in CONFIGS], indirect=True
 )
-def test_transformers_own_processor_and_model_embed_alike(case):
+def test_transformers_gives_the_same_embeddings(case):
     _, folder = case
     from tests.reference import torch, transformers
 
     model, _ = case
-    asked, ours = verify.ours(model)
-    assert (ours * verify.theirs(folder, asked)).sum(1) == pytest.approx([1, 1, 1], abs=1e-6)
+    prompts, ours = verify.ours(model)
+    assert (ours * verify.theirs(folder, prompts)).sum(1) == pytest.approx([1, 1, 1], abs=1e-6)
     processor = pil_processor(folder)
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(processor).__name__ == "Qwen3VLProcessor"
@@ -135,7 +135,7 @@ def test_transformers_own_processor_and_model_embed_alike(case):
     for item in ITEMS:
         item = {"text": item} if isinstance(item, str) else item
         content = [{"type": "text", "text": item["text"]}] if "text" in item else []
-        # After the text: the template puts images first.
+        # The image comes after the text here; the template puts images first.
         content += [{"type": "image", "image": opened(item["image"])}] if "image" in item else []
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
@@ -148,21 +148,21 @@ def test_transformers_own_processor_and_model_embed_alike(case):
 
 
 @pytest.mark.parametrize("case", ["experts", "as Qwen3-VL-Embedding"], indirect=True)
-def test_sentence_transformers_embed_alike(case):
-    """A 3:4 JPEG with a title, an image, a text; alone and in one batch. torchvision resizes there, Pillow here."""
+def test_sentence_transformers_gives_the_same_embeddings(case):
+    """A 3:4 JPEG with a title, an image, a text; alone and in one batch. It resizes by torchvision, we by Pillow."""
     _, folder = case
     pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[hf]'")
     library = pytest.importorskip("sentence_transformers", reason="pip install sentence-transformers")
-    pytest.importorskip("torchvision", reason="torchvision, which its image processor wants, is not installed")
+    pytest.importorskip("torchvision", reason="torchvision, which its image processor needs, is not installed")
     items = [item if isinstance(item, str) else item | {"image": opened(item["image"])} for item in ITEMS]
     model = library.SentenceTransformer(str(folder), local_files_only=True, device="cpu")
     ours = moon_jax.load(folder).encode(ITEMS)
     for theirs in (model.encode(items), np.concatenate([model.encode([item]) for item in items])):
         np.testing.assert_allclose(np.linalg.norm(theirs, axis=1), 1, atol=1e-5)
         assert ((ours * theirs).sum(1) >= 0.9999).all()
-    judged = SentenceTransformer(folder, 10**6)
-    assert judged.sees == ("t", "i")
-    assert ((ours * judged.encode([serving.as_product(item) for item in ITEMS])).sum(1) >= 0.9999).all()
+    evaluated = SentenceTransformer(folder, 10**6)
+    assert evaluated.sees == ("t", "i")
+    assert ((ours * evaluated.encode([serving.as_product(item) for item in ITEMS])).sum(1) >= 0.9999).all()
 
 
 @pytest.mark.parametrize("case", CONFIGS, indirect=True)
@@ -193,8 +193,8 @@ def test_the_chat_template_renders_exactly_the_view(case):
 
 
 @pytest.mark.parametrize("template", ["bare", "qwen3_vl_embedding"])
-def test_what_a_tokenizer_adds_to_every_text_is_read(tmp_path, template):
-    """Qwen's text embedders append <|endoftext|>: with the last token pooled, that one is the embedding."""
+def test_tokens_that_the_tokenizer_appends_are_kept(tmp_path, template):
+    """Qwen's text embedders append <|endoftext|>; with last-token pooling that token is the embedding."""
     from tokenizers import processors
 
     from tests.reference import qwen_tokenizer
@@ -207,17 +207,17 @@ def test_what_a_tokenizer_adds_to_every_text_is_read(tmp_path, template):
     model = trained(config, tokenizer, tmp_path)
     assert tokenizer.template(template).suffix[-1] == tokenizer.pad
     export.export(model, tmp_path / "model")
-    asked, ours = verify.ours(model)
-    assert (ours * verify.theirs(tmp_path / "model", asked)).sum(1) == pytest.approx([1, 1, 1], abs=1e-6)
+    prompts, ours = verify.ours(model)
+    assert (ours * verify.theirs(tmp_path / "model", prompts)).sum(1) == pytest.approx([1, 1, 1], abs=1e-6)
 
 
-def test_a_template_that_runs_into_the_text_is_refused(tokenizer):
-    """The quickstart's tokenizer puts a space before the first word of a text, and of a text only."""
-    with pytest.raises(UserError, match=r"config.data.template: 'find {}' runs into the text"):
+def test_a_template_that_merges_with_the_text_is_refused(tokenizer):
+    """The quickstart's tokenizer puts a space before a text's first word, and nowhere else."""
+    with pytest.raises(UserError, match=r"config.data.template: 'find {}' merges with the text"):
         tokenizer.template("find {}")
 
 
-def test_a_template_may_hold_any_sign(tmp_path):
+def test_a_template_may_hold_any_character(tmp_path):
     from tests.reference import qwen_tokenizer, transformers
 
     template = "😀 \"{{ x }}' %} \\ {}<|im_end|>\n".replace("{{ x }}", "x")
@@ -250,7 +250,7 @@ def test_models_of_another_space_have_another_fingerprint(tmp_path, tokenizer, d
     assert serving.read(tmp_path / "model", differences).fingerprint != one.fingerprint
 
 
-def test_a_tokenizer_of_more_tokens_than_the_vocabulary_is_refused(tmp_path, tokenizer):
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, tokenizer):
     model = trained(tiny(), tokenizer, tmp_path)
     export.export(model, tmp_path / "model")
     tokenizer = serving.Tokenizer.load(tmp_path / "model" / "tokenizer.json")
@@ -260,7 +260,7 @@ def test_a_tokenizer_of_more_tokens_than_the_vocabulary_is_refused(tmp_path, tok
         moon_jax.load(tmp_path / "model")
 
 
-def test_exported_again_it_tells_the_same(tmp_path, tokenizer):
+def test_exporting_an_export_gives_the_same_files(tmp_path, tokenizer):
     model = trained(
         tiny(),
         tokenizer,
@@ -275,13 +275,13 @@ def test_exported_again_it_tells_the_same(tmp_path, tokenizer):
     assert "5 products and 4 triplets" in (tmp_path / "again" / "README.md").read_text()
 
 
-def test_every_file_is_as_readable_as_the_others(tmp_path, tokenizer):
+def test_all_files_have_the_same_permissions(tmp_path, tokenizer):
     export.export(trained(tiny(), tokenizer, tmp_path), tmp_path / "model")
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*") if path.is_file()}
     assert len(modes) == 1
 
 
-def test_an_output_that_cannot_be_made_is_one_line(tmp_path, tokenizer):
+def test_an_output_that_cannot_be_created_is_a_one_line_error(tmp_path, tokenizer):
     model = trained(tiny(), tokenizer, tmp_path)
     with pytest.raises(UserError, match=r"--output .*tokenizer.json/model: Not a directory; give a folder"):
         export.export(model, tmp_path / "tokenizer.json" / "model")
@@ -330,7 +330,7 @@ def test_several_files_have_an_index(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("own", ["bfloat16", "float32"])
-def test_bfloat16_goes_out_and_in(tmp_path, tokenizer, own):
+def test_bfloat16_round_trip(tmp_path, tokenizer, own):
     config = tiny(training__param_dtype=own)
     model = trained(config, tokenizer, tmp_path)
     cast = serving.cast(model, "bfloat16")
@@ -343,13 +343,14 @@ def test_bfloat16_goes_out_and_in(tmp_path, tokenizer, own):
         np.testing.assert_array_equal(np.asarray(ours), leaf.astype(ml_dtypes.bfloat16))
     wide = serving.read(tmp_path / "model", {"training.param_dtype": "float32"})
     assert jax.tree.leaves(wide.encoder)[0].dtype == "float32"
-    # What was written is another model than the float32 one, and says so.
-    told = json.loads((tmp_path / "model" / "moon_jax" / "model.json").read_text())["fingerprint"]
-    assert told == cast.fingerprint == read.fingerprint and told in (tmp_path / "model" / "README.md").read_text()
+    # The written model is not the float32 one, so its fingerprint differs.
+    written = json.loads((tmp_path / "model" / "moon_jax" / "model.json").read_text())["fingerprint"]
+    assert written == cast.fingerprint == read.fingerprint
+    assert written in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_what_transformers_saves_is_read(tmp_path):
-    """It writes experts transposed, another spelling of the config, and no `model.` before the base model's weights."""
+def test_folders_saved_by_transformers_are_read(tmp_path):
+    """They have transposed experts, another spelling of the config, and no prefix `model.` for the base model."""
     from tests.reference import qwen_tokenizer, reference_model
 
     config, tokenizer = tiny(), qwen_tokenizer()
@@ -360,13 +361,13 @@ def test_what_transformers_saves_is_read(tmp_path):
         found = keys.flatten(serving.read(tmp_path / name).encoder)
         theirs = model.model.state_dict()
         for row in keys.table(config):
-            leaf = found[row.ours] if row.place is None else found[row.ours][row.place]
+            leaf = found[row.ours] if row.stack_index is None else found[row.ours][row.stack_index]
             array = theirs[row.theirs].numpy()
             array = array.transpose(0, 2, 1) if ".experts." in row.theirs else array
-            np.testing.assert_array_equal(keys.to_theirs(np.asarray(leaf), row.turning), array, err_msg=row.theirs)
+            np.testing.assert_array_equal(keys.to_theirs(np.asarray(leaf), row.transform), array, err_msg=row.theirs)
 
 
-def test_a_router_term_for_the_modality_is_refused_with_the_reason(tmp_path, tokenizer):
+def test_a_router_term_is_refused_with_the_reason(tmp_path, tokenizer):
     for term in ("learned", "hard"):
         model = trained(tiny(experts__router_term=term, experts__per_token=1), tokenizer, tmp_path)
         with pytest.raises(UserError, match=f"router_term: {term} cannot be exported: the router of") as error:
@@ -375,15 +376,15 @@ def test_a_router_term_for_the_modality_is_refused_with_the_reason(tmp_path, tok
     assert not (tmp_path / "model").exists() and not (tmp_path / "model.part").exists()
 
 
-def test_what_is_there_is_kept(tmp_path, tokenizer):
+def test_an_existing_folder_is_not_overwritten(tmp_path, tokenizer):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious").write_text("x")
-    with pytest.raises(UserError, match=r"--output .*model: there is something already"):
+    with pytest.raises(UserError, match=r"--output .*model: exists already; give a new or empty folder"):
         export.export(trained(tiny(), tokenizer, tmp_path), tmp_path / "model")
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["precious"]
 
 
-def test_an_export_that_fails_leaves_nothing(tmp_path, tokenizer):
+def test_a_failed_export_leaves_nothing_behind(tmp_path, tokenizer):
     model = trained(tiny(), tokenizer, tmp_path)
 
     def broken(rows, total):
@@ -397,12 +398,12 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("width", [24, 12])
-def test_widths_whose_layouts_look_alike_are_refused(width):
+def test_widths_with_ambiguous_layouts_are_refused(width):
     with pytest.raises(UserError, match=r"experts\.width must be neither language\.width nor half of it"):
         tiny(experts__width=width)
 
 
-def test_the_card_tells_base_licence_data_and_metrics(tmp_path, tokenizer):
+def test_the_card_states_base_licence_data_and_metrics(tmp_path, tokenizer):
     data = dict(synthetic=True, splits=dict(train=3607, val=393), triplets=3607, fingerprint="abcd")
     row = {"R@1": 1.5, "R@5": 5.0, "R@10": 10.0, "chance@10": 2.5, "queries": 393, "candidates": 400}
     model = trained(

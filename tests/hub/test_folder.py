@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says, and what is refused of it."""
+"""Settings read from Hugging Face folders, and refused folders."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def edit(path, *keys, **values):
 
 def test_sizes_are_the_folders(published):
     found = folder.settings(published)
-    ours = config_lib.leaves(config_lib.Config())  # whose defaults are the 2B's
+    ours = config_lib.leaves(config_lib.Config())  # its defaults are the 2B's
     for name, value in found.items():
         assert ours[name] == value, name
     assert sum(name.startswith(("vision.", "language.")) for name in found) == 18
@@ -54,14 +54,14 @@ def test_both_spellings_of_the_rope_settings(published):
 @pytest.mark.parametrize(
     ("keys", "values", "message"),
     [
-        ((), {"model_type": "qwen2_vl"}, "a model of type 'qwen2_vl'; read are qwen3_vl and qwen3_vl_moe"),
+        ((), {"model_type": "qwen2_vl"}, "model_type 'qwen2_vl' is not supported; give qwen3_vl or qwen3_vl_moe"),
         ((), {"quantization_config": {"bits": 4}}, "quantization_config"),
-        (("text_config",), {"hidden_act": "gelu"}, "text_config.hidden_act is 'gelu'; moon_jax has 'silu' only"),
+        (("text_config",), {"hidden_act": "gelu"}, "text_config.hidden_act is 'gelu'; moon_jax supports 'silu' only"),
         (("text_config",), {"attention_bias": True}, "attention_bias"),
         (("text_config", "rope_scaling"), {"rope_type": "yarn"}, "rope_type is 'yarn'"),
         (("text_config", "rope_scaling"), {"mrope_interleaved": False}, "mrope_interleaved"),
         (("text_config",), {"norm_topk_prob": False}, "norm_topk_prob"),
-        (("vision_config",), {"out_hidden_size": 99}, "out_hidden_size is 99; moon_jax has 2048 only"),
+        (("vision_config",), {"out_hidden_size": 99}, "out_hidden_size is 99; moon_jax supports 2048 only"),
         ((), {"vision_config": {}}, "'depth' is missing"),
         ((), {"text_config": None}, "are not those of a qwen3_vl"),
         (("vision_config",), {"patch_size": 0}, "must be positive"),
@@ -85,20 +85,20 @@ def test_experts_are_the_folders(tmp_path):
     config = folder.config(tmp_path, {})
     sparse = config_lib.sparse_layers(config)
     assert not any(sparse[:5]) and all(sparse[5::2]) and not any(sparse[::2])
-    with pytest.raises(UserError, match=r"config.experts.count: 8, and .* has 128"):
+    with pytest.raises(UserError, match=r"config.experts.count: 8, but .* has 128"):
         folder.check(config_lib.replace(config, {"experts.count": 8}), tmp_path)
 
 
-def test_the_same_layers_may_be_said_in_two_ways(tmp_path):
+def test_two_settings_may_describe_the_same_expert_layers(tmp_path):
     shutil.copy(PUBLISHED / "30b_a3b.json", tmp_path / "config.json")
     edit(tmp_path / "config.json", "text_config", mlp_only_layers=list(range(0, 48, 2)))
     config = folder.config(tmp_path, {})
     folder.check(config_lib.replace(config, {"experts.every": 2, "experts.dense_layers": ()}), tmp_path)
-    with pytest.raises(UserError, match=r"config.experts.every and dense_layers: other layers than in"):
+    with pytest.raises(UserError, match=r"config.experts.every and dense_layers: in .* other layers hold experts"):
         folder.check(config_lib.replace(config, {"experts.dense_layers": ()}), tmp_path)
 
 
-def test_a_config_may_put_the_defaults_back(published, tmp_path_factory):
+def test_a_config_may_restore_the_defaults(published, tmp_path_factory):
     embedding_folder(published, LAST)
     path = tmp_path_factory.mktemp("config") / "mean.py"
     path.write_text("def get_config():\n    return {'language': {'pooling': 'mean'}, 'data': {'template': 'bare'}}\n")
@@ -106,16 +106,16 @@ def test_a_config_may_put_the_defaults_back(published, tmp_path_factory):
     assert (config.language.pooling, config.data.template) == ("mean", "bare")
 
 
-def test_a_workdir_is_no_folder(tmp_path):
+def test_a_workdir_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(config_lib.to_json(config_lib.Config()))
-    with pytest.raises(UserError, match="a workdir; moon-jax export makes a Hugging Face folder of it"):
+    with pytest.raises(UserError, match="a workdir; moon-jax export turns it into a Hugging Face folder"):
         folder.settings(tmp_path)
 
 
 def test_a_dense_folder_may_be_upcycled_and_other_sizes_may_not(published):
     folder.check(config_lib.Config(), published)  # 8 experts in every layer
-    with pytest.raises(UserError, match=r"config.language.layers: 14, and .* has 28"):
+    with pytest.raises(UserError, match=r"config.language.layers: 14, but .* has 28"):
         folder.check(config_lib.replace(config_lib.Config(), {"language.layers": 14}), published)
 
 
@@ -132,7 +132,7 @@ def test_the_pixel_budget_is_the_folders_up_to_the_default(published):
     (published / "processor_config.json").write_text(json.dumps(nested))
     assert tokens() == [64, 4]
     path.write_text(json.dumps({"image_mean": [0.48, 0.45, 0.40]}))
-    with pytest.raises(UserError, match=r"image_mean \[0.48, 0.45, 0.4\]; moon_jax has \[0.5, 0.5, 0.5\] only"):
+    with pytest.raises(UserError, match=r"image_mean \[0.48, 0.45, 0.4\]; moon_jax supports \[0.5, 0.5, 0.5\] only"):
         folder.settings(published)
 
 
@@ -141,13 +141,13 @@ def test_the_pixel_budget_is_the_folders_up_to_the_default(published):
     [
         ("preprocessor_config.json", {"size": [1]}, "are not those of a qwen3_vl"),
         ("preprocessor_config.json", {"size": {"longest_edge": "9"}}, "are not those of a qwen3_vl"),
-        ("preprocessor_config.json", {"do_resize": False}, "do_resize False; moon_jax has True only"),
-        ("preprocessor_config.json", {"merge_size": 3}, "merge_size 3; moon_jax has 2 only"),
-        ("preprocessor_config.json", {"resample": 2}, "resample 2; moon_jax has 3 only"),
+        ("preprocessor_config.json", {"do_resize": False}, "do_resize False; moon_jax supports True only"),
+        ("preprocessor_config.json", {"merge_size": 3}, "merge_size 3; moon_jax supports 2 only"),
+        ("preprocessor_config.json", {"resample": 2}, "resample 2; moon_jax supports 3 only"),
         ("preprocessor_config.json", {"rescale_factor": 1}, "rescale_factor 1"),
         ("preprocessor_config.json", {"max_pixels": -5}, "must be positive"),
         ("processor_config.json", {"image_processor": None}, "are not those of a qwen3_vl"),
-        ("modules.json", [{"type": "x.Pooling", "path": "../2_Pooling"}], "is no folder of this one"),
+        ("modules.json", [{"type": "x.Pooling", "path": "../2_Pooling"}], "is not a subfolder"),
         ("modules.json", {"type": 3}, "are not those of a qwen3_vl"),
         ("config.json", "[" * 200_000, "not a JSON object"),
         ("config.json", "{", "not a JSON object"),
@@ -155,7 +155,7 @@ def test_the_pixel_budget_is_the_folders_up_to_the_default(published):
     ],
     ids=str,
 )
-def test_malformed_files_are_one_line(published, name, content, message):
+def test_malformed_files_give_a_one_line_error(published, name, content, message):
     if name == "chat_template.jinja":
         embedding_folder(published, LAST)
     path = published / name
@@ -188,7 +188,7 @@ def test_a_sidecar_that_contradicts_is_refused(published):
     (published / "moon_jax").mkdir()
     other = config_lib.replace(config_lib.Config(), {"experts.count": 0, "language.rope_theta": 10_000.0})
     (published / "moon_jax" / "config.json").write_text(config_lib.to_json(other))
-    with pytest.raises(UserError, match=r"language.rope_theta is 10000.0 there, and 5000000.0 by"):
+    with pytest.raises(UserError, match=r"language.rope_theta is 10000.0, but .*config.json gives 5000000.0"):
         folder.settings(published)
 
 
@@ -237,14 +237,14 @@ def test_pooling_and_template_come_from_the_folder(published, pooling, options, 
         )
 
 
-def test_pooling_is_found_where_modules_json_says_and_without_it(published):
+def test_pooling_is_found_with_and_without_modules_json(published):
     embedding_folder(published, LAST)
     (published / "1_Pooling").rename(published / "7_Pooling")
     assert "language.pooling" not in folder.settings(published)
     modules = [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "7_Pooling"}]
     (published / "modules.json").write_text(json.dumps(modules))
     assert folder.settings(published)["language.pooling"] == "last"
-    # A conversion that lost them: the instruction in the chat template gives it away.
+    # A conversion that lost these files is recognised by the instruction in its chat template.
     shutil.rmtree(published / "7_Pooling")
     (published / "modules.json").unlink()
     (published / "chat_template.json").write_text(json.dumps({"chat_template": CHAT + " Represent the user's input."}))
@@ -256,7 +256,7 @@ def test_pooling_is_found_where_modules_json_says_and_without_it(published):
     ("pooling", "chat", "message"),
     [
         ({"pooling_mode": "max"}, CHAT, "pools by max"),
-        ({"pooling_mode_cls_token": True, "pooling_mode_lasttoken": True}, CHAT, "moon_jax pools by mean or by last"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_lasttoken": True}, CHAT, "supports mean and last-token"),
         (LAST, "[INST]", "chat template is not Qwen's"),
     ],
 )
@@ -266,7 +266,7 @@ def test_another_pooling_is_refused(published, pooling, chat, message):
         folder.settings(published)
 
 
-def test_a_model_that_is_no_embedder_is_pooled_as_the_paper_has_it(published):
+def test_a_model_that_is_not_an_embedder_is_pooled_as_in_the_paper(published):
     config = folder.config(published, {})
     assert (config.language.pooling, config.data.template) == ("mean", "bare")
 
@@ -289,13 +289,13 @@ def test_the_licence_is_the_cards(tmp_path, card, expected):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nowhere/at-all", "nowhere/at-all: no such folder; a model of the Hugging Face hub is written hf://nowhere"),
-        ("https://huggingface.co/Qwen/Qwen3-VL-2B-Instruct", "is written hf://Qwen/Qwen3-VL-2B-Instruct"),
-        ("hf://only-a-name", "is written hf://owner/name"),
-        ("hf://../../etc/passwd", "is written hf://owner/name"),
+        ("nowhere/at-all", "nowhere/at-all: no such folder; for a model of the Hugging Face hub, give hf://nowhere"),
+        ("https://huggingface.co/Qwen/Qwen3-VL-2B-Instruct", "give hf://Qwen/Qwen3-VL-2B-Instruct"),
+        ("hf://only-a-name", "not a model's name; give hf://owner/name"),
+        ("hf://../../etc/passwd", "not a model's name; give hf://owner/name"),
     ],
 )
-def test_a_model_that_is_not_there(monkeypatch, tmp_path, model, message):
+def test_a_missing_model_is_an_error_with_a_suggestion(monkeypatch, tmp_path, model, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         moon_jax.load(model)
@@ -315,8 +315,8 @@ except UserError as error:
 """
 
 
-def test_a_hub_id_is_its_snapshot(tmp_path):
-    """Hugging Face's own client with a cache that holds one repository, and no network."""
+def test_a_hub_id_resolves_to_its_snapshot(tmp_path):
+    """Hugging Face's own client, without a network and with one repository in its cache."""
     commit = "0" * 40
     repository = tmp_path / "hub" / "models--owner--name"
     (repository / "snapshots" / commit).mkdir(parents=True)
@@ -333,11 +333,11 @@ def test_a_hub_id_is_its_snapshot(tmp_path):
     assert result.stderr == ""
     held, refused = result.stdout.splitlines()
     assert held == "['config.json']"
-    assert refused.startswith("hf://owner/other: the hub does not give it (")
+    assert refused.startswith("hf://owner/other: cannot be downloaded (")
 
 
-def test_no_network_is_asked_unless_a_hub_id_is_given(published):
-    """`hf://` alone imports the hub's client."""
+def test_the_network_is_used_for_hub_ids_only(published):
+    """The hub's client is imported for `hf://` only."""
     code = (
         "import sys; from pathlib import Path; from moon_jax.hub import folder;"
         f"folder.config(folder.locate({str(published)!r}), {{}}); print('huggingface_hub' in sys.modules)"
@@ -346,7 +346,7 @@ def test_no_network_is_asked_unless_a_hub_id_is_given(published):
     assert result.stdout == "False\n"
 
 
-def test_a_config_differs_from_the_folder_it_begins_from(published):
+def test_a_config_may_differ_from_the_folder_it_starts_from(published):
     embedding_folder(published, LAST)
     config = config_lib.load("moon2_qwen3vl_2b", folder.settings(published))
     assert (config.language.pooling, config.data.template, config.training.dtype) == (

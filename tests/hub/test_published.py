@@ -1,4 +1,4 @@
-"""The published sizes, without their memory: config.json, from public documentation → our parameters' shapes."""
+"""Published model sizes, checked without their memory: config.json (from public documentation) → our shapes."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from moon_jax.model.encoder import initialize
 
 PUBLISHED = Path(__file__).parent / "published"
 TOTALS = {"2b": 2_127_532_032, "4b": 4_437_815_808, "8b": 8_767_123_696, "30b_a3b": 31_070_754_032}
-"""Parameters of the checkpoints on the Hugging Face hub, the untied head of the larger two included."""
+"""Parameters of the checkpoints on the Hugging Face hub, including the untied head of the larger two."""
 
 
 def shapes(config):
@@ -35,14 +35,14 @@ def test_parameter_totals_equal_the_published(tmp_path, name):
     held = json.loads((PUBLISHED / f"{name}.json").read_text())
     head = 0 if held["tie_word_embeddings"] else config.language.vocab * config.language.width
     assert parameters(config) + head == TOTALS[name]
-    # Every leaf has names in the table, and stacks as many as the table has.
+    # The table has a row for every layer of every leaf.
     rows = list(keys.table(config))
     for path, leaf in shapes(config).items():
-        places = [row.place for row in rows if row.ours == path]
-        assert places == ([None] if places == [None] else list(range(leaf.shape[0]))), path
+        indices = [row.stack_index for row in rows if row.ours == path]
+        assert indices == ([None] if indices == [None] else list(range(leaf.shape[0]))), path
 
 
-# name → (its checkpoint, billions of parameters, billions of those that a token uses), as the config's docstring states
+# name → (its checkpoint, billions of parameters, billions of active parameters), as the config's docstring states
 SHIPPED = {
     "moon2_qwen3vl_2b": ("2b", 9.5, 3.2),
     "moon2_qwen3vl_4b": ("4b", 13.9, 5.8),
@@ -64,9 +64,9 @@ def test_a_shipped_config_fits_its_checkpoint_and_states_its_size(tmp_path, name
     if config.experts.count:
         used += experts * config.experts.per_token // config.experts.count
     assert (round(everything / 1e9, 1), round(used / 1e9, 1)) == (total, active)
-    doc = (Path(config_lib.__file__).parent / "configs" / f"{name}.py").read_text()
+    doc = (config_lib.shipped_configs() / f"{name}.py").read_text()
     assert f"{total} B" in doc and f"{active} B" in doc
-    # As the docstring counts: 6 FLOPs for each parameter and token or patch of full rows, three products a triplet.
+    # As in the docstring: 6 FLOPs per parameter and token or patch, full rows, three products per triplet.
     vision = sum(math.prod(leaf.shape) for path, leaf in leaves.items() if path.startswith("vision/"))
     decoder = used - vision - config.language.vocab * config.language.width
     layout = rows_lib.Layout.of(config)

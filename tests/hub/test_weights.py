@@ -1,4 +1,4 @@
-"""Tensors on disk → leaves on devices: regions, shardings, dtypes, upcycling, and what is refused."""
+"""Tensors on disk → leaves on devices: regions, shardings, dtypes, upcycling, and refused weights."""
 
 import json
 
@@ -34,12 +34,12 @@ NOISE = weights.noise((1, 2), (slice(0, 600), slice(0, 530)))
 def cases():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 6, 8)).astype(np.float32)
-    bank = rng.normal(size=(3, 6, 8)).astype(np.float32)
+    experts = rng.normal(size=(3, 6, 8)).astype(np.float32)
     kernel = rng.normal(size=(5, 3, 2, 4, 4)).astype(np.float32)
     drawn = weights.reinitialized(lazy_of(a), 1, 0.5, (0, 1), (2,), lambda: (0.0, 1.0))
     return {
         "transposed": (weights.transposed(lazy_of(a)), a.T),
-        "pair": (weights.pair(lazy_of(bank)), np.stack([bank[..., :4], bank[..., 4:]], 1)),
+        "pair": (weights.pair(lazy_of(experts)), np.stack([experts[..., :4], experts[..., 4:]], 1)),
         "stacked": (weights.stacked([lazy_of(a), lazy_of(b)]), np.stack([a, b])),
         "patches": (weights.patch_kernel(lazy_of(kernel)), kernel.transpose(2, 1, 3, 4, 0).reshape(2, 48, 5)),
         "of all": (
@@ -69,7 +69,7 @@ def test_noise_is_normal_and_does_not_repeat():
     assert (weights.noise((1, 3), (slice(0, 9), slice(0, 9))) != NOISE[:9, :9]).all()
 
 
-def test_reinitialized_changes_that_share_of_the_units_and_nothing_else():
+def test_reinitialization_changes_the_given_share_of_the_units_only():
     rng = np.random.default_rng(0)
     matrix = rng.normal(3.0, 0.5, size=(40, 60)).astype(np.float32)
     normal = lambda: weights.statistics(lazy_of(matrix))  # noqa: E731
@@ -77,7 +77,7 @@ def test_reinitialized_changes_that_share_of_the_units_and_nothing_else():
     rows = whole(weights.reinitialized(lazy_of(matrix.T), 0, 0.5, (8,), (3,), normal))
     changed = (columns != matrix).any(0)
     assert changed.sum() == 30 and (columns != matrix)[:, changed].all()
-    # Equal `units` choose the same: an expert's gate, up and down lose the same inner units.
+    # Equal `units` make equal choices: an expert's gate, up and down lose the same inner units.
     np.testing.assert_array_equal((rows != matrix.T).any(1), changed)
     assert abs(columns[:, changed].mean() - 3.0) < 0.1 and abs(columns[:, changed].std() - 0.5) < 0.05
     np.testing.assert_array_equal(columns, whole(weights.reinitialized(lazy_of(matrix), 1, 0.5, (7,), (3,), normal)))
@@ -86,12 +86,10 @@ def test_reinitialized_changes_that_share_of_the_units_and_nothing_else():
 def write(folder, config, params):
     """A folder's weights in one file, under published names."""
     flat = keys.flatten(jax.tree.map(np.asarray, params))
-    held = {
-        f"model.{row.theirs}": np.ascontiguousarray(
-            keys.to_theirs(flat[row.ours] if row.place is None else flat[row.ours][row.place], row.turning)
-        )
-        for row in keys.table(config)
-    }
+    held = {}
+    for row in keys.table(config):
+        array = flat[row.ours] if row.stack_index is None else flat[row.ours][row.stack_index]
+        held[f"model.{row.theirs}"] = np.ascontiguousarray(keys.to_theirs(array, row.transform))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(held, folder / "model.safetensors")
     return held
@@ -133,8 +131,8 @@ def test_weights_take_the_dtype_of_the_config(tmp_path, tokenizer, held, wanted)
         np.testing.assert_array_equal(np.asarray(leaf), expected.astype(wanted))
 
 
-def test_no_piece_read_is_a_large_part_of_the_leaf(tmp_path, tokenizer, monkeypatch):
-    """The host holds one device's part of one leaf, and pieces of it: a sixteenth, rounded up to a row."""
+def test_leaves_are_read_in_small_pieces(tmp_path, tokenizer, monkeypatch):
+    """The host holds one device's part of one leaf and a piece of it: a sixteenth, rounded up to a row."""
     config = tiny(language__layers=4, mesh__fsdp=8)
     write(tmp_path, config, random_params(config, tokenizer))
     pieces = []
@@ -174,7 +172,7 @@ def test_no_piece_read_is_a_large_part_of_the_leaf(tmp_path, tokenizer, monkeypa
     ],
     ids=str,
 )
-def test_an_upcycled_model_is_the_dense_one_at_step_0(tmp_path, tokenizer, differences):
+def test_an_upcycled_model_equals_the_dense_one_at_step_0(tmp_path, tokenizer, differences):
     sizes = dict(language__layers=4, experts__width=tiny().language.mlp_width)
     dense = tiny(**sizes, experts__count=0)
     write(tmp_path, dense, random_params(dense, tokenizer))
@@ -194,7 +192,7 @@ def test_an_upcycled_model_is_the_dense_one_at_step_0(tmp_path, tokenizer, diffe
     expected = embed(dense)
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(embed(config), expected, atol=1e-6)
-    if config.experts.count > 1:  # and part of it drawn anew, it is another one
+    if config.experts.count > 1:  # partly reinitialized, it is another model
         other = embed(config_lib.replace(config, {"experts.reinitialized": 0.5}))
         assert np.abs(other - expected).max() > 1e-2
 
@@ -213,7 +211,7 @@ def test_upcycling_is_seeded_and_the_same_on_any_mesh(tmp_path, tokenizer):
     experts = one["decoder"]["periods"]["layer_0"]["experts"]
     assert np.abs(experts["router"]).min() > 0  # a zero router would tie the experts
     assert 0.015 < float(jnp.std(experts["router"])) < 0.025
-    # Experts differ from one another, each in half of its inner units, the same ones in gate, up and down.
+    # Each expert is reinitialized in half of its inner units, the same ones in gate, up and down.
     gate_up, down = np.asarray(experts["gate_up"]), np.asarray(experts["down"])
     assert (experts["router"][0] != experts["router"][1]).all()  # nor are layers
     plain = load(tmp_path, config_lib.replace(config, {"experts.reinitialized": 0.0}), tokenizer)
@@ -224,7 +222,7 @@ def test_upcycling_is_seeded_and_the_same_on_any_mesh(tmp_path, tokenizer):
     np.testing.assert_array_equal(fresh, (down != plain["down"]).any(-1))
     assert (fresh[0, 0] != fresh[0, 1]).any() and (fresh[0, 0] != fresh[1, 0]).any()
     gate, up = (half[:, fresh[0, 0]] for half in gate_up[0, 0])
-    assert gate.size > 200 and abs(np.corrcoef(gate.ravel(), up.ravel())[0, 1]) < 0.3  # not drawn alike
+    assert gate.size > 200 and abs(np.corrcoef(gate.ravel(), up.ravel())[0, 1]) < 0.3  # independent values
     drawn = fresh[0, 0] & fresh[1, 0]
     noise = [(gate_up[layer, 0, 0] - plain["gate_up"][layer, 0, 0].mean())[:, drawn] for layer in (0, 1)]
     assert drawn.any() and (np.abs(noise[0] - noise[1]) > 1e-6).all()
@@ -265,17 +263,17 @@ def damaged(held, damage):
         ("axes", "layers.1.self_attn.q_proj.weight has shape .* 2 axes are expected"),
         (
             "all of a shape",
-            r"layers.0.self_attn.q_proj.weight gives .* the shape \(2, 24, 47\), and the config \(2, 24, 48\)",
+            r"layers.0.self_attn.q_proj.weight gives .* shape \(2, 24, 47\), but the config needs \(2, 24, 48\)",
         ),
-        ("integers", "layers.1.self_attn.q_proj.weight is of type I8; quantised"),
+        ("integers", "layers.1.self_attn.q_proj.weight has dtype I8; quantised"),
         ("head", ""),
     ],
 )
-def test_a_leaf_missing_left_over_or_of_another_shape_is_named(tmp_path, tokenizer, damage, message):
+def test_the_error_names_a_missing_leftover_or_misshapen_weight(tmp_path, tokenizer, damage, message):
     config = tiny(experts__count=0)
     held = write(tmp_path, config, random_params(config, tokenizer))
     save_file(damaged(held, damage), tmp_path / "model.safetensors")
-    if not message:  # the head is left behind
+    if not message:  # the language-model head is ignored
         load(tmp_path, config, tokenizer)
         return
     with pytest.raises(UserError, match=message) as error:
@@ -290,21 +288,21 @@ def test_upcycling_needs_the_width_of_the_dense_feed_forward(tmp_path, tokenizer
         load(tmp_path, tiny(), tokenizer)
 
 
-def test_nothing_is_drawn_anew_where_nothing_is_upcycled(tmp_path, tokenizer):
+def test_reinitialization_without_upcycling_is_refused(tmp_path, tokenizer):
     config = tiny(experts__reinitialized=0.5)
     write(tmp_path, config, random_params(config, tokenizer))
-    with pytest.raises(UserError, match=r"config.experts.reinitialized: .* is not upcycled"):
+    with pytest.raises(UserError, match=r"config.experts.reinitialized: .* has experts already"):
         load(tmp_path, config, tokenizer)
 
 
-def test_a_weight_that_stands_in_two_files_is_named(tmp_path, tokenizer):
+def test_the_error_names_a_weight_that_is_in_two_files(tmp_path, tokenizer):
     config = tiny(experts__count=0)
     held = write(tmp_path, config, random_params(config, tokenizer))
     name = "model.language_model.norm.weight"
     save_file({name: held[name]}, tmp_path / "other.safetensors")
     index = {"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"language_model.norm.weight stands twice, in model.safetensors and in other"):
+    with pytest.raises(UserError, match=r"language_model.norm.weight is both in model.safetensors and in other"):
         load(tmp_path, config, tokenizer)
 
 
@@ -312,9 +310,9 @@ def test_a_weight_that_stands_in_two_files_is_named(tmp_path, tokenizer):
     ("content", "message"),
     [
         (None, "no model.safetensors and no index"),
-        ({"weight_map": {"a": "../model.safetensors"}}, "is no file of this folder"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "is no file of this folder"),
-        ({"weight_map": {"a": 3}}, "not an index|is no file"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "is not a file of this folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "is not a file of this folder"),
+        ({"weight_map": {"a": 3}}, "not an index|is not a file"),
         ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors is missing"),
         ({"weights": {}}, "not an index"),
         ([], "not an index"),

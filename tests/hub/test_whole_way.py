@@ -1,4 +1,4 @@
-"""The whole way through the command line and the loop: public weights in, trained, exported, served."""
+"""End to end through the command line: public weights, training, export, serving."""
 
 import json
 import shutil
@@ -38,8 +38,8 @@ assert cli.main(["export", "--model", sys.argv[1], "--output", sys.argv[2] + "2"
 """
 
 
-def test_public_weights_to_trained_to_served(tmp_path, catalogue):
-    """The whole way, through the command line and without torch: a folder, upcycled, trained, exported, embedded."""
+def test_from_public_weights_through_the_command_line(tmp_path, catalogue):
+    """A public folder is upcycled, trained, exported and used to embed, all without torch."""
     from tests.reference import published, qwen_tokenizer
 
     sizes = dict(experts__width=tiny().language.mlp_width, data__path=str(catalogue), training__steps=2)
@@ -50,7 +50,7 @@ def test_public_weights_to_trained_to_served(tmp_path, catalogue):
         "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({})\n"
     )
     workdir, output = tmp_path / "run", tmp_path / "served"
-    # What the folder decides is not given: sizes, experts aside.
+    # The folder determines all sizes but those of the experts, so these are not given.
     given = [item for item in overrides(config) if not item.startswith(("--config.vision", "--config.language"))]
     train = ["train", "--config", str(tmp_path / "config.py"), "--init", str(tmp_path / "public"), "--data"]
     train += [str(catalogue), "--workdir", str(workdir), *given]
@@ -63,7 +63,7 @@ def test_public_weights_to_trained_to_served(tmp_path, catalogue):
     )
     assert result.returncode == 0, result.stderr
     assert "(1, 24)" in result.stdout and "loading" in result.stdout
-    assert "moon-jax: --verify compares with transformers, and torch is missing: pip install" in result.stderr
+    assert "moon-jax: --verify: needs torch, which is not installed; pip install" in result.stderr
     assert json.loads((workdir / "base.json").read_text())["licence"] == "apache-2.0"
     card = (output / "README.md").read_text()
     assert "license: apache-2.0" in card and "public" in card and str(tmp_path) not in card
@@ -74,22 +74,22 @@ def test_public_weights_to_trained_to_served(tmp_path, catalogue):
     assert embedder.config.language.layers == 2 and embedder.config.experts.count == 4
     assert cli.main(["export", "--model", str(workdir), "--output", str(tmp_path / "again"), "--verify"]) == 0
 
-    # Verification sees another model: one expert's matrix is doubled on disk.
+    # Verification notices a changed model: one expert's matrix is doubled on disk.
     again = tmp_path / "again" / "model.safetensors"
     held = load_file(again)
     name = "model.language_model.layers.1.mlp.experts.down_proj"
     held[name] = 2 * held[name]
     save_file(held, again, metadata={"format": "pt"})
-    asked, ours = verify.ours(serving.read(workdir))
-    with pytest.raises(UserError, match="transformers embeds otherwise: cosine"):
-        verify.check((ours * verify.theirs(tmp_path / "again", asked)).sum(axis=1))
-    with pytest.raises(UserError, match="transformers embeds otherwise: cosine nan"):
+    prompts, ours = verify.ours(serving.read(workdir))
+    with pytest.raises(UserError, match="embeddings of transformers differ: cosine"):
+        verify.check((ours * verify.theirs(tmp_path / "again", prompts)).sum(axis=1))
+    with pytest.raises(UserError, match="embeddings of transformers differ: cosine nan"):
         verify.check(np.array([1.0, np.nan, 1.0]))
 
 
 @pytest.mark.slow
 def test_from_an_own_export_through_the_command_line(tmp_path, catalogue, tokenizer):
-    """Begun by --init under a config.json, and resumed by the same command when the folder is gone."""
+    """Started by --init with a config.json, and resumed by the same command after the folder is gone."""
     config = tiny(language__layers=4, experts__every=2, data__path=str(catalogue), training__steps=2)
     config = config_lib.replace(config, {"training.save_every": 1, "training.learning_rate": 0.0})
     export.export(trained(config, tokenizer, tmp_path), tmp_path / "own")
@@ -114,16 +114,16 @@ def test_the_folder_is_the_base_and_the_run_resumes_without_it(tmp_path, catalog
     sizes = dict(experts__count=0, training__steps=3, training__save_every=1, data__path=str(catalogue))
     config = tiny(**sizes, training__init=str(tmp_path / "public"))
     published(tmp_path / "public", config, qwen_tokenizer())
-    with pytest.raises(UserError, match=r"config.language.layers: 4, and .*public has 2"):
+    with pytest.raises(UserError, match=r"config.language.layers: 4, but .*public has 2"):
         moon_jax.train(config_lib.replace(config, {"language.layers": 4}), tmp_path / "other")
     assert not (tmp_path / "other" / "checkpoints").exists()
     moon_jax.train(config_lib.replace(config, {"training.learning_rate": 0.0}), tmp_path / "still")
     start, _ = serving.read(tmp_path / "public"), None
     held = serving.read(tmp_path / "still")
-    jax.tree.map(np.testing.assert_array_equal, start.encoder, held.encoder)  # it began from those weights
+    jax.tree.map(np.testing.assert_array_equal, start.encoder, held.encoder)  # it started from those weights
     moon_jax.train(config, tmp_path / "run")
     whole = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    # Killed after the first step, and resumed where the folder is gone.
+    # Killed after the first step, and resumed after the folder is gone.
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     for step in (2, 3):
         shutil.rmtree(tmp_path / "again" / "checkpoints" / str(step))

@@ -1,4 +1,4 @@
-"""A seeded maker of hostile records: what catalogues hold by mistake, and what somebody might put there on purpose."""
+"""Generates hostile records from a seed: errors that occur in catalogues, and malicious content."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def encoded(image, format, **options):
 
 
 def fine_image(rng):
-    """An image that is unusual, and good."""
+    """An unusual but valid image."""
     kind = rng.integers(7)
     if kind == 0:
         return encoded(picture(rng, "CMYK"), str(rng.choice(["JPEG", "TIFF"])))
@@ -51,7 +51,7 @@ def fine_image(rng):
 
 
 def bomb(rng):
-    """A few bytes that say they are 30,000 x 30,000 pixels."""
+    """A few bytes with a header that claims 30,000 x 30,000 pixels."""
     side = 30_000
     kind = rng.integers(4)
     if kind == 0:
@@ -64,8 +64,8 @@ def bomb(rng):
         return b"\x89PNG\r\n\x1a\n" + body
     if kind == 1:
         made = bytearray(encoded(picture(rng), "JPEG"))
-        place = made.index(b"\xff\xc0") + 5
-        made[place : place + 4] = struct.pack(">HH", side, side)
+        offset = made.index(b"\xff\xc0") + 5
+        made[offset : offset + 4] = struct.pack(">HH", side, side)
         return bytes(made)
     if kind == 2:
         made = bytearray(encoded(picture(rng), "GIF"))
@@ -77,13 +77,13 @@ def bomb(rng):
 
 
 def broken_image(rng):
-    """Truncated, or with bits flipped: some can be read all the same."""
+    """An image that is truncated or has flipped bits; some of these are still readable."""
     content = fine_image(rng)
     if rng.random() < 0.5:
         return content[: rng.integers(0, len(content))]
     content = bytearray(content)
-    for place in rng.integers(0, len(content), rng.integers(1, 20)):
-        content[place] ^= 1 << rng.integers(8)
+    for position in rng.integers(0, len(content), rng.integers(1, 20)):
+        content[position] ^= 1 << rng.integers(8)
     return bytes(content)
 
 
@@ -137,7 +137,7 @@ WRONG = [
     {"title": None, "images": []},
     {"title": float("nan"), "images": None},
 ]
-"""Changes that make a good record a bad one."""
+"""Changes that make a good record bad."""
 
 LINES = [
     b"{broken",
@@ -168,11 +168,11 @@ FINE = [
     {"description": "x" * 60_000},
     {"images": ["", None]},  # no image
 ]
-"""Changes that leave it good, if it keeps a title or an image."""
+"""Changes that leave a record good if it keeps a title or an image."""
 
 
 def surroundings(folder, photo):
-    """What hostile paths lead to."""
+    """Creates the files, links and pipes that hostile paths refer to."""
     (folder.parent / "secret.jpg").write_bytes(photo)
     (folder / "photo.jpg").write_bytes(photo)
     (folder / "outside.jpg").symlink_to(folder.parent / "secret.jpg")
@@ -193,7 +193,7 @@ def plain(number):
 
 
 def records(seed, count):
-    """Yields (line of JSON, what is expected: "good", "bad" or "either", record, content of its image or None)."""
+    """Yields (JSON line, expected result "good", "bad" or "either", record, image content or None)."""
     rng = np.random.default_rng(seed)
     for number in range(count):
         record = plain(number)

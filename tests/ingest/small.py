@@ -1,4 +1,4 @@
-"""moon-jax with small chunks, units and shards, so that little data has many: python -m tests.ingest.small prepare …"""
+"""moon-jax with tiny chunks, units and shards: python -m tests.ingest.small prepare …"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Against a real server on loopback, which is no public address: the tests that let it be asked say so."""
+"""Downloads from a real server on loopback. Loopback is not a public address, so most tests override `public`."""
 
 import asyncio
 import dataclasses
@@ -23,11 +23,11 @@ PHOTO = jpeg((200, 30, 30), (24, 24), 0)
 
 @pytest.fixture(scope="module")
 def server():
-    """Address of a server, what it was asked, and the most it answered at once."""
-    asked, now, most = Counter(), [0], [0]
+    """Address of a server, its request counts by path, and its peak number of simultaneous requests."""
+    requests, now, most = Counter(), [0], [0]
 
-    async def answer(request):
-        asked[request.path] += 1
+    async def respond(request):
+        requests[request.path] += 1
         now[0] += 1
         most[0] = max(most[0], now[0])
         try:
@@ -36,7 +36,9 @@ def server():
                 await asyncio.sleep(0.02)
                 return aiohttp_web.Response(body=PHOTO)
             if name == "twice":
-                return aiohttp_web.Response(status=503) if asked[request.path] < 3 else aiohttp_web.Response(body=PHOTO)
+                return (
+                    aiohttp_web.Response(status=503) if requests[request.path] < 3 else aiohttp_web.Response(body=PHOTO)
+                )
             if name == "patient":
                 headers = {"Retry-After": "1000"}
                 return aiohttp_web.Response(status=429, headers=headers)
@@ -71,7 +73,7 @@ def server():
 
     async def start():
         app = aiohttp_web.Application()
-        app.router.add_get("/{any:.*}", answer)
+        app.router.add_get("/{any:.*}", respond)
         runner = aiohttp_web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         runners.append(runner)
         await runner.setup()
@@ -84,12 +86,12 @@ def server():
         asyncio.set_event_loop(loop)
         loop.run_until_complete(start())
         loop.run_forever()
-        loop.run_until_complete(asyncio.sleep(0.1))  # what was cancelled ends
+        loop.run_until_complete(asyncio.sleep(0.1))  # lets cancelled handlers finish
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     assert ready.wait(30)
-    yield f"http://localhost:{address[0]}", asked, most
+    yield f"http://localhost:{address[0]}", requests, most
     asyncio.run_coroutine_threadsafe(runners[0].cleanup(), loop).result(30)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(30)
@@ -101,77 +103,77 @@ def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(fetch, "WAIT", 0.01)
 
 
-def ask(*urls, hosts=("localhost",), public=lambda address: True, **options):
+def get(*urls, hosts=("localhost",), public=lambda address: True, **options):
     found = fetch.fetch(urls, hosts, public=public, **options)
     assert list(found) == list(urls)
     return [found[url].detail if isinstance(found[url], BadRecord) else found[url].read_bytes() for url in urls]
 
 
-def test_what_is_fetched_is_kept_and_never_asked_for_again(server):
-    address, asked, _ = server
+def test_downloads_are_cached_and_never_repeated(server):
+    address, requests, _ = server
     urls = [f"{address}/photo/{n}" for n in range(30)]
-    assert ask(*urls) == [PHOTO] * 30
-    assert ask(*urls) == [PHOTO] * 30
-    assert all(asked[f"/photo/{n}"] == 1 for n in range(30))
+    assert get(*urls) == [PHOTO] * 30
+    assert get(*urls) == [PHOTO] * 30
+    assert all(requests[f"/photo/{n}"] == 1 for n in range(30))
 
 
-def test_a_host_is_asked_by_a_few_connections_at_a_time(server):
+def test_connections_per_host_are_limited(server):
     address, _, most = server
     most[0] = 0
-    ask(*(f"{address}/photo/few/{n}" for n in range(40)), connections=3)
+    get(*(f"{address}/photo/few/{n}" for n in range(40)), connections=3)
     assert 2 <= most[0] <= 3
 
 
-def test_what_may_go_well_later_is_tried_again(server):
-    address, asked, _ = server
-    assert ask(f"{address}/twice") == [PHOTO] and asked["/twice"] == 3
-    [told] = ask(f"{address}/broken")
-    assert "the server answers 500" in told and asked["/broken"] == fetch.TRIES
-    [told] = ask(f"{address}/gone")
-    assert "the server answers 404" in told and asked["/gone"] == 1
-    [told] = ask(f"{address}/page")
-    assert told.endswith("the answer is no image") and not fetch.path_of(f"{address}/page").exists()
-    assert ask(f"{address}/packed") == [PHOTO]  # as it came: nothing is unpacked
-    [told] = ask(f"{address}/patient")
-    assert "the server answers 429" in told and asked["/patient"] == 1  # it asks for a quarter of an hour
-    [told] = ask(f"{address}/cut")
-    assert asked["/cut"] == fetch.TRIES and told.startswith(f"{address}/cut: ")
+def test_transient_errors_are_retried(server):
+    address, requests, _ = server
+    assert get(f"{address}/twice") == [PHOTO] and requests["/twice"] == 3
+    [message] = get(f"{address}/broken")
+    assert "HTTP status 500" in message and requests["/broken"] == fetch.TRIES
+    [message] = get(f"{address}/gone")
+    assert "HTTP status 404" in message and requests["/gone"] == 1
+    [message] = get(f"{address}/page")
+    assert message.endswith("the response is not an image") and not fetch.path_of(f"{address}/page").exists()
+    assert get(f"{address}/packed") == [PHOTO]  # stored as sent: nothing is decompressed
+    [message] = get(f"{address}/patient")
+    assert "HTTP status 429" in message and requests["/patient"] == 1  # Retry-After asks for a quarter of an hour
+    [message] = get(f"{address}/cut")
+    assert requests["/cut"] == fetch.TRIES and message.startswith(f"{address}/cut: ")
 
 
-def test_answers_are_bounded_in_size_and_time(server, monkeypatch):
-    address, asked, _ = server
+def test_responses_are_limited_in_size_and_time(server, monkeypatch):
+    address, requests, _ = server
     monkeypatch.setattr(fetch, "LARGEST", 1 << 20)
     monkeypatch.setattr(fetch, "SECONDS", 0.3)
     monkeypatch.setattr(fetch, "TRIES", 2)
-    [told] = ask(f"{address}/huge")
-    assert told.endswith("more than 1048576 bytes") and asked["/huge"] == 1
-    [told] = ask(f"{address}/slow")
-    assert "imeout" in told and asked["/slow"] == 2
-    assert not list(fetch.cache().rglob("*.*"))  # nothing half-written
+    [message] = get(f"{address}/huge")
+    assert message.endswith("more than 1048576 bytes") and requests["/huge"] == 1
+    [message] = get(f"{address}/slow")
+    assert "imeout" in message and requests["/slow"] == 2
+    assert not list(fetch.cache().rglob("*.*"))  # no partial files
 
 
-def test_nothing_is_asked_for_that_was_not_allowed(server):
-    address, asked, _ = server
-    before = sum(asked.values())
+def test_urls_that_are_not_allowed_are_never_requested(server):
+    address, requests, _ = server
+    before = sum(requests.values())
     for url, why in {
-        f"{address}/photo/x": "--fetch does not name localhost",
-        "https://example.com/a.jpg": "--fetch does not name example.com",
-        "file:///etc/passwd": "file:// is not fetched",
-        "ftp://images.test/a.jpg": "ftp:// is not fetched",
-        "http://images.test@example.com/a.jpg": "names a user",
+        f"{address}/photo/x": "--fetch does not allow localhost",
+        "https://example.com/a.jpg": "--fetch does not allow example.com",
+        "file:///etc/passwd": "file:// is not supported",
+        "ftp://images.test/a.jpg": "ftp:// is not supported",
+        "http://images.test@example.com/a.jpg": "the URL contains a user name or password",
         "http://[::1/a.jpg": "Invalid IPv6 URL",
-        "http:///a.jpg": "--fetch does not name its host",
+        "http:///a.jpg": "--fetch does not allow an empty host",
     }.items():
-        [told] = ask(url, hosts=("images.test",))
-        assert why in told, url
-    assert sum(asked.values()) == before
+        [message] = get(url, hosts=("images.test",))
+        assert why in message, url
+    assert sum(requests.values()) == before
 
 
-def test_addresses_of_a_private_network_are_never_asked(server):
-    """By number, by a name that points there, and by redirect."""
-    address, asked, _ = server
+def test_private_addresses_are_never_contacted(server):
+    """Given by number in many notations, or by a name that resolves to one."""
+    address, requests, _ = server
     port = address.rpartition(":")[2]
-    before = sum(asked.values())
+    before = sum(requests.values())
     hosts = ("localhost", "127.0.0.1", "10.0.0.7", "169.254.169.254", "::1", "::ffff:127.0.0.1", "0x7f.1", "2130706433")
     for url in (
         f"{address}/photo/p",
@@ -183,29 +185,29 @@ def test_addresses_of_a_private_network_are_never_asked(server):
         f"http://0x7f.1:{port}/photo/p",
         f"http://2130706433:{port}/photo/p",
     ):
-        [told] = ask(url, hosts=hosts, public=fetch.is_public)
-        assert "no address of the public internet" in told or "is not a canonical IPv4 address" in told, told
-    assert sum(asked.values()) == before
+        [message] = get(url, hosts=hosts, public=fetch.is_public)
+        assert "not a public address" in message or "is not a canonical IPv4 address" in message, message
+    assert sum(requests.values()) == before
 
 
-def test_redirects_are_held_to_the_same(server):
-    address, asked, _ = server
+def test_redirects_are_checked_like_urls(server):
+    address, requests, _ = server
     port = address.rpartition(":")[2]
-    assert ask(f"{address}/to/1?url=/photo/redirected") == [PHOTO]
-    [told] = ask(f"{address}/to/2?url=http://127.0.0.1:{port}/photo/secret")
-    assert "--fetch does not name 127.0.0.1" in told
-    [told] = ask(f"{address}/to/3?url=file:///etc/passwd")
-    assert "file:// is not fetched" in told
+    assert get(f"{address}/to/1?url=/photo/redirected") == [PHOTO]
+    [message] = get(f"{address}/to/2?url=http://127.0.0.1:{port}/photo/secret")
+    assert "--fetch does not allow 127.0.0.1" in message
+    [message] = get(f"{address}/to/3?url=file:///etc/passwd")
+    assert "file:// is not supported" in message
     public_name_only = lambda address: address not in ("127.0.0.2",)  # noqa: E731
-    [told] = ask(
+    [message] = get(
         f"{address}/to/4?url=http://127.0.0.2:{port}/photo/secret",
         hosts=("localhost", "127.0.0.2"),
         public=public_name_only,
     )
-    assert "127.0.0.2 is no address of the public internet" in told
-    [told] = ask(f"{address}/round")
-    assert "more than 5 redirects" in told
-    assert not asked["/photo/secret"]
+    assert "127.0.0.2 is not a public address" in message
+    [message] = get(f"{address}/round")
+    assert "more than 5 redirects" in message
+    assert not requests["/photo/secret"]
 
 
 @pytest.mark.parametrize(
@@ -252,13 +254,15 @@ def test_allowed_hosts():
 
 
 def test_a_catalogue_of_urls(server, tmp_path, monkeypatch):
-    """The whole way; loopback counts as public here, which nothing but a test can ask for."""
-    address, asked, _ = server
+    """End to end. Loopback counts as public here, which only a test can arrange."""
+    address, requests, _ = server
     lines = [{"product_id": str(n), "title": f"thing {n}", "images": [f"{address}/photo/c{n}"]} for n in range(8)]
     lines.append({"product_id": "gone", "title": "thing", "images": [f"{address}/gone"]})
     lines.append({"product_id": "elsewhere", "title": "thing", "images": ["https://example.com/a.jpg"]})
     (tmp_path / "products.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(UserError, match=r"10 image not fetched\), such as products.jsonl 1: a URL; --fetch HOST lets"):
+    with pytest.raises(
+        UserError, match=r"10 image not fetched\), such as products.jsonl 1: a URL; --fetch HOST allows downloads"
+    ):
         prepared_from(tmp_path / "products.jsonl", tmp_path / "none")
     monkeypatch.setattr(fetch, "fetch", functools.partial(fetch.fetch, public=lambda address: True))
     options = dataclasses.replace(prepare.Options.of(config_lib.Config()), hosts=("localhost",))
@@ -269,4 +273,4 @@ def test_a_catalogue_of_urls(server, tmp_path, monkeypatch):
         assert all(product.images == (PHOTO,) for product in found.products)
         assert [entry["id"] for entry in quarantine(found)] == ["gone", "elsewhere"]
         assert found.quarantined == {"image not fetched": 2}
-    assert all(asked[f"/photo/c{n}"] == 1 for n in range(8))
+    assert all(requests[f"/photo/c{n}"] == 1 for n in range(8))

@@ -1,4 +1,4 @@
-"""2,000 hostile records: no crash, no wrong read, and a ledger that adds up."""
+"""2,000 hostile records: no crash, no wrong content, and counts that add up."""
 
 import io
 import json
@@ -21,7 +21,7 @@ PHOTO = jpeg((9, 9, 200), (16, 16), 0)
 @pytest.fixture(autouse=True)
 def _quiet():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of broken tags
+        warnings.simplefilter("ignore")  # Pillow warns about broken tags
         yield
 
 
@@ -30,21 +30,21 @@ def made():
     return list(hostile.records(0, COUNT))
 
 
-def check(found, made, number_of=lambda place: place + 1):
-    """Every record is one product or one entry of the quarantine, and what arrived is what was sent."""
+def check(found, made):
+    """Every record is either a product or an entry of the quarantine, and its content is unchanged."""
     listed = {entry["number"]: entry for entry in quarantine(found)}
     products = {product.id: product for product in found.products}
     assert len(listed) == sum(found.quarantined.values()) == found.manifest["read"]["product"] - len(products)
     assert found.manifest["read"]["product"] == len(made) and found.manifest["kept"]["product"] == len(products)
     assert {entry["reason"] for entry in listed.values()} <= set(parse.REASONS)
     kept, many = 0, 0
-    for place, (_, expected, record, content) in enumerate(made):
-        entry = listed.get(number_of(place))
+    for number, (_, expected, record, content) in enumerate(made, start=1):
+        entry = listed.get(number)
         if record and record.get("product_id") == "id of many":
-            many += entry is None  # the first one stands for all
+            many += entry is None  # only the first one is kept
             kept += entry is None
             continue
-        assert (entry is not None) == (expected == "bad") or expected == "either", (place, entry, record)
+        assert (entry is not None) == (expected == "bad") or expected == "either", (number, entry, record)
         if entry is None:
             kept += 1
             product = products[record["product_id"]]
@@ -61,26 +61,26 @@ def test_hostile_lines_and_files(made, tmp_path):
     folder = tmp_path / "in" / "data"
     (folder / "images").mkdir(parents=True)
     hostile.surroundings(folder, PHOTO)
-    for place, (_, _, record, content) in enumerate(made):
+    for number, (_, _, record, content) in enumerate(made):
         if record:
-            (folder / "images" / str(place)).write_bytes(content)
+            (folder / "images" / str(number)).write_bytes(content)
     (folder / "products.jsonl").write_bytes(b"\n".join(line for line, _, _, _ in made))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # A flipped bit may say that an image is long: no side is too long here, so that all bytes are kept.
+    # A flipped bit may make an image very long. With this limit no image is downscaled, so all bytes are kept.
     found = prepared_from(folder, tmp_path / "p", prepare__longest_side=10**6)
-    # A single bomb, decoded, would take 2.7 GB.
+    # A single decoded bomb would take 2.7 GB.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
     check(found, made)
     counts = found.quarantined
     assert {"not readable", "no id", "duplicate id", "bad text", "text too long", "bad image"} <= set(counts)
     assert "image not fetched" in counts and "no text and no image" in counts
-    # Nothing that a terminal would obey is in what a person is told.
+    # Messages contain no control characters that a terminal would interpret.
     assert found.summary().isprintable()
     assert all(json.dumps(entry).isprintable() for entry in quarantine(found))
 
 
 def test_hostile_bytes_in_parquet(made, tmp_path):
-    """The images alone, as Parquet holds them."""
+    """Only the images, as bytes in Parquet."""
     plain = [(e, c, r["product_id"]) for n, (_, e, r, c) in enumerate(made) if r and r == hostile.plain(n)]
     assert len(plain) > 600 and {expected for expected, _, _ in plain} == {"good", "bad", "either"}
     rows = [{"product_id": identity, "title": identity, "images": [content]} for _, content, identity in plain]
@@ -94,11 +94,11 @@ def test_hostile_bytes_in_parquet(made, tmp_path):
         assert number in listed or products[identity].images == (content,)
 
 
-def test_a_large_image_is_made_smaller_and_others_are_left_alone(tmp_path):
+def test_only_large_images_are_downscaled(tmp_path):
     from PIL import Image
 
-    rng_photo = hostile.encoded(Image.linear_gradient("L").resize((3000, 500)), "PNG")
-    rows = [{"product_id": str(n), "title": f"t{n}", "images": [image]} for n, image in enumerate([rng_photo, PHOTO])]
+    gradient = hostile.encoded(Image.linear_gradient("L").resize((3000, 500)), "PNG")
+    rows = [{"product_id": str(n), "title": f"t{n}", "images": [image]} for n, image in enumerate([gradient, PHOTO])]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
     found = prepared_from(tmp_path / "p.parquet", tmp_path / "p", prepare__longest_side=600)
     by_id = {product.id: product.images[0] for product in found.products}

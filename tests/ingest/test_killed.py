@@ -1,5 +1,5 @@
-"""Prepare is killed, by SIGKILL and at any moment, and run again: the same bytes as undisturbed, by any number of
-processes; and nothing that it started outlives it."""
+"""Prepare is killed with SIGKILL at random moments and run again. The output equals that of an uninterrupted run byte
+by byte, with any number of processes, and no child process survives."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.killing import content, finish
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """2,000 products, some of them bad, and a log."""
+    """2,000 products, some of them unusable, and a log."""
     folder, rng = tmp_path_factory.mktemp("source"), np.random.default_rng(0)
     made = records(400)
     rows = []
@@ -48,7 +48,7 @@ def start(source, output, processes):
 
 @pytest.fixture(scope="module")
 def undisturbed(source, tmp_path_factory):
-    """What comes out, and how many seconds it takes."""
+    """The output of an uninterrupted run, and its duration in seconds."""
     output, began = tmp_path_factory.mktemp("undisturbed") / "p", time.monotonic()
     finish(start(source, output, 2))
     took = time.monotonic() - began
@@ -69,7 +69,7 @@ def test_killed_at_random_moments(source, undisturbed, tmp_path, kill_seed):
     killed(source, undisturbed, tmp_path, kill_seed)
 
 
-def test_one_process_gives_what_two_give_and_a_second_time_is_nothing(source, undisturbed, tmp_path):
+def test_one_process_gives_the_same_output_as_two_and_a_second_run_changes_nothing(source, undisturbed, tmp_path):
     finish(start(source, tmp_path / "p", 1))
     assert content(tmp_path / "p") == undisturbed[0]
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "p").iterdir()}
@@ -77,21 +77,21 @@ def test_one_process_gives_what_two_give_and_a_second_time_is_nothing(source, un
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "p").iterdir()} == times
 
 
-def test_ctrl_c_stops_and_the_same_command_goes_on(source, undisturbed, tmp_path):
+def test_ctrl_c_stops_and_the_same_command_resumes(source, undisturbed, tmp_path):
     process = start(source, tmp_path / "p", 2)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "p" / ".work" / "units").glob("*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
     _, err = process.communicate(timeout=60)
     assert process.returncode in (0, 130), err
     if process.returncode:
-        assert "interrupted; the same command goes on from here" in err and "Traceback" not in err
+        assert "interrupted; the same command resumes from here" in err and "Traceback" not in err
     finish(start(source, tmp_path / "p", 2))
     assert content(tmp_path / "p") == undisturbed[0]
 
 
-def test_another_source_or_another_option_is_told(source, undisturbed, tmp_path):
+def test_another_source_or_another_output_is_refused(source, undisturbed, tmp_path):
     output = tmp_path / "p"
     process = start(source, output, 1)
     while not (output / ".work" / "source.json").exists():
@@ -101,10 +101,10 @@ def test_another_source_or_another_option_is_told(source, undisturbed, tmp_path)
     (tmp_path / "other.jsonl").write_text('{"product_id": "1", "title": "a"}')
     other = start(tmp_path / "other.jsonl", output, 1)
     _, err = other.communicate(timeout=60)
-    assert other.returncode == 2 and "holds what was begun from another source" in err
+    assert other.returncode == 2 and "holds unfinished work from another or a changed source" in err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     full = start(source, tmp_path / "full", 1)
     _, err = full.communicate(timeout=60)
-    assert full.returncode == 2 and "holds other things; give a folder that is new or empty" in err
+    assert full.returncode == 2 and "holds other files; give a new or empty folder" in err
     assert os.listdir(tmp_path / "full") == ["mine.txt"]

@@ -1,4 +1,4 @@
-"""Logs → triplets, against a plain Python rule."""
+"""Triplets from logs, compared with a plain Python implementation."""
 
 import json
 import math
@@ -48,15 +48,15 @@ def test_weights_negatives_and_the_split_by_time(tmp_path):
             for event in events.get(product, ()):
                 rows.append(common | {"event": event, "time": time + 1})
 
-    # p4 and p5 share a title: p4 is no negative of p5.
+    # p4 and p5 share a title, so p4 is not a negative of p5.
     page("red", "a", 10, ["p0", "p4", "p9", "p5"], {"p5": ["click", "purchase"]})
-    # Nothing stands above: the negative is of the same category.
+    # Nothing was shown above, so the negative is from the same category.
     page("blue", "b", 20, ["p1", "p2"], {"p1": ["click"]})
-    # p0 was skipped here, but chosen for the same query elsewhere; p7 was skipped twice, above p8 and further above.
+    # p0 was skipped here, but chosen for the same query elsewhere, so p7, skipped above p8, is the negative.
     page("mug", "c", 30, ["p0", "p7", "p8"], {"p8": ["cart"]})
     page("mug", "d", 40, ["p0", "p1"], {"p0": ["click"]})
     rows.append({"query": "mug", "product_id": "p8", "event": "click", "count": 3, "time": 50})
-    # Later than nine tenths of the choices: for evaluation. A pair that was learned is not asked again.
+    # Later than 90% of the choices, so held out. A training pair is not evaluated again.
     page("late", "e", 1000, ["p3", "p6"], {"p6": ["click"]})
     rows += [{"query": f"filler {n}", "product_id": "p10", "event": "click", "time": 60 + n} for n in range(14)]
     rows.append({"query": "red", "product_id": "p5", "event": "click", "time": 1002})
@@ -68,16 +68,16 @@ def test_weights_negatives_and_the_split_by_time(tmp_path):
     assert made["mug", "p8"] == ("p7", pytest.approx(math.log2(1 + 2 + 3)))
     assert made["mug", "p0"][1] == 1.0
     assert ("late", "p6") not in made and len(made) == 4 + 14
-    asked = [(found.products[q].text, found.products[p].id) for q, p in found.val_queries]
-    assert asked == [("late", "p6")]
+    evaluated = [(found.products[q].text, found.products[p].id) for q, p in found.val_queries]
+    assert evaluated == [("late", "p6")]
     assert found.manifest["read"]["log"] == found.manifest["kept"]["log"] == len(rows)
     assert found.manifest["negatives_skipped_above"] == 2
-    # With a log nothing is held out by title, and each query is one record.
+    # With a log no title is held out, and each query is one record.
     assert list(found.val) == list(found.train) == list(range(12))
     assert len(found.products) == 12 + len({query for query, _ in made} | {"late"})
 
 
-def test_a_log_of_thousands_against_a_plain_rule(tmp_path):
+def test_a_large_log_equals_a_plain_implementation(tmp_path):
     rng = np.random.default_rng(0)
     products = catalogue(60, 4)
     rows = []
@@ -113,16 +113,16 @@ def test_a_log_of_thousands_against_a_plain_rule(tmp_path):
     skipped = defaultdict(list)
     title = {product["product_id"]: product["title"] for product in products}
     for (query, session), page in pages.items():
-        for product, (place, taken) in page.items():
+        for product, (position, taken) in page.items():
             for other, (above, other_taken) in page.items():
-                good = taken and not other_taken and above < place and title[product] != title[other]
+                good = taken and not other_taken and above < position and title[product] != title[other]
                 if good and (query, other) not in chosen:
-                    skipped[query, product].append((place - above, session, other))
+                    skipped[query, product].append((position - above, session, other))
     made = triplets(found)
     assert set(made) == set(weight)
     direct = 0
-    for (query, product), (negative, told) in made.items():
-        assert told == pytest.approx(math.log2(1 + weight[query, product]), rel=1e-6)
+    for (query, product), (negative, found_weight) in made.items():
+        assert found_weight == pytest.approx(math.log2(1 + weight[query, product]), rel=1e-6)
         near = [other for gap, _, other in skipped[query, product] if gap == min(skipped[query, product])[0]]
         if near:
             assert negative in near
@@ -130,11 +130,11 @@ def test_a_log_of_thousands_against_a_plain_rule(tmp_path):
         else:
             assert title[negative] != title[product] and int(negative[1:]) % 4 == int(product[1:]) % 4
     assert direct > 50 and direct == found.manifest["negatives_skipped_above"]
-    asked = {(found.products[q].text, found.products[p].id) for q, p in found.val_queries}
-    assert asked == late - set(weight)
+    evaluated = {(found.products[q].text, found.products[p].id) for q, p in found.val_queries}
+    assert evaluated == late - set(weight)
 
 
-def test_rows_of_a_log_that_cannot_be_used(tmp_path):
+def test_unusable_log_rows_are_quarantined(tmp_path):
     good = {"query": "mug", "product_id": "p1", "event": "click", "time": 5}
     bad = [
         ("bad event", good | {"event": "hover"}),
@@ -161,7 +161,7 @@ def test_rows_of_a_log_that_cannot_be_used(tmp_path):
         good | {"time": "1700000000.5", "count": "2"},
         *(good | {"time": time} for time in ("1.7e+09", " 1700000000", "+5", "-3.5", "2026-11-24")),
         good | {"time": None, "position": float("nan"), "query": "hat"},
-        {"query": "no event is a choice", "product_id": "p2"},
+        {"query": "no event counts as a choice", "product_id": "p2"},
     ]
     rows = [row for _, row in bad] + fine
     found = prepared_from(write(tmp_path / "data", catalogue(6), rows), tmp_path / "p")
@@ -172,7 +172,7 @@ def test_rows_of_a_log_that_cannot_be_used(tmp_path):
 
 
 def test_image_queries_csv_logs_and_duplicates(tmp_path):
-    """A photo asks, a CSV tells; what was clicked under the id of a duplicate counts for the one that is kept."""
+    """Image queries and a CSV log; clicks on a duplicate count for the product that is kept."""
     products = catalogue(6)
     products.append(products[2] | {"product_id": "same as p2", "images": ["2.jpg"]})
     folder = write(tmp_path / "data", products, [], "unused.txt")
@@ -186,16 +186,16 @@ def test_image_queries_csv_logs_and_duplicates(tmp_path):
     )
     found = prepared_from(folder, tmp_path / "p", prepare__val_fraction=0.0001)
     ids = [product.id for product in found.products]
-    asked = {
+    made = {
         (found.products[t.query].text, len(found.products[t.query].images), ids[t.positive]): t for t in found.triplets
     }
-    assert set(asked) == {("red mug", 0, "p2"), (None, 1, "p3"), ("two\nlines", 1, "p4")}
-    assert asked["red mug", 0, "p2"].weight == pytest.approx(math.log2(3))
+    assert set(made) == {("red mug", 0, "p2"), (None, 1, "p3"), ("two\nlines", 1, "p4")}
+    assert made["red mug", 0, "p2"].weight == pytest.approx(math.log2(3))
     assert found.quarantined == {"duplicate product": 1}
 
 
-def test_a_log_trains(tmp_path):
-    """Queries without images are rows with text alone."""
+def test_batches_from_a_log(tmp_path):
+    """Text-only queries are rows with view t only."""
     from moon_jax.data import pipeline, text
     from tests.conftest import tiny
 
@@ -207,7 +207,7 @@ def test_a_log_trains(tmp_path):
     assert batch.rows.view[8:16].all() and (batch.weight >= 1).all()
 
 
-def test_what_is_for_evaluation_is_no_negative(tmp_path):
+def test_held_out_products_are_never_negatives(tmp_path):
     rows = []
     for n in range(36):
         common = {"query": f"q{n}", "session": str(n), "time": n}

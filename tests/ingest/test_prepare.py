@@ -1,4 +1,4 @@
-"""Every record is read or quarantined with a reason; what cannot be used at all is one line."""
+"""Every record is either read or quarantined with a reason; unusable sources give a one-line error."""
 
 import fcntl
 import json
@@ -115,29 +115,29 @@ def test_an_image_with_too_many_pixels_is_not_decoded(tmp_path):
     ("make", "message"),
     [
         (lambda p: p / "nowhere", "no such file or folder"),
-        (lambda p: p, "no file there that ends with one of .parquet, .jsonl"),
-        (lambda p: write_jsonl(p, [{"sku": "1", "title": "x"}]), "no column product_id; its columns are sku, title"),
+        (lambda p: p, "no file that ends with one of .parquet, .jsonl"),
+        (lambda p: write_jsonl(p, [{"sku": "1", "title": "x"}]), "no column product_id; the columns are sku, title"),
         (
             lambda p: write_jsonl(p, [{"product_id": "1", "name": "x"}]),
-            "no column title or images or image; its columns",
+            "no column title or images or image; the columns are name, product_id",
         ),
         (
             lambda p: write_jsonl(p, []).joinpath("queries.jsonl").write_text('{"product_id": "1", "title": "x"}')
             and p,
             "queries.jsonl: no column query_id",
         ),
-        (lambda p: write_jsonl(p, []), "no product left to train on"),
+        (lambda p: write_jsonl(p, []), "no usable training product; at least two different titles are needed"),
         (lambda p: write_jsonl(p, [{"product_id": "1", "titel": "x"}]), "rename titel"),
         (
             lambda p: write_jsonl(p, [{"product_id": "1", "title": 7}]),
-            "no product left to train on; at least two different titles are needed; 1 left out (1 bad text), such as"
+            "no usable training product; at least two different titles are needed; 1 left out (1 bad text), such as"
             " products.jsonl 1: title is of type int",
         ),
         (lambda p: (p / "a.parquet").write_bytes(b"PAR") and p, "not a readable parquet file"),
-        (lambda p: write_jsonl(p, [{"product_id": "1", "title": "x"}]), "no product left to"),
+        (lambda p: write_jsonl(p, [{"product_id": "1", "title": "x"}]), "no usable training product; at least two"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(tmp_path, make, message):
+def test_unusable_sources_give_a_one_line_error(tmp_path, make, message):
     with pytest.raises(UserError) as error:
         prepared_from(make(tmp_path), tmp_path / "p")
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -156,9 +156,9 @@ def test_queries_and_splits(tmp_path):
     assert [ids[index] for index in found.train] == [str(n) for n in range(8)]
     assert [ids[index] for index in found.val] == [str(n) for n in range(8, 12)]
     assert [(ids[q], ids[p]) for q, p in found.val_queries] == [("val-0", "9")]
-    asked = [t for t in found.triplets if t.query != t.positive]
-    assert [(ids[t.query], ids[t.positive]) for t in asked] == [("train-0", "1"), ("train-1", "2")]
-    # Unknown, or on the other side of the split: a held-out product is no training positive, nor the reverse.
+    from_queries = [t for t in found.triplets if t.query != t.positive]
+    assert [(ids[t.query], ids[t.positive]) for t in from_queries] == [("train-0", "1"), ("train-1", "2")]
+    # Unknown, or in the other part of the split: a held-out product is never a training positive, nor vice versa.
     assert [tuple(entry.values())[:4] for entry in quarantine(found)] == [
         ("queries_train.parquet", 3, "train-2", "unknown product"),
         ("queries_train.parquet", 4, "train-3", "unknown product"),
@@ -194,13 +194,13 @@ def test_the_manifest_counts(prepared):
 def test_a_run_keeps_the_manifest_and_refuses_other_data(catalogue, prepared, tmp_path):
     workdir_lib.keep_data(prepared, tmp_path / "w" / "data", "runs/w")
     assert {path.name for path in (tmp_path / "w" / "data").iterdir()} == {"manifest.json", "quarantine.jsonl"}
-    assert workdir_lib.keep_data(prepared, tmp_path / "w" / "data", "runs/w") is prepared  # the same again is fine
+    assert workdir_lib.keep_data(prepared, tmp_path / "w" / "data", "runs/w") is prepared  # the same data again is fine
     other = prepared_from(catalogue, tmp_path / "p", prepare__val_fraction=0.3)
-    with pytest.raises(UserError, match=r"^runs/w: holds other data than is given now"):
+    with pytest.raises(UserError, match=r"^runs/w: holds data other than that given"):
         workdir_lib.keep_data(other, tmp_path / "w" / "data", "runs/w")
 
 
-def test_the_fingerprint_is_of_all_that_is_used(tmp_path):
+def test_the_fingerprint_covers_all_content(tmp_path):
     (tmp_path / "a.jpg").write_bytes(GOOD)
     record = {"title": "shoe", "images": ["a.jpg"], "category": ["x"], "attributes": {"colour": "red"}, "brand": "b"}
     seen = set()
@@ -212,7 +212,7 @@ def test_the_fingerprint_is_of_all_that_is_used(tmp_path):
     assert len(seen) == 5
 
 
-def test_equal_titles_stay_on_one_side_of_the_split(tmp_path):
+def test_equal_titles_are_in_the_same_part_of_the_split(tmp_path):
     titles = [("Red  shirt %d" if n % 2 else "red shirt %d") % (n // 4) for n in range(160)]
     for n in range(160):
         (tmp_path / f"{n}.jpg").write_bytes(jpeg((90, 90, 90), (8, 8), n))
@@ -226,7 +226,7 @@ def test_equal_titles_stay_on_one_side_of_the_split(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_the_smallest_catalogues_have_something_to_find(tmp_path, count):
+def test_the_smallest_catalogues_have_a_held_out_product(tmp_path, count):
     (tmp_path / "a.jpg").write_bytes(GOOD)
     write_jsonl(tmp_path, [{"product_id": n, "title": f"shoe {n}", "image": "a.jpg"} for n in range(count)])
     found = prepared_from(tmp_path, tmp_path / "p")
@@ -239,16 +239,16 @@ def test_a_split_is_a_whole_word_of_the_name(tmp_path, name):
     write_jsonl(tmp_path, [{"product_id": n, "title": f"shoe {n}", "images": ["a.jpg"]} for n in range(4)])
     (tmp_path / "products.jsonl").rename(tmp_path / f"{name}.jsonl")
     found = prepared_from(tmp_path, tmp_path / "p")
-    assert (len(found.train), len(found.val)) == (3, 1)  # divided, since no file says
+    assert (len(found.train), len(found.val)) == (3, 1)  # split at random, as no file name gives a split
 
 
-def test_a_catalogue_that_serves_no_objective_is_refused(tmp_path):
+def test_a_catalogue_without_images_is_refused(tmp_path):
     write_jsonl(tmp_path, [{"product_id": n, "title": f"shoe {n}"} for n in range(9)])
-    with pytest.raises(UserError, match="no product to train on has both a title and an image"):
+    with pytest.raises(UserError, match="no training product has both a title and an image"):
         prepared_from(tmp_path, tmp_path / "p")
 
 
-def test_text_that_is_not_utf8_costs_its_record_only(tmp_path):
+def test_invalid_utf8_affects_only_its_record(tmp_path):
     titles = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).view(pa.string())
     columns = {"product_id": pa.array(["1", "2", "3"]), "title": titles, "images": [[GOOD]] * 3}
     pq.write_table(pa.table(columns), tmp_path / "p.parquet")
@@ -257,10 +257,10 @@ def test_text_that_is_not_utf8_costs_its_record_only(tmp_path):
     assert [(entry["number"], entry["reason"]) for entry in quarantine(found)] == [(2, "not readable")]
 
 
-def test_negatives_have_another_title_even_where_nearly_all_are_equal(tmp_path):
+def test_negatives_have_another_title_even_if_nearly_all_are_equal(tmp_path):
     lines = [{"product_id": str(n), "title": "same", "category": ["a", "b"], "images": [f"{n}.jpg"]} for n in range(30)]
     lines.append({"product_id": "x", "title": "other", "category": ["a", "c"], "images": ["x.jpg"]})
-    lines.append({"product_id": "v", "title": "to find"})
+    lines.append({"product_id": "v", "title": "held out"})
     for line in lines[:-1]:
         (tmp_path / line["images"][0]).write_bytes(
             jpeg(
@@ -278,7 +278,7 @@ def test_negatives_have_another_title_even_where_nearly_all_are_equal(tmp_path):
 
 
 def test_negatives_are_uniform_over_the_narrowest_category_that_has_another_title(tmp_path):
-    """Against a plain rule: of every product those that may be its negative; and none is favoured."""
+    """Each negative is among those a plain implementation allows, and none of them is favoured."""
     rng = np.random.default_rng(0)
     lines = []
     for n in range(900):
@@ -288,7 +288,7 @@ def test_negatives_are_uniform_over_the_narrowest_category_that_has_another_titl
     for n in range(30):
         (tmp_path / f"{n}.jpg").write_bytes(jpeg((9, 9, 9), (8, 8), n))
     write_jsonl(tmp_path, lines)
-    (tmp_path / "val.jsonl").write_text(json.dumps({"product_id": "v", "title": "to find"}))
+    (tmp_path / "val.jsonl").write_text(json.dumps({"product_id": "v", "title": "held out"}))
     found = prepared_from(tmp_path, tmp_path / "p")
     products, shares = found.products[:], []
     train = [products[index] for index in found.train]
@@ -305,7 +305,7 @@ def test_negatives_are_uniform_over_the_narrowest_category_that_has_another_titl
                 break
         assert products[triplet.negative].id in allowed
         shares.append((sorted(allowed).index(products[triplet.negative].id) + 0.5) / len(allowed))
-    # By rank among those allowed the draws are uniform: ten bins of about 90, of which none is off by five sigma.
+    # The rank among the allowed products is uniform: ten bins of about 90, none off by five sigma.
     counts, _ = np.histogram(shares, bins=10, range=(0, 1))
     assert abs(counts - len(shares) / 10).max() < 5 * np.sqrt(len(shares) / 10)
 
@@ -319,7 +319,7 @@ def photos(folder, count):
         (folder / f"{n}.jpg").write_bytes(jpeg((9, 9, 9), (8, 8), n))
 
 
-def test_a_product_of_number_0_can_be_sought(tmp_path):
+def test_a_product_with_id_0_can_be_a_target(tmp_path):
     photos(tmp_path, 4)
     write_jsonl(tmp_path, lines_of(4))
     queries = [{"query_id": n, "product_id": float(n) if n else n, "title": "thing"} for n in range(4)]
@@ -329,7 +329,7 @@ def test_a_product_of_number_0_can_be_sought(tmp_path):
     assert [(ids[q], ids[p]) for q, p in found.val_queries] == [("0", "0"), ("1", "1"), ("2", "2"), ("3", "3")]
 
 
-def test_images_that_come_later_are_found(tmp_path):
+def test_images_that_appear_later_are_found(tmp_path):
     write_jsonl(tmp_path / "s", lines_of(5))
     with pytest.raises(UserError, match="5 bad image"):
         prepared_from(tmp_path / "s", tmp_path / "p")
@@ -337,8 +337,8 @@ def test_images_that_come_later_are_found(tmp_path):
     assert len(prepared_from(tmp_path / "s", tmp_path / "p").products) == 5
 
 
-def test_images_that_come_after_some_shards_were_written(tmp_path, monkeypatch):
-    """The shards of the last try hold other records."""
+def test_images_that_appear_after_some_shards_were_written(tmp_path, monkeypatch):
+    """The shards of the first attempt hold other records."""
     monkeypatch.setattr(prepare, "SHARD_BYTES", 2000)
     write_jsonl(tmp_path / "s", lines_of(30))
     photos(tmp_path / "s", 30)
@@ -363,7 +363,7 @@ def test_images_that_come_after_some_shards_were_written(tmp_path, monkeypatch):
     }
 
 
-def test_a_source_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
+def test_a_source_that_changes_during_prepare_is_refused(tmp_path, monkeypatch):
     photos(tmp_path, 5)
     write_jsonl(tmp_path, lines_of(5))
     write = shards.write_shard
@@ -374,13 +374,13 @@ def test_a_source_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
         return write(*arguments)
 
     monkeypatch.setattr(shards, "write_shard", append)
-    with pytest.raises(UserError, match=r"changed while it was read; remove .*/p, and prepare it again"):
+    with pytest.raises(UserError, match=r"changed during prepare; remove .*/p and prepare it again"):
         prepared_from(tmp_path, tmp_path / "p")
     assert not (tmp_path / "p" / "manifest.json").exists()
 
 
 def test_a_record_larger_than_a_shard(tmp_path, monkeypatch):
-    """Shards are numbered without gaps, and groups of rows of a unit are as many as its images are large."""
+    """Shards are numbered without gaps, and units with large images have more row groups."""
     monkeypatch.setattr(prepare, "SHARD_BYTES", 2000)
     monkeypatch.setattr(readers, "CHUNK_BYTES", 3000)
     photos(tmp_path, 30)
@@ -395,25 +395,26 @@ def test_a_record_larger_than_a_shard(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["val", "queries_val"])
-def test_an_evaluation_that_is_given_and_lost_is_told(tmp_path, part):
+def test_unusable_evaluation_data_is_an_error(tmp_path, part):
     photos(tmp_path, 4)
     write_jsonl(tmp_path, lines_of(4))
     lost = {"product_id": 0 if part == "val" else 99, "query_id": "q", "title": "again"}
     (tmp_path / f"{part}.jsonl").write_text(json.dumps(lost))
     (tmp_path / "products.jsonl").rename(tmp_path / "train.jsonl")
     with pytest.raises(
-        UserError, match=r"for evaluation, of which none is left; 1 left out \(1 (duplicate id|unknown p)"
+        UserError,
+        match=r"it has evaluation (products|queries), but none is usable; 1 left out \(1 (duplicate id|unknown p)",
     ):
         prepared_from(tmp_path, tmp_path / "p")
 
 
-def test_nothing_of_others_is_removed(tmp_path):
+def test_unrelated_files_are_never_removed(tmp_path):
     photos(tmp_path, 4)
     write_jsonl(tmp_path, lines_of(4))
     for name in (".work", ".data"):
         (tmp_path / "w" / name).mkdir(parents=True)
         (tmp_path / "w" / name / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds other things"):
+    with pytest.raises(UserError, match="holds other files"):
         prepared_from(tmp_path, tmp_path / "w")
     opened = sources.open_source(tmp_path, columns.load())
     options = prepare.Options.of(config_lib.Config())
@@ -421,18 +422,18 @@ def test_nothing_of_others_is_removed(tmp_path):
     assert (tmp_path / "w" / ".work" / "mine.txt").exists() and (tmp_path / "w" / ".data" / "mine.txt").exists()
 
 
-def test_two_cannot_prepare_one_output(tmp_path):
+def test_two_processes_cannot_prepare_one_output(tmp_path):
     photos(tmp_path, 4)
     write_jsonl(tmp_path, lines_of(4))
     (tmp_path / "p" / ".work").mkdir(parents=True)
     with (tmp_path / "p" / ".work" / "lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process works there"):
+        with pytest.raises(UserError, match="another process is working there"):
             prepared_from(tmp_path, tmp_path / "p")
     assert len(prepared_from(tmp_path, tmp_path / "p").products) == 4
 
 
-def test_names_of_files_may_be_anything(tmp_path):
+def test_file_names_may_contain_anything(tmp_path):
     folder = tmp_path / "it's [a] *? folder"
     photos(tmp_path, 4)
     write_jsonl(folder, lines_of(4))

@@ -1,4 +1,4 @@
-"""Every format gives the products that Parquet gives; a column map is data, and its mistakes are one line."""
+"""Every format gives the same products as Parquet; invalid column maps give a one-line error."""
 
 import gzip
 import io
@@ -21,13 +21,13 @@ COUNT = 30
 
 @pytest.fixture(scope="module")
 def rows():
-    """Records with a title and an image each, which all formats can hold."""
+    """Records with a title and an image each, which all formats can represent."""
     return [row for row in records(3 * COUNT) if row["title"] and row["images"]][:COUNT]
 
 
 @pytest.fixture(scope="module")
 def folder(rows, tmp_path_factory):
-    """A folder of their photos."""
+    """A folder with their photos."""
     made = tmp_path_factory.mktemp("photos")
     for row in rows:
         (made / row["images"][0]["path"]).write_bytes(row["images"][0]["bytes"])
@@ -61,7 +61,7 @@ def test_gzipped_lines(rows, folder, expected, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_separated_values(rows, folder, expected, tmp_path, suffix):
-    """CSV has no maps or lists: a column map says how they are written."""
+    """CSV has no maps or lists; a column map describes how they are written."""
     separator = "," if suffix == "csv" else "\t"
     lines = [separator.join(("sku", "name", "photo", "path", "facts"))]
     for row in rows:
@@ -83,7 +83,7 @@ def test_separated_values(rows, folder, expected, tmp_path, suffix):
     assert list(found.products) == expected
 
 
-def test_lines_of_csv_that_cannot_be_read_cost_themselves_only(tmp_path):
+def test_unreadable_csv_lines_affect_only_themselves(tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg((9, 9, 9), (8, 8), 0))
     good = [f"{n},thing {n},a.jpg".encode() for n in range(20)]
     bad = [b"x,too,many,fields", b"y,too few", b"z,\xff\xfe,a.jpg"]
@@ -104,7 +104,7 @@ def rows_of(tmp_path, text, name="p.csv", columns="own"):
 
 
 @pytest.mark.parametrize("last", [b"", b"\n", b"\r\n"])
-def test_a_quote_that_is_never_closed_costs_its_line_only(tmp_path, last):
+def test_an_unclosed_quote_affects_only_its_line(tmp_path, last):
     lines = [f'{n},"thing {n}",a.jpg'.encode() for n in range(3000)]
     lines[20], lines[-2] = b'20,"thing 20,a.jpg', b'2998,"thing 2998,a.jpg'
     lines[30] = b'30,"thing\n30\n\nof four lines",a.jpg'
@@ -116,11 +116,11 @@ def test_a_quote_that_is_never_closed_costs_its_line_only(tmp_path, last):
     assert "thing\n30\n\nof four lines" in {product.text for product in found.products}
 
 
-def test_marks_and_line_ends_of_other_systems(tmp_path):
+def test_byte_order_marks_and_line_endings(tmp_path):
     lines = ['"product_id","title","images"', *(f'"{n}","thing {n}","a.jpg"' for n in range(5))]
     found = rows_of(tmp_path, b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     assert sorted(product.id for product in found.products) == list("01234")
-    with pytest.raises(UserError, match=r"q.csv: not a readable csv file .*its header: "):
+    with pytest.raises(UserError, match=r"q.csv: not a readable csv file after record 0 \(header: "):
         (tmp_path / "q.csv").write_bytes("\r".join(lines).encode())
         prepared_from(tmp_path / "q.csv", tmp_path / "q")
     (tmp_path / "map.json").write_text(
@@ -165,7 +165,7 @@ def test_tar_shards_of_webdataset(rows, expected, tmp_path):
             ]
         tar_of(source / f"shard-{shard}.tar", members)
     assert list(prepared_from(source, tmp_path / "p").products) == expected
-    # The key is the id where nothing else says one; what is bad costs its key only.
+    # The key is the id if nothing else gives one; an unreadable file affects only its own key.
     more = [
         ("a.jpg", jpeg((1, 2, 3), (8, 8), 0)),
         ("a.txt", b"from the key"),
@@ -192,7 +192,7 @@ STATE = json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
 
 @pytest.mark.parametrize("images", [[], None, "old.jpg", ["missing.jpg"], 7])
 @pytest.mark.parametrize("first", ["jpg", "json"])
-def test_a_picture_of_a_tar_is_the_image_whatever_its_json_says(tmp_path, images, first):
+def test_image_files_of_a_tar_override_its_json(tmp_path, images, first):
     photo, members = jpeg((9, 9, 9), (8, 8), 0), []
     for n in range(6):
         deep = {"x": json.loads("[" * 900 + "]" * 900)} if n == 3 else {}
@@ -210,8 +210,8 @@ FEATURES = {"info": {"features": {"category": {"names": ["goods", "hats"], "_typ
 
 
 @pytest.mark.parametrize("layout", ["split", "dict"])
-def test_what_hugging_faces_datasets_save(rows, tmp_path, layout):
-    """Arrow streams with a state.json, labels as numbers; in a DatasetDict a folder for each split."""
+def test_datasets_saved_by_hugging_face(rows, tmp_path, layout):
+    """Arrow streams with a state.json and labels as numbers; a DatasetDict has a folder for each split."""
     schema = pa.schema(
         [
             ("product_id", pa.string()),
@@ -236,7 +236,7 @@ def test_what_hugging_faces_datasets_save(rows, tmp_path, layout):
                 stream.write_table(pa.Table.from_pylist(made, schema))
     if layout == "dict":
         (root / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
-        # What map() leaves beside it is no part of it.
+        # Cache files that map() writes beside the data are ignored.
         shutil.copyfile(path, str(root / split / "cache-1234.arrow"))
     found = prepared_from(root, tmp_path / "p")
     assert not found.quarantined
@@ -246,8 +246,8 @@ def test_what_hugging_faces_datasets_save(rows, tmp_path, layout):
         assert (len(found.train), len(found.val)) == (20, 10)
 
 
-def test_a_data_set_of_the_hub(rows, tmp_path):
-    """Hugging Face's own client with a cache that holds one repository, and no network."""
+def test_a_dataset_of_the_hub(rows, tmp_path):
+    """Hugging Face's client with one repository in its cache, and no network."""
     commit = "0" * 40
     repository = tmp_path / "hub" / "datasets--owner--name"
     snapshot = repository / "snapshots" / commit / "default"
@@ -277,27 +277,27 @@ def test_a_data_set_of_the_hub(rows, tmp_path):
     ]
     assert done[0].returncode == 0, done[0].stderr
     assert f"{COUNT} products read, {COUNT} kept" in done[0].stdout
-    assert "25 products to train on, 5 to find" in done[0].stdout
+    assert "25 training products, 5 held out" in done[0].stdout
     assert done[1].returncode == 2 and done[1].stderr.startswith("moon-jax: --data hf://datasets/owner/other: ")
-    assert done[2].returncode == 2 and "is written hf://datasets/owner/name" in done[2].stderr
+    assert done[2].returncode == 2 and "not a dataset name; write hf://datasets/owner/name" in done[2].stderr
     assert all(one.stderr.count("\n") == 1 for one in done[1:])
 
 
-def test_tensorflow_datasets_reads_what_was_prepared_and_is_read(rows, expected, tmp_path):
-    """Both ways, without TensorFlow, in a process of its own."""
+def test_tensorflow_datasets_reads_prepared_data_and_is_read(rows, expected, tmp_path):
+    """Both directions, without TensorFlow, in a separate process."""
     pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed (the extra tfds)")
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "products.parquet")
     first = prepared_from(tmp_path / "products.parquet", tmp_path / "p")
     code = (
         "import sys, hashlib, json, tensorflow_datasets as tfds\n"
         "builder = tfds.builder_from_directory(sys.argv[1])\n"
-        "told = []\n"
+        "read = []\n"
         "for split in builder.info.splits:\n"
         "    for example in builder.as_data_source(split=split):\n"
         "        shapes = [list(image.shape) for image in example['images']]\n"
-        "        told.append([example['id'].decode(), example['title'].decode(), shapes])\n"
+        "        read.append([example['id'].decode(), example['title'].decode(), shapes])\n"
         "assert 'tensorflow' not in sys.modules\n"
-        "print(json.dumps(told))\n"
+        "print(json.dumps(read))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -306,9 +306,9 @@ def test_tensorflow_datasets_reads_what_was_prepared_and_is_read(rows, expected,
     theirs = json.loads(done.stdout.splitlines()[-1])
     ours = [[p.id, p.text, [[*decode(i, 10**6).size[::-1], 3] for i in p.images]] for p in first.products]
     assert sorted(theirs) == sorted(ours)
-    with pytest.raises(UserError, match="is prepared already; give it to a run"):
+    with pytest.raises(UserError, match="is prepared already; pass it to train or quickstart"):
         prepared_from(tmp_path / "p", tmp_path / "q")
-    # Its folder without what is ours is a builder's, and a source.
+    # Without our own files, the folder is that of a TFDS builder, which is a valid source.
     for path in (tmp_path / "p").iterdir():
         if path.suffix in (".npy", ".jsonl") or path.name in ("manifest.json", "source.json"):
             path.unlink()
@@ -384,34 +384,34 @@ def test_the_columns_of_m5product_and_fashion200k(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in columns.SHIPPED.glob("*.json")))
-def test_shipped_maps_are_whole(name):
+def test_shipped_maps_are_valid(name):
     assert columns.load(name).kinds and columns.load(name).events == columns.load().events
 
 
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ({"produkt": {}}, "produkt is not understood; the closest is product"),
-        ({"product": {"titel": "name"}}, "product.titel is not understood; the closest is title"),
-        ({"product": {"title": 7}}, "product.title is neither a column, a list of columns, nor an object"),
+        ({"produkt": {}}, "produkt is unknown; the closest known key is product"),
+        ({"product": {"titel": "name"}}, "product.titel is unknown; the closest known key is title"),
+        ({"product": {"title": 7}}, "product.title must be a column, a list of columns, or an object with a column"),
         (
             {"product": {"title": {"column": "a", "splitt": ","}}},
-            "product.title.splitt is not understood; the closest is split",
+            "product.title.splitt is unknown; the closest known key is split",
         ),
-        ({"product": {"category": {"column": "a", "take": [0, 2]}}}, "product.category: take and pairs want split"),
-        ({"product": {"category": {"column": "a", "split": "/", "take": [0]}}}, "take is not"),
-        ({"product": {"images": {"column": "a", "format": "x.jpg"}}}, "format has no {}"),
-        ({"product": {"title": "a"}, "format": "xlsx"}, "format 'xlsx' is none of"),
-        ({"product": {"title": "a"}, "events": {"click": -1}}, "events must weigh 0 or more"),
-        ({"product": {"title": "a"}, "files": "*.txt"}, "files and header are lists"),
-        ({"product": {"title": "a"}, "files": [""]}, "files and header are lists of texts"),
-        ({"product": {"title": "a"}, "header": [1]}, "files and header are lists of texts"),
-        ({"product": {"title": "a"}, "files": ["/etc/*.txt"]}, "patterns below the source's folder"),
-        ({}, "says nothing of product or query or log or asked or judgement files"),
-        ([], "docs/data.md says how a column map is written"),
+        ({"product": {"category": {"column": "a", "take": [0, 2]}}}, "product.category: take and pairs need split"),
+        ({"product": {"category": {"column": "a", "split": "/", "take": [0]}}}, "take must be [first, last + 1]"),
+        ({"product": {"images": {"column": "a", "format": "x.jpg"}}}, "format must contain {}"),
+        ({"product": {"title": "a"}, "format": "xlsx"}, "format 'xlsx' is not one of"),
+        ({"product": {"title": "a"}, "events": {"click": -1}}, "event weights must be finite and at least 0"),
+        ({"product": {"title": "a"}, "files": "*.txt"}, "files and header must be lists"),
+        ({"product": {"title": "a"}, "files": [""]}, "files and header must be lists of non-empty strings"),
+        ({"product": {"title": "a"}, "header": [1]}, "files and header must be lists of non-empty strings"),
+        ({"product": {"title": "a"}, "files": ["/etc/*.txt"]}, "files must be patterns inside the source's folder"),
+        ({}, "has no section; add one of product, query, log, asked, judgement"),
+        ([], "docs/data.md describes column maps"),
     ],
 )
-def test_a_map_that_is_wrong_is_one_line(tmp_path, written, message):
+def test_an_invalid_map_gives_a_one_line_error(tmp_path, written, message):
     path = tmp_path / "map.json"
     path.write_text(json.dumps(written))
     with pytest.raises(UserError) as error:
@@ -420,36 +420,36 @@ def test_a_map_that_is_wrong_is_one_line(tmp_path, written, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_map_that_is_not_there():
+def test_an_unknown_map():
     with pytest.raises(
         UserError, match=r"--columns mbe3: no such column map; give a .json file, or one of: beir, fashion200k"
     ):
         columns.load("mbe3")
 
 
-def test_a_column_that_a_map_names_and_a_file_lacks_has_a_guess(tmp_path):
+def test_the_closest_column_is_suggested_for_a_missing_one(tmp_path):
     pq.write_table(pa.table({"id": ["1"], "doc_titel": ["mug"], "other": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(
         UserError,
-        match=r"a.parquet: no column doc_title or doc_image; its columns are doc_titel, id, other; rename doc_titel",
+        match=r"a.parquet: no column doc_title or doc_image; the columns are doc_titel, id, other; rename doc_titel",
     ):
         sources.open_source(tmp_path, columns.load("mbe"))
     lines = [{"id": "1", "doc_title": "mug", "doc_imag": "a.jpg"}]
     (tmp_path / "a.parquet").unlink()
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(UserError, match=r"a.jsonl: no column doc_image, but doc_imag; rename it to doc_image"):
+    with pytest.raises(UserError, match=r"a.jsonl: no column doc_image, but there is doc_imag; rename it to doc_image"):
         prepared_from(tmp_path, tmp_path / "p", "mbe")
 
 
-def test_a_log_wants_a_map_that_knows_logs(tmp_path):
+def test_a_log_needs_a_map_with_a_log_section(tmp_path):
     (tmp_path / "log.parquet").write_bytes(b"")
     pq.write_table(pa.table({"product_id": ["1"], "query": ["mug"]}), tmp_path / "log.parquet")
-    with pytest.raises(UserError, match=r"the column map mbe says nothing of .log. files"):
+    with pytest.raises(UserError, match=r"the column map mbe has no .log. section; add one"):
         sources.open_source(tmp_path, columns.load("mbe"))
 
 
-def test_a_column_that_is_another_word_is_no_mistake(tmp_path):
-    """And what is refused once is refused again."""
+def test_a_different_word_is_not_a_typo(tmp_path):
+    """A typo is an error, also on the second run."""
     (tmp_path / "a.jpg").write_bytes(jpeg((9, 9, 9), (8, 8), 0))
     lines = [{"product_id": str(n), "title": f"t{n}", "images": "a.jpg", "category_id": 7} for n in range(4)]
     (tmp_path / "products.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -459,5 +459,5 @@ def test_a_column_that_is_another_word_is_no_mistake(tmp_path):
     lines = [{"product_id": str(n), "titel": f"t{n}", "images": "a.jpg"} for n in range(4)]
     (tmp_path / "products.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for _ in range(2):
-        with pytest.raises(UserError, match="no column title, but titel"):
+        with pytest.raises(UserError, match="no column title, but there is titel"):
             prepared_from(tmp_path, tmp_path / "q")

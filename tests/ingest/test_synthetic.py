@@ -24,11 +24,11 @@ def facts(record):
 
 
 def names(text, value):
-    """Whether a title says `value`, by its own word or another for it."""
+    """Whether a title contains `value` or a synonym of it."""
     return any(word in text for word in (value, *synthetic.SYNONYMS.get(value, ())))
 
 
-def test_a_product_follows_from_the_seed_and_its_number(made, tmp_path):
+def test_a_product_depends_only_on_the_seed_and_its_number(made, tmp_path):
     again = tmp_path / "s.parquet"
     synthetic.write(again, 20, seed=0, threads=1)
     stored = pq.read_table(made).to_pylist()
@@ -37,8 +37,8 @@ def test_a_product_follows_from_the_seed_and_its_number(made, tmp_path):
     assert len({record["product_id"] for record in stored}) == COUNT
 
 
-def test_all_products_are_written_whatever_their_number(tmp_path):
-    """More than are held at once while it is written."""
+def test_all_products_are_written(tmp_path):
+    """More products than one batch of the writer."""
     path = tmp_path / "s.parquet"
     synthetic.write(path, 520, seed=0)
     found = pq.read_table(path, columns=["product_id"])["product_id"].to_pylist()
@@ -46,20 +46,20 @@ def test_all_products_are_written_whatever_their_number(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["s.parquet"]
 
 
-def test_a_file_of_another_seed_or_number_does_not_stand(made, tmp_path):
+def test_a_file_with_another_seed_or_count_is_not_reused(made, tmp_path):
     assert synthetic.stands(made, COUNT, 0)
     assert not synthetic.stands(made, COUNT + 1, 0) and not synthetic.stands(made, COUNT, 1)
     assert not synthetic.stands(tmp_path / "nowhere", COUNT, 0)
 
 
-def test_it_is_a_catalogue_that_says_what_it_is(made, tmp_path):
+def test_the_catalogue_is_marked_as_synthetic(made, tmp_path):
     found = prepared_from(made, tmp_path / "p")
     assert found.synthetic and not found.quarantined and len(found.products) == COUNT
     assert '"synthetic": true' in (tmp_path / "p" / "manifest.json").read_text()
     assert all(product.id.startswith("synthetic-") for product in found.products)
 
 
-def test_every_kind_of_everything_occurs(made):
+def test_every_value_of_every_attribute_occurs(made):
     seen = [facts(record) for record in pq.read_table(made).to_pylist()]
     assert {fact["kind"] for fact in seen} == set(synthetic.KINDS)
     assert {fact["colour"] for fact in seen} == set(synthetic.COLOURS)
@@ -76,11 +76,11 @@ def test_titles_are_terse_full_redundant_or_partly_wrong(style):
         fact = synthetic.Facts("mug", "navy", "dotted", "steel", "marble", "Tavi")
         text = synthetic.title(fact, style, rng)
         assert names(text, "mug") and "marble" not in text
-        told = {value: names(text, value) for value in ("navy", "dotted", "steel")}
-        wrong[sum(not said for said in told.values())] += 1
+        named = {value: names(text, value) for value in ("navy", "dotted", "steel")}
+        wrong[sum(not present for present in named.values())] += 1
         lengths.append(len(text.split()))
     if style == synthetic.TERSE:
-        assert max(lengths) <= 3 and wrong == {2: 300}  # the colour and the kind, nothing else
+        assert max(lengths) <= 3 and wrong == {2: 300}  # only the colour and the kind
     elif style == synthetic.WRONG:
         assert wrong == {1: 300}
     else:
@@ -88,7 +88,7 @@ def test_titles_are_terse_full_redundant_or_partly_wrong(style):
         assert (min(lengths) > 7) == (style == synthetic.REDUNDANT)
 
 
-def test_styles_occur_as_often_as_they_should(made):
+def test_title_styles_have_the_right_frequencies(made):
     redundant = sum(
         sum(words in record["title"] for words in synthetic.EMPTY_WORDS) == 3
         for record in pq.read_table(made).to_pylist()
@@ -106,12 +106,12 @@ def test_a_picture_shows_its_facts():
     plain = render()
     assert plain.shape == (synthetic.PIXELS, synthetic.PIXELS, 3)
     middle = slice(60, 100)
-    # The colour is the product's, in the middle of the plate, to within its shading.
+    # In the middle of the plate, the colour is that of the product, apart from shading.
     for name, rgb in synthetic.COLOURS.items():
         seen = render(colour=name)[middle, middle].mean((0, 1))
         others = {other: np.abs(seen - value).sum() for other, value in synthetic.COLOURS.items()}
         assert others[name] < 90 and np.abs(seen - rgb).max() < 60
-    # Every other fact changes the picture: a pattern the product, a background what is around it.
+    # Every other attribute changes the picture: pattern and material the product, the background its surroundings.
     for pattern in synthetic.PATTERNS[1:]:
         assert np.abs(render(pattern=pattern) - plain)[middle, middle].mean() > 4, pattern
     corner = slice(0, 12)
@@ -123,8 +123,8 @@ def test_a_picture_shows_its_facts():
 
 
 @pytest.mark.parametrize("kind", list(synthetic.KINDS))
-def test_a_product_is_seen_whole(kind):
-    """It covers a fair part of the picture and stays off the border."""
+def test_the_whole_product_is_visible(kind):
+    """It covers a reasonable part of the picture and keeps away from the border."""
     with_it = render(kind=kind, colour="black")
     shape = np.abs(with_it - render(kind=kind, colour="yellow")).sum(-1) > 60
     assert 0.06 < shape.mean() < 0.75

@@ -1,4 +1,4 @@
-"""Attention by kernel against the reference, and the reference against float64 numpy."""
+"""The attention kernels against the reference, and the reference against float64 numpy."""
 
 import functools
 
@@ -12,14 +12,14 @@ from moon_jax import config as config_lib
 from moon_jax.model import attention as attention_lib
 
 SHAPES = {
-    "grouped queries, causal": (2, 150, 4, 2, 64, True),  # R, S, heads, key heads, d
-    "as many keys": (2, 200, 4, 4, 32, False),
+    "grouped queries, causal": (2, 150, 4, 2, 64, True),  # R, S, heads, key heads, d, causal
+    "as many key heads": (2, 200, 4, 4, 32, False),
     "whole blocks, one key head": (1, 128, 4, 1, 128, True),
 }
 
 
 def draw(rows, length, heads, groups, width, causal):
-    """Query, key, value, segments in runs with padding behind them, and a cotangent."""
+    """Query, key, value, contiguous segments followed by padding, and a cotangent."""
     rng = np.random.default_rng(0)
     query, cotangent = rng.normal(size=(2, rows, length, heads, width)).astype(np.float32)
     key, value = rng.normal(size=(2, rows, length, groups, width)).astype(np.float32)
@@ -28,7 +28,7 @@ def draw(rows, length, heads, groups, width, causal):
     return query, key, value, segment, cotangent
 
 
-def by_hand(query, key, value, segment, causal):
+def in_numpy(query, key, value, segment, causal):
     query, key, value = (x.astype(np.float64) for x in (query, key, value))
     key, value = (np.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     logits = np.einsum("rshd,rthd->rhst", query, key) / query.shape[-1] ** 0.5
@@ -48,7 +48,7 @@ def value_and_gradients(function, query, key, value, segment, cotangent, causal)
 def test_the_reference_equals_numpy(case):
     query, key, value, segment, _ = draw(*SHAPES[case])
     found = attention_lib.reference(query, key, value, segment, SHAPES[case][-1])
-    np.testing.assert_allclose(found, by_hand(query, key, value, segment, SHAPES[case][-1]), atol=2e-6)
+    np.testing.assert_allclose(found, in_numpy(query, key, value, segment, SHAPES[case][-1]), atol=2e-6)
 
 
 def same(function, case, tolerance, dtype=np.float32):
@@ -65,7 +65,7 @@ def same(function, case, tolerance, dtype=np.float32):
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_splash_equals_the_reference(case):
-    """In Pallas's interpreter; values and gradients."""
+    """Values and gradients, in Pallas's interpreter."""
     same(functools.partial(attention_lib.splash, interpret=True), case, 1e-5)
 
 
@@ -76,16 +76,16 @@ def test_cudnn_equals_the_reference(case):
 
 
 @pytest.mark.parametrize("heads", [2, 1], ids=["heads divided", "heads too few to divide"])
-def test_a_kernel_on_a_mesh_is_the_kernel(heads, monkeypatch):
-    """Each device runs it on its rows and heads; the reference stands for the kernel."""
+def test_a_kernel_gives_the_same_on_a_mesh(heads, monkeypatch):
+    """Each device runs it on its rows and heads. The reference takes the place of the kernel here."""
     monkeypatch.setattr(backend, "platform", lambda: "tpu")
     monkeypatch.setattr(attention_lib, "splash", attention_lib.reference)
     *arrays, cotangent = draw(4, 24, 4, heads, 8, True)
     expected = value_and_gradients(attention_lib.reference, *arrays, cotangent, True)
     mesh = sharding.make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        given = [jax.device_put(array, sharding.rows(mesh)) for array in (*arrays, cotangent)]
+        placed = [jax.device_put(array, sharding.rows(mesh)) for array in (*arrays, cotangent)]
         function = functools.partial(value_and_gradients, attention_lib.attention, causal=True)
-        found = jax.jit(function)(*given)
+        found = jax.jit(function)(*placed)
     for mine, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)

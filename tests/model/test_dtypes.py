@@ -1,4 +1,4 @@
-"""Parameters and computation each in its dtype; norms, softmax, router and pooling in float32 whatever they are."""
+"""Parameters and computation have the configured dtypes; norms, softmax, router and pooling are always float32."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from moon_jax.model.encoder import Encoder
 from tests.conftest import random_params, tiny
 
 FLOAT32 = ("exp", "log", "rsqrt", "top_k", "reduce_max", "sin", "cos")
-"""Of softmax, norms, router, pooling and rotary angles; activations have other primitives."""
+"""The primitives of softmax, norms, router, pooling and rotary angles; activations use other primitives."""
 
 
 def equations(jaxpr):
@@ -40,7 +40,7 @@ def build(tokenizer, dtype, param_dtype):
 def test_norms_softmax_router_and_pooling_stay_float32(tokenizer, param_dtype):
     encode, params = build(tokenizer, "bfloat16", param_dtype)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(param_dtype)}
-    seen, products = set(), set()
+    seen, matmuls = set(), set()
     for equation in equations(jax.make_jaxpr(encode)(params).jaxpr):
         if not equation.invars or not hasattr(equation.invars[0].aval, "dtype"):
             continue
@@ -49,14 +49,14 @@ def test_norms_softmax_router_and_pooling_stay_float32(tokenizer, param_dtype):
             assert dtype == jnp.float32, equation
             seen.add(name)
         if name == "dot_general":
-            products.add(str(dtype))
+            matmuls.add(str(dtype))
     assert {"exp", "rsqrt", "top_k", "reduce_max"} <= seen
-    assert products == {"bfloat16", "float32"}  # the layers; router, pooling and position interpolation
+    assert matmuls == {"bfloat16", "float32"}  # the layers; router, pooling and position interpolation
     output = jax.eval_shape(encode, params)
     assert {leaf.dtype for leaf in (output.embedding, output.gate, output.prob, output.z)} == {jnp.dtype("float32")}
 
 
-def test_bfloat16_computes_nearly_the_same(tokenizer):
+def test_bfloat16_is_close_to_float32(tokenizer):
     exact, params = build(tokenizer, "float32", "float32")
     expected = np.asarray(jax.jit(exact)(params).embedding[0])
     for dtype, param_dtype in (("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")):

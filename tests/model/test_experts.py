@@ -1,4 +1,4 @@
-"""Routing, capacity and the strategies against float64 numpy, in values and gradients, on one device and on meshes."""
+"""Routing, capacity and strategies against float64 numpy: values and gradients, on one device and on meshes."""
 
 import functools
 import sys
@@ -19,7 +19,7 @@ SIZES = [(1, 1), (4, 1), (4, 2), (8, 1), (8, 2), (8, 8), (64, 1), (64, 2), (64, 
 
 
 def setup(count, per_token, case, seed=0):
-    """hidden, router kernel, gate_up, down and a cotangent in float64, and which tokens are valid."""
+    """(hidden, router kernel, gate_up, down) in float64, the valid tokens, and a cotangent."""
     rng = np.random.default_rng(seed)
     hidden, kernel = rng.normal(size=(T, D)), rng.normal(size=(D, count))
     if case == "skewed":
@@ -41,22 +41,22 @@ def chosen_routes(hidden, kernel, per_token, term=0.0):
 
 
 def kept_routes(prob, index, valid, capacity, shards):
-    """Route by route: an expert takes a shard's strongest first."""
+    """Route by route: an expert takes a shard's strongest routes first."""
     keep = np.zeros(index.shape, bool)
     size = len(valid) // shards
     for start in range(0, len(valid), size):
         tokens = range(start, start + size)
-        room = dict.fromkeys(range(prob.shape[1]), capacity)
+        free = dict.fromkeys(range(prob.shape[1]), capacity)
         routes = [(-prob[t, e], t, k) for t in tokens if valid[t] for k, e in enumerate(index[t])]
         for _, t, k in sorted(routes):
-            if room[index[t, k]]:
-                room[index[t, k]] -= 1
+            if free[index[t, k]]:
+                free[index[t, k]] -= 1
                 keep[t, k] = True
     return keep
 
 
 def oracle(arrays, valid, cotangent, per_token, capacity=T, shards=1):
-    """y, its gradients and the kept routes, from the formulas of moon2.md and their derivatives."""
+    """y, its gradients and the kept routes, from the paper's formulas and their derivatives."""
     hidden, kernel, gate_up, down = arrays
     prob, index = chosen_routes(hidden, kernel, per_token)
     keep = kept_routes(prob, index, valid, capacity, shards)
@@ -92,16 +92,16 @@ def oracle(arrays, valid, cotangent, per_token, capacity=T, shards=1):
 
 
 def run(strategies, per_token, capacity, arrays, valid, cotangent):
-    """For each strategy y, gradients and the kept routes."""
+    """For each strategy: y, gradients and the kept routes."""
     found = {}
     shards = sharding.shards()
     for name in strategies:
 
         def forward(hidden, kernel, gate_up, down, name=name):
             routing = router.route(hidden, kernel, per_token)
-            room = capacity if name == "expert_parallel" else T // shards
-            keep = router.keep_strongest(routing, valid, room, shards)
-            y = experts.STRATEGIES[name](hidden, routing.gate, routing.index, keep, gate_up, down, room)
+            limit = capacity if name == "expert_parallel" else T // shards
+            keep = router.keep_strongest(routing, valid, limit, shards)
+            y = experts.STRATEGIES[name](hidden, routing.gate, routing.index, keep, gate_up, down, limit)
             return (y * cotangent).sum(), (y, keep)
 
         gradients, (y, keep) = jax.grad(forward, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
@@ -120,14 +120,14 @@ def check(found, expected):
 
 
 def meshes(count):
-    """Three meshes of eight devices whose axis `expert` divides so many experts."""
+    """Three meshes of eight devices; their axis `expert` divides `count` experts."""
     if count == 1:
         return dict(data=8), dict(fsdp=2, tensor=4), dict(data=2, fsdp=4)
     return dict(data=8), dict(fsdp=2, expert=2, tensor=2), dict(data=8 // min(count, 8), expert=min(count, 8))
 
 
 def put(mesh, arrays, valid, cotangent):
-    """Arrays where a training step has them."""
+    """The arrays, sharded as in a training step."""
     specs = [("data", "fsdp", "expert")], [None], ["expert", None, "fsdp", "tensor"], ["expert", "tensor", "fsdp"]
     place = lambda array, spec: jax.device_put(  # noqa: E731
         jnp.asarray(array), jax.NamedSharding(mesh, jax.P(*spec))
@@ -137,7 +137,7 @@ def put(mesh, arrays, valid, cotangent):
 
 
 def placed():
-    """Every size on one device and on the mesh of most axes; of the others some, the rest where there is time."""
+    """Every size on one device and on the mesh with the most axes; on the other meshes, most sizes are slow tests."""
     for count, per_token in SIZES:
         for number, name in ((None, "one device"), (0, "mesh 1"), (1, "mesh 2"), (2, "mesh 3")):
             rest = number in (0, 2) and (count, per_token) not in ((4, 2), (8, 2), (64, 8))
@@ -147,7 +147,7 @@ def placed():
 
 @pytest.mark.parametrize(("count", "per_token", "number"), list(placed()))
 def test_strategies_equal_the_oracle(count, per_token, number):
-    """Dropless ones, and expert_parallel with a capacity of half the even share too."""
+    """Dropless, and for expert_parallel also with a capacity of half the even share."""
     axes = dict(data=1) if number is None else meshes(count)[number]
     options = config_lib.Mesh(**({"data": 1} | axes))
     mesh = sharding.make_mesh(options, jax.devices()[:1] if number is None else None)
@@ -158,27 +158,27 @@ def test_strategies_equal_the_oracle(count, per_token, number):
         dropping = jax.jit(functools.partial(run, ("expert_parallel",), per_token, tight))
         for case in CASES:
             arrays, valid, cotangent = setup(count, per_token, case)
-            given = put(mesh, arrays, valid, cotangent)
+            sharded = put(mesh, arrays, valid, cotangent)
             expected = oracle(arrays, valid, cotangent, per_token)
-            for found in dropless(*given).values():
+            for found in dropless(*sharded).values():
                 check(found, expected)
             expected = oracle(arrays, valid, cotangent, per_token, tight, shards)
-            check(dropping(*given)["expert_parallel"], expected)
+            check(dropping(*sharded)["expert_parallel"], expected)
             assert expected[2].any() == valid.any()
             assert case != "one expert" or expected[2].sum() < valid.sum() * per_token  # something was dropped
 
 
 def both(count, per_token, case, platform, monkeypatch):
-    """The strategy `grouped` as a platform has it, and the oracle."""
+    """The results of the strategy `grouped` with a platform's implementation, and of the oracle."""
     monkeypatch.setattr(backend, "platform", lambda: platform)
     arrays, valid, cotangent = setup(count, per_token, case)
-    given = [jnp.asarray(array, jnp.float32) for array in arrays], jnp.asarray(valid), jnp.asarray(cotangent)
-    found = jax.jit(functools.partial(run, ("grouped",), per_token, T))(*given)["grouped"]
+    example = [jnp.asarray(array, jnp.float32) for array in arrays], jnp.asarray(valid), jnp.asarray(cotangent)
+    found = jax.jit(functools.partial(run, ("grouped",), per_token, T))(*example)["grouped"]
     return found, oracle(arrays, valid, cotangent, per_token)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_bank_of_a_tpu_equals_the_oracle(case, monkeypatch):
+def test_the_grouped_matmul_for_tpus_equals_the_oracle(case, monkeypatch):
     """In Pallas's interpreter."""
     monkeypatch.setattr(grouped_matmul, "INTERPRET", True)
     check(*both(8, 2, case, "tpu", monkeypatch))
@@ -186,19 +186,19 @@ def test_the_bank_of_a_tpu_equals_the_oracle(case, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
-def test_the_bank_of_a_gpu_equals_the_oracle(case, monkeypatch):
+def test_the_grouped_matmul_for_gpus_equals_the_oracle(case, monkeypatch):
     check(*both(8, 2, case, "gpu", monkeypatch))
 
 
-def test_a_gpu_without_its_kernel_is_one_line(monkeypatch):
+def test_a_gpu_without_tokamax_is_a_one_line_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
-    with pytest.raises(UserError, match=r"on a GPU the grouped matmul is tokamax's; pip install -e '.\[cuda\]'"):
+    with pytest.raises(UserError, match=r"on a GPU the grouped matmul needs tokamax; pip install -e '.\[cuda\]'"):
         both(4, 2, "balanced", "gpu", monkeypatch)
 
 
 @pytest.mark.parametrize("sizes", [(0, 0, 0), (40, 0, 0), (0, 0, 40), (13, 1, 26), (3, 30, 0)])
-def test_the_bank_touches_no_row_of_nobody(sizes, monkeypatch):
-    """Whatever stands behind the last group, in the rows or in what is passed back, gradients do not see it."""
+def test_the_grouped_matmul_ignores_rows_after_the_last_group(sizes, monkeypatch):
+    """Neither these rows nor their cotangents affect the gradients."""
     monkeypatch.setattr(grouped_matmul, "BLOCK", 16)
     rng = np.random.default_rng(0)
     x, cotangent = rng.normal(size=(2, 40, D)).astype(np.float32)
@@ -220,29 +220,29 @@ def test_the_bank_touches_no_row_of_nobody(sizes, monkeypatch):
         np.testing.assert_allclose(mine / scale, theirs / scale, atol=1e-5, err_msg=name)
 
 
-def test_capacity_keeps_the_strongest_on_hand_worked_numbers():
+def test_capacity_keeps_the_strongest_on_a_worked_example():
     """Two shards of three tokens, two experts, K = 1, C = 1."""
     prob = np.array([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.7, 0.3], [0.45, 0.55]], np.float32)
     routing = router.Routing(gate=prob, index=prob.argmax(1)[:, None], prob=prob, logsumexp=np.zeros(6))
     everyone = np.ones(6, bool)
-    # First shard: tokens 0 and 1 want expert 0, and 1 is stronger. Second: 3 and 4 tie, the first is taken.
+    # First shard: tokens 0 and 1 choose expert 0, and 1 is stronger. Second: 3 and 4 tie, so the earlier one is taken.
     kept = router.keep_strongest(routing, everyone, 1, 2)
     assert kept[:, 0].tolist() == [False, True, True, True, False, True]
     # One shard of six: the strongest of all, 0.9 and 0.8.
     assert router.keep_strongest(routing, everyone, 1, 1)[:, 0].tolist() == [False, True, True, False, False, False]
-    # A token that is not valid takes no room.
+    # An invalid token uses no capacity.
     valid = np.array([True, False, True, True, True, True])
     assert router.keep_strongest(routing, valid, 1, 2)[:, 0].tolist() == [True, False, True, True, False, True]
-    # Room for all.
+    # Capacity for all.
     assert router.keep_strongest(routing, valid, 3, 2)[:, 0].tolist() == valid.tolist()
 
 
-def test_capacity_is_so_many_even_shares():
-    # 100 tokens of K = 2 among 8 experts: 25 each, 1.25 times that is 31.25; buffers come in eights.
+def test_capacity_is_a_multiple_of_the_even_share():
+    # 100 tokens with K = 2 over 8 experts: 25 each. 1.25 times that is 31.25, rounded up to a multiple of 8.
     assert experts.capacity_of(100, 2, 8, 1.25) == 32
     assert experts.capacity_of(100, 2, 8, 1.0) == 32 and experts.capacity_of(96, 2, 8, 1.0) == 24
     assert experts.capacity_of(100, 2, 8, 0.0) == 100  # drops nothing
-    assert experts.capacity_of(100, 2, 8, 9.0) == 100  # an expert has at most one route of each token
+    assert experts.capacity_of(100, 2, 8, 9.0) == 100  # an expert has at most one route per token
 
 
 def test_a_hard_term_keeps_compositions_apart():
@@ -270,6 +270,6 @@ def test_a_learned_term_is_added():
     np.testing.assert_allclose(routing.logsumexp, np.log(np.exp(logits).sum(1)), atol=1e-5)
 
 
-def test_expert_parallel_wants_a_mesh():
+def test_expert_parallel_needs_a_mesh():
     with pytest.raises(ValueError, match="no mesh is set"):
         experts.expert_parallel(*[None] * 6, capacity=1)

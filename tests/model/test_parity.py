@@ -1,6 +1,7 @@
 """The encoder against transformers' Qwen3-VL and Qwen3-VL-MoE on random weights, layer by layer, in float32.
 
-The weights go through a folder in the published layout and the hub. torch and transformers are the reference only.
+The weights pass through a folder in the published layout and our loader. torch and transformers are used only as the
+reference.
 """
 
 import jax
@@ -24,10 +25,10 @@ def small(**differences):
     return tiny(**{"data__visual_tokens": 24, "data__images": 3, **differences})
 
 
-# name → (our config, whether the published one ties its embeddings)
+# name → (our config, whether the published model ties its embeddings)
 CASES = {
-    "dense, tied, two queries a key": (small(experts__count=0), True),
-    "dense, untied, a key for every query, DeepStack at three depths": (
+    "dense, tied, two query heads per key head": (small(experts__count=0), True),
+    "dense, untied, a key head per query head, DeepStack at three depths": (
         small(
             experts__count=0,
             language__kv_heads=4,
@@ -37,7 +38,7 @@ CASES = {
         ),
         False,
     ),
-    "four queries a key, heads wider than D/H, no DeepStack, uneven sections": (
+    "four query heads per key head, heads wider than D/H, no DeepStack, uneven sections": (
         small(
             experts__count=0,
             language__kv_heads=1,
@@ -59,7 +60,7 @@ CASES = {
     ),
 }
 
-# Sizes (height, width) of a product's images: square, 3:4, 1:5, 60×80 of fashion, three of different size, none.
+# (text tokens, image sizes (height, width)) of the products: square, 3:4, 1:5, 80×60, three different sizes, no image.
 PRODUCTS = [
     (5, [(32, 32)]),
     (1, [(40, 30)]),
@@ -119,9 +120,9 @@ def recorded(model, segment, config):
 
 
 def compare(config, model, params, products, tokenizer):
-    """Asserts that every intermediate of every segment is transformers' to 1e-5, and embeddings to a cosine of 1e-6.
+    """Asserts that all intermediates of all segments equal transformers' to 1e-5, and embeddings to a cosine of 1e-6.
 
-    Returns the names of what was compared.
+    Returns the names of the compared intermediates.
     """
     layout = rows_lib.Layout.of(config).holding(products)
     rows = rows_lib.pack([[parts] for parts in products], layout, tokenizer.pad)
@@ -157,20 +158,20 @@ def compare(config, model, params, products, tokenizer):
                 for slot in range(len(config.vision.deepstack)):
                     feature = vision[f"deepstack_{slot}"]["__call__"][0][r, :tokens]
                     close(feature, theirs[f"visual.deepstack_merger_list.{slot}"], f"DeepStack {slot}")
-                # A text's positions are the same on all three axes, which transformers leaves to its default.
+                # Text positions are equal on all three axes; transformers leaves them to its default.
                 positions = theirs["positions"][-3:, 0].numpy().T
                 np.testing.assert_array_equal(rows.position[r, here], positions)
                 compared.add("positions")
             for layer, has_experts in enumerate(sparse):
-                number, place = divmod(layer, period)
-                found = periods[f"layer_{place}"]
+                number, position = divmod(layer, period)
+                found = periods[f"layer_{position}"]
                 close(
                     found["__call__"][0][0][number, r, here],
                     theirs[f"language_model.layers.{layer}"],
                     f"decoder layer {layer}",
                 )
                 if has_experts:
-                    kernel = flat[f"decoder/periods/layer_{place}/experts/router"][number]
+                    kernel = flat[f"decoder/periods/layer_{position}/experts/router"][number]
                     hidden = found["post_attention_norm"]["__call__"][0][number, r, here]
                     routing = router.route(jnp.asarray(hidden), jnp.asarray(kernel), config.experts.per_token)
                     _, gates, chosen = theirs[f"language_model.layers.{layer}.mlp.gate"]
@@ -222,7 +223,7 @@ def shifted_patches(config, params, products):
         images = tuple(rows_lib.Patches(np.roll(image.pixels, 1, axis=0), image.yx, image.hw) for image in part.images)
         return rows_lib.Segment(part.tokens, part.position, part.is_visual, images, part.spans)
 
-    # transformers sees the patches in their order, we see them shifted.
+    # transformers gets the patches in order, we get them shifted.
     return config, params, [[shift(part) for part in parts] for parts in products]
 
 
@@ -237,7 +238,7 @@ def shifted_patches(config, params, products):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 @pytest.mark.parametrize("case", ["experts in every layer"], indirect=True)
-def test_the_comparison_sees_a_mistake(case, tokenizer, mistake, where, monkeypatch):
+def test_the_comparison_detects_a_mistake(case, tokenizer, mistake, where, monkeypatch):
     """A wrong M-RoPE section, a dropped DeepStack feature, swapped gate and up, patches out of order."""
     config, model, params, products = case
     products = products[:1]
@@ -255,7 +256,9 @@ def test_the_comparison_sees_a_mistake(case, tokenizer, mistake, where, monkeypa
 
 
 @pytest.mark.parametrize(
-    "case", ["dense, tied, two queries a key", "experts in every layer", "experts in every second layer"], indirect=True
+    "case",
+    ["dense, tied, two query heads per key head", "experts in every layer", "experts in every second layer"],
+    indirect=True,
 )
 def test_gradients_equal_transformers(case, tokenizer):
     config, model, params, products = case
@@ -277,8 +280,8 @@ def test_gradients_equal_transformers(case, tokenizer):
     theirs = {name: parameter.grad for name, parameter in model.named_parameters()}
     found = keys.flatten(jax.device_get(gradient))
     for row in keys.table(config):
-        leaf = found[row.ours] if row.place is None else found[row.ours][row.place]
-        array = keys.to_theirs(leaf, row.turning)
+        leaf = found[row.ours] if row.stack_index is None else found[row.ours][row.stack_index]
+        array = keys.to_theirs(leaf, row.transform)
         expected = theirs[row.theirs].numpy()
         expected = expected.transpose(0, 2, 1) if ".experts." in row.theirs else expected
         scale = max(np.abs(expected).max(), 1e-3)
@@ -286,9 +289,9 @@ def test_gradients_equal_transformers(case, tokenizer):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-@pytest.mark.parametrize("case", ["dense, tied, two queries a key"], indirect=True)
-def test_a_template_gives_each_view_a_segment_of_its_own(case, tokenizer, pooling):
-    """As Qwen3-VL-Embedding has it. The images of both segments go through the tower once."""
+@pytest.mark.parametrize("case", ["dense, tied, two query heads per key head"], indirect=True)
+def test_a_template_gives_each_view_its_own_segment(case, tokenizer, pooling):
+    """As in Qwen3-VL-Embedding. The images of both segments pass through the tower once."""
     config, model, params, _ = case
     config = config_lib.replace(config, {"language.pooling": pooling, "data.template": "qwen3_vl_embedding"})
     template = tokenizer.template("qwen3_vl_embedding")
@@ -313,7 +316,7 @@ def test_a_template_gives_each_view_a_segment_of_its_own(case, tokenizer, poolin
 )
 @pytest.mark.parametrize("budget", [(2, 6), (4, 40), (4, 256)])
 def test_pixels_equal_the_image_processor(size, budget):
-    """Resized sizes and pixel values of Qwen's own processor, at any aspect and under any budget."""
+    """Sizes and pixel values equal those of Qwen's own processor, for any aspect ratio and budget."""
     from PIL import Image
     from transformers import Qwen2VLImageProcessorPil
 
@@ -337,5 +340,5 @@ def test_pixels_equal_the_image_processor(size, budget):
     found = np.asarray(jnp.asarray(ours.pixels).astype(jnp.float32) / 127.5 - 1.0).reshape(-1, 3, 16, 16)
     for frame in range(2):
         np.testing.assert_allclose(found, frames[:, :, frame], atol=1e-6)
-    if most >= 200:  # no aspect overruns such a budget: training resizes alike
+    if most >= 200:  # no aspect ratio exceeds such a budget, so training resizes in the same way
         assert ResizeRule.of(config).size(*size) == rule.size(*size)

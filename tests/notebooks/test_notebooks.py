@@ -1,5 +1,4 @@
-"""The notebooks run from their first cell to their last, as they stand but for fewer steps and products, and a smaller
-model."""
+"""The notebooks run from the first cell to the last, unchanged but for fewer steps and products and a smaller model."""
 
 import nbformat
 import pytest
@@ -11,7 +10,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_cells_are_short_and_hold_no_output(path):
+def test_cells_are_short_and_have_no_output(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     for cell in notebook.cells:
@@ -25,7 +24,7 @@ def test_cells_are_short_and_hold_no_output(path):
 
 
 def executed(name, folder, monkeypatch, replacements=()):
-    """What the cells printed, and how many pictures they drew."""
+    """The printed text of all cells, and the number of pictures."""
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     for old, new in replacements:
         (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and old in cell.source]
@@ -51,7 +50,7 @@ def test_the_quickstart(tmp_path, monkeypatch):
 
 
 def test_sharding_experts(tmp_path, monkeypatch):
-    """The two strategies agree with the oracle, and what travels is what the text says."""
+    """Both strategies agree with the dense reference, and use the collectives that the text names."""
     quick = [('" ".join(flags)', f'" ".join((*flags, "{QUICK}"))')]
     printed, pictures = executed("expert_sharding", tmp_path, monkeypatch, quick)
     assert printed.startswith("8 devices") and pictures == 3

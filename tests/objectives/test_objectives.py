@@ -1,4 +1,4 @@
-"""Every formula of the paper against float64 numpy written from the paper, by loops, in values and gradients."""
+"""Values and gradients of every formula against an oracle: float64 numpy with loops, written from the paper."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def unit(x):
 
 
 def example(seed=0, absent=((Q, 0, T), (Q, 1, I), (P, 2, I), (N, 3, T), (N, 4, None))):
-    """Embeddings f64[3,B,3,D] and everything else that a batch brings; `absent` names views (None: the product)."""
+    """Embeddings f64[3,B,3,D] and the rest of a batch. `absent` lists (role, b, view) to remove; None: all views."""
     rng = np.random.default_rng(seed)
     embedding = unit(rng.normal(size=(3, B, 3, D)))
     present = np.ones((3, B, 3), bool)
@@ -51,7 +51,7 @@ def example(seed=0, absent=((Q, 0, T), (Q, 1, I), (P, 2, I), (N, 3, T), (N, 4, N
 
 
 def oracle(x, config, step):
-    """The total loss and its parts, from moon2.md, in float64 by loops."""
+    """The total loss and its parts, from the paper's formulas, in float64 with loops."""
     o = config.objective
     e, present = x["embedding"], x["present"]
     epsilon, intra_epsilon = o.temperature
@@ -126,7 +126,7 @@ def oracle(x, config, step):
 
 
 def inputs(x):
-    """The example as the types at the boundary."""
+    """The example as EncoderOutput and Batch."""
     nothing = np.zeros((3 * B, 1), np.int32)
     view = np.where(x["present"], np.array([1, 2, 3]), 0).reshape(3 * B, 3)
     rows = Rows(*([nothing] * 9), view=view, owner=nothing)
@@ -179,7 +179,7 @@ def test_values_equal_the_oracle(step, chunk, threshold, matryoshka):
     ("mode", "matryoshka"), [("balanced", ()), ("product", ()), ("stopped", ()), ("balanced", (2, 3))]
 )
 def test_gradients_equal_finite_differences_of_the_oracle(mode, matryoshka):
-    """In float64; what each mode holds fixed is held fixed in the oracle as well."""
+    """The oracle holds fixed whatever the mode holds fixed, and uses float64."""
     fixed = dict(objective__weighting=mode, objective__balance=0.0, objective__sparsity=0.0)
     config = settings(**fixed, objective__matryoshka=matryoshka)
     x = example(seed=3)
@@ -196,7 +196,7 @@ def test_gradients_equal_finite_differences_of_the_oracle(mode, matryoshka):
         output.embedding, output.gate, parameters(x, config)["dual"]
     )
 
-    # The embeddings see ω as a constant. Without the filter, whose weights are tested apart.
+    # ω is a constant for the embeddings. The filter is off; its weights have a test of their own.
     off = settings(**fixed, objective__matryoshka=matryoshka, objective__phi_threshold=0.0)
 
     def total_off(embedding):
@@ -233,13 +233,13 @@ def test_gradients_equal_finite_differences_of_the_oracle(mode, matryoshka):
     if mode == "stopped":
         expected[:] = 0
     np.testing.assert_allclose(by_dual, expected, rtol=1e-3, atol=1e-5)
-    # Only the plain product moves the router through ω.
+    # Only `product` passes a gradient to the router through ω.
     assert (np.abs(by_gate).max() > 1e-4) == (mode == "product")
     assert np.isfinite(by_embedding).all()
 
 
 def test_filter_weights_carry_no_gradient():
-    """The gradient equals the one with the weights φ/0.6 written in as constants."""
+    """The gradient equals the one with constant weights φ/0.6."""
     config = settings()
     x = example(seed=0)
     phi = oracle(x, config, 0)["phi"]
@@ -254,13 +254,13 @@ def test_filter_weights_carry_no_gradient():
         return jax.grad(total)(output.embedding)
 
     constant = np.where(phi < 0.6, phi / 0.6, 1.0)
-    by_hand = batch.replace(weight=jnp.asarray(x["weight"] * constant, jnp.float32))
+    weighted = batch.replace(weight=jnp.asarray(x["weight"] * constant, jnp.float32))
     off = settings(objective__phi_threshold=0.0)
-    np.testing.assert_allclose(gradient(config, batch), gradient(off, by_hand), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradient(config, batch), gradient(off, weighted), rtol=1e-4, atol=1e-6)
 
 
 def test_an_objective_without_samples_is_zero_and_finite():
-    """No product has an image: only q_t is left, and it has no p_mm either."""
+    """No product has an image: of the queries only q_t is left, and it has no p_mm."""
     x = example(absent=[(role, b, I) for role in range(3) for b in range(B)])
     config = settings()
     output, batch = inputs(x)
@@ -280,9 +280,9 @@ def test_an_objective_without_samples_is_zero_and_finite():
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_load_balance_by_hand():
-    # E = 4, K = 2, 10 tokens, 20 routes. All to experts 0 and 1 with certainty: f = (1/2, 1/2, 0, 0), and with
-    # probabilities (1/2, 1/2, 0, 0) the loss is 4 · (1/4 + 1/4) = 2. Evenly, f = P = 1/4 each: 4 · 4 · 1/16 = 1.
+def test_load_balance_on_a_worked_example():
+    # E = 4, K = 2, 10 tokens, 20 routes. If all go to experts 0 and 1, f = (1/2, 1/2, 0, 0), and with probabilities
+    # (1/2, 1/2, 0, 0) the loss is 4 · (1/4 + 1/4) = 2. If they are even, f = P = 1/4 each: 4 · 4 · 1/16 = 1.
     skewed, even = np.array([10.0, 10, 0, 0]), np.full(4, 5.0)
     np.testing.assert_allclose(balance.load_balance(skewed[None], skewed[None] / 2, 10, 2), 2.0)
     np.testing.assert_allclose(balance.load_balance(even[None], even[None] / 2, 10, 2), 1.0)
@@ -291,25 +291,25 @@ def test_load_balance_by_hand():
     assert balance.load_balance(skewed[None], skewed[None], 0, 2) >= 0  # no valid tokens: no division by zero
 
 
-def test_router_z_by_hand():
+def test_router_z_on_a_worked_example():
     # logits (0, 0): logsumexp = log 2, squared 0.480453; over 4 tokens the sum is 1.921812.
     np.testing.assert_allclose(balance.router_z(np.array([1.921812]), 4), 0.480453, rtol=1e-6)
 
 
-def test_sparsity_by_hand():
+def test_sparsity_on_a_worked_example():
     assert weighting.sparsity(np.zeros((1, 3, 5))) == pytest.approx(np.log(5))
     settled = np.zeros((1, 3, 5))
     settled[:, :, 2] = 100.0
     assert weighting.sparsity(settled) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_uniform_dual_gives_uniform_weights_whatever_the_router_does():
+def test_a_uniform_dual_gives_uniform_weights_for_any_routing():
     routing = np.random.default_rng(0).dirichlet(np.ones(E), (L, M))
     np.testing.assert_allclose(weighting.omega(np.zeros((L, E, M)), routing), np.full(M, 1 / M), rtol=1e-6)
 
 
-def test_margin_and_weight_by_hand():
-    # m̄ from 0.1 to -0.2: in the middle -0.05. φ ≥ 0.6 means a difference ≥ m̄ + ln(1.5)/10 = m̄ + 0.0405.
+def test_margin_and_weight_on_a_worked_example():
+    # m̄ goes from 0.1 to -0.2, through -0.05 in the middle. φ ≥ 0.6 means a difference ≥ m̄ + ln(1.5)/10 = m̄ + 0.0405.
     margins = [filtering.margin_at((0.1, -0.2), jnp.float32(p)) for p in (0.0, 0.5, 1.0)]
     np.testing.assert_allclose(margins, [0.1, -0.05, -0.2], atol=1e-7)
     q, p, n = np.array([[1.0, 0.0]]), np.array([[0.1406, 0.0]]), np.zeros((1, 2))
@@ -320,18 +320,18 @@ def test_margin_and_weight_by_hand():
 
 
 @pytest.mark.parametrize(("levels", "kept"), [("inter", [0, 1, 2]), ("mm→mm", [2])])
-def test_what_does_not_train_is_no_objective(levels, kept):
-    """ω is a softmax over those that train; of the others nothing reaches embeddings, router or W*."""
+def test_objectives_that_do_not_train_have_no_effect(levels, kept):
+    """p is a softmax over the objectives that train; the others affect neither embeddings, router nor W*."""
     x, config = example(seed=3), settings(objective__levels=levels)
     everything = oracle(x, config, 40)
     few = oracle(dict(x, dual=x["dual"]), config, 40)
     p = np.exp(x["dual"][..., kept]) / np.exp(x["dual"][..., kept]).sum(-1, keepdims=True)
     mean_gate = x["gate"] / np.maximum(x["tokens"], 1)[None, ..., None]
     omega = np.zeros(M)
-    for place, m in enumerate(kept):
+    for column, m in enumerate(kept):
         served = [b for b in range(B) if x["present"][Q, b, m] and x["present"][P, b, MM]]
         routing = np.mean([mean_gate[:, Q, b, m] for b in served], axis=0)
-        omega[m] = np.mean([(p[layer, :, place] * routing[layer]).sum() for layer in range(L)])
+        omega[m] = np.mean([(p[layer, :, column] * routing[layer]).sum() for layer in range(L)])
     entropy = np.mean([-(p[layer] * np.log(p[layer])).sum() / E for layer in range(L)])
     total = (omega * everything["loss"]).sum() + config.objective.balance * few["balance"]
     total += config.objective.sparsity * entropy

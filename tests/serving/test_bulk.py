@@ -1,4 +1,4 @@
-"""Vectors of a catalogue: what is written, what goes on, what is refused, and what search finds in it."""
+"""Bulk embedding and search: the files written, resuming, errors, and search results."""
 
 import dataclasses
 import json
@@ -53,16 +53,14 @@ def everything(embedder, prepared, tmp_path_factory):
     return folder, manifest, own
 
 
-def test_every_view_of_every_product_is_there_once(everything, prepared):
+def test_every_view_of_every_product_is_written_once(everything, prepared):
     folder, manifest, own = everything
     rows = rows_of(folder)
     assert [*own] == [(row["id"], row["view"]) for row in rows]
     for row in rows:
         np.testing.assert_allclose(row["vector"], own[row["id"], row["view"]], atol=1e-6)
-    told = {
-        name: manifest[name] for name in ("model", "views", "dtype", "width", "template", "pooling", "products", "rows")
-    }
-    assert told == {
+    fields = ("model", "views", "dtype", "width", "template", "pooling", "products", "rows")
+    assert {name: manifest[name] for name in fields} == {
         "model": "moon_jax f00d", "views": ["t", "i", "mm"], "dtype": "float32", "width": 24, "template": "bare",
         "pooling": "mean", "products": 60, "rows": len(own),
     }  # fmt: skip
@@ -72,7 +70,7 @@ def test_every_view_of_every_product_is_there_once(everything, prepared):
     )
 
 
-def test_a_product_is_embedded_by_all_it_has(everything, embedder, prepared, tmp_path):
+def test_by_default_a_product_is_embedded_from_everything_it_has(everything, embedder, prepared, tmp_path):
     _, _, own = everything
     bulk.embed(embedder, prepared, tmp_path / "v")
     rows = rows_of(tmp_path / "v")
@@ -96,55 +94,55 @@ def test_smaller_dtypes_keep_the_vectors(everything, embedder, prepared, tmp_pat
     error = np.abs(index[: len(index)] - expected).max()
     assert 0 < error < most
     np.testing.assert_allclose(np.linalg.norm(index[: len(index)], axis=1), 1, atol=1e-6)  # cosines are cosines
-    if dtype == "int8":  # the largest entry of a vector takes all the room
+    if dtype == "int8":  # the largest entry of a vector uses the whole range
         assert all(max(map(abs, row["vector"])) == 127 for row in rows_of(tmp_path / "v"))
 
 
-def test_half_embedded_it_goes_on_and_gives_the_same(everything, embedder, prepared, tmp_path):
+def test_an_interrupted_embed_resumes_with_identical_files(everything, embedder, prepared, tmp_path):
     folder, _, _ = everything
-    options, asked = bulk.Options(views=VIEWS), []
+    options, calls = bulk.Options(views=VIEWS), []
 
     class Failing(Embedder):
         def __init__(self):
             self.__dict__ = embedder.__dict__
 
         def encode_views(self, products, **more):
-            asked.append(products[0].id)
-            if len(asked) == 3:
+            calls.append(products[0].id)
+            if len(calls) == 3:
                 raise KeyboardInterrupt
             return super().encode_views(products, **more)
 
     with pytest.raises(KeyboardInterrupt):
         bulk.embed(Failing(), prepared, tmp_path / "v", options)
-    with pytest.raises(UserError, match="holds what was begun from another source"):
+    with pytest.raises(UserError, match="holds unfinished work from another or a changed source"):
         bulk.embed(embedder, prepared, tmp_path / "v", bulk.Options(views=("t",)))
     bulk.embed(Failing(), prepared, tmp_path / "v", options)
-    assert len(asked) == 3 + 2  # two of four files stood already
+    assert len(calls) == 3 + 2  # two of the four files existed already
     assert killing.content(tmp_path / "v") == killing.content(folder)
     bulk.embed(Failing(), prepared, tmp_path / "v", options)
-    assert len(asked) == 5
-    with pytest.raises(UserError, match="was made from another source"):
+    assert len(calls) == 5
+    with pytest.raises(UserError, match="was made from another or a changed source"):
         bulk.embed(Colours(10**6), prepared, tmp_path / "v", options)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (bulk.Options(("text",)), "--views text: give product, or some of t, i and mm"),
         (bulk.Options(("product", "t")), "give it alone"),
         (bulk.Options(("t", "t")), "each once"),
         (bulk.Options(dtype="float64"), "must be float32, float16 or int8"),
-        (bulk.Options(width=25), "--width 25: the model gives 24"),
+        (bulk.Options(width=25), "--width 25: the model has 24 dimensions"),
         (bulk.Options(width=-1), "give 1 or more"),
     ],
 )
-def test_options_that_cannot_be_are_refused(embedder, prepared, tmp_path, options, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_options_are_refused(embedder, prepared, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
         bulk.embed(embedder, prepared, tmp_path / "v", options)
     assert not (tmp_path / "v").exists() or not [*(tmp_path / "v").glob("*.parquet")]
 
 
-def test_search_is_a_full_sort(everything, embedder):
+def test_search_equals_a_full_sort(everything, embedder):
     folder, _, own = everything
     index = Index(folder, "mm")
     products = [Product(text="red shirt"), "blue bag"]
@@ -158,11 +156,12 @@ def test_search_is_a_full_sort(everything, embedder):
     assert len(index.search(embedder, ["x"], 1000)[0]) == len(index)
 
 
-def test_mixed_spaces_are_refused(everything, embedder, tmp_path):
+def test_vectors_of_different_models_are_refused(everything, embedder, tmp_path):
     folder, manifest, _ = everything
-    with pytest.raises(UserError, match="vectors of moon_jax f00d; what colour histogram makes"):
+    message = "vectors of moon_jax f00d, which do not compare with those of colour histogram"
+    with pytest.raises(UserError, match=message):
         Index(folder, "i").search(Colours(10**6), ["x"])
-    with pytest.raises(UserError, match="holds t, i, mm of a product; choose one by --view"):
+    with pytest.raises(UserError, match="contains the views t, i, mm; choose one with --view"):
         Index(folder)
     other = tmp_path / "v"
     other.mkdir()
@@ -173,12 +172,12 @@ def test_mixed_spaces_are_refused(everything, embedder, tmp_path):
     changed = json.loads((other / "manifest.json").read_text())
     changed["shards"][1] |= {"bytes": path.stat().st_size, "checksum": checksum(path)}
     (other / "manifest.json").write_text(json.dumps(changed))
-    with pytest.raises(UserError, match="vectors of another 1, the others are of moon_jax f00d"):
+    with pytest.raises(UserError, match="vectors of another 1, but others of moon_jax f00d"):
         Index(other, "t")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="damaged"):
         Index(other, "t")
-    with pytest.raises(UserError, match="nothing that moon-jax embed finished"):
+    with pytest.raises(UserError, match="not a complete output of moon-jax embed"):
         Index(tmp_path)
 
 
@@ -190,7 +189,7 @@ def copied(folder, other):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "manifest"])
-def test_what_is_damaged_is_refused_and_made_again(everything, embedder, prepared, tmp_path, damage):
+def test_damaged_files_are_refused_and_embedded_again(everything, embedder, prepared, tmp_path, damage):
     folder, manifest, _ = everything
     other = copied(folder, tmp_path / "v")
     path = other / manifest["shards"][2]["file"]
@@ -202,35 +201,38 @@ def test_what_is_damaged_is_refused_and_made_again(everything, embedder, prepare
         (other / "manifest.json").write_text("{}")
     else:
         path.write_bytes(content if damage == "flipped" else content[:-9])
-    said = "nothing that moon-jax embed finished" if damage == "manifest" else "damaged .*; give embed the same command"
-    with pytest.raises(UserError, match=said):
+    manifest_damaged = damage == "manifest"
+    message = (
+        "not a complete output of moon-jax embed" if manifest_damaged else "damaged .*; run the same embed command"
+    )
+    with pytest.raises(UserError, match=message):
         Index(other, "t")
-    asked = []
+    calls = []
 
     class Counting(Embedder):
         def __init__(self):
             self.__dict__ = embedder.__dict__
 
         def encode_views(self, products, **more):
-            asked.append(len(products))
+            calls.append(len(products))
             return super().encode_views(products, **more)
 
     bulk.embed(Counting(), prepared, other, bulk.Options(views=VIEWS))
     assert killing.content(other) == killing.content(folder)
-    assert len(asked) == (4 if damage == "manifest" else 1)
+    assert len(calls) == (4 if manifest_damaged else 1)
 
 
-def test_a_file_that_is_damaged_before_the_end_is_made_again(everything, embedder, prepared, tmp_path):
+def test_a_file_damaged_before_resuming_is_embedded_again(everything, embedder, prepared, tmp_path):
     folder, manifest, _ = everything
 
     class Failing(Embedder):
         def __init__(self):
             self.__dict__ = embedder.__dict__
-            self.asked = 0
+            self.calls = 0
 
         def encode_views(self, products, **more):
-            self.asked += 1
-            if self.asked == 3:
+            self.calls += 1
+            if self.calls == 3:
                 raise KeyboardInterrupt
             return super().encode_views(products, **more)
 
@@ -256,7 +258,7 @@ def test_a_file_that_is_damaged_before_the_end_is_made_again(everything, embedde
         {"shards": "elsewhere"},
     ],
 )
-def test_a_manifest_that_embed_did_not_write_is_one_line(everything, tmp_path, change):
+def test_invalid_manifests_are_refused_in_one_line(everything, tmp_path, change):
     folder, manifest, _ = everything
     other, shards = copied(folder, tmp_path / "v"), manifest["shards"]
     odd = {
@@ -266,15 +268,15 @@ def test_a_manifest_that_embed_did_not_write_is_one_line(everything, tmp_path, c
     }
     changed = {name: odd.get(value, value) if isinstance(value, str) else value for name, value in change.items()}
     (other / "manifest.json").write_text(json.dumps(manifest | changed))
-    with pytest.raises(UserError, match=r"--index .*: nothing that moon-jax embed finished"):
+    with pytest.raises(UserError, match=r"--index .*: not a complete output of moon-jax embed"):
         Index(other, "t")
     (other / "manifest.json").write_text(json.dumps(manifest | {"schema": 99}))
-    with pytest.raises(UserError, match="of format 99"):
+    with pytest.raises(UserError, match="format 99, but this version reads 1"):
         Index(other, "t")
 
 
 class Given(ByItem):
-    """Random vectors of texts that are numbers; of anything else there is none."""
+    """Random vectors for texts that are numbers; none for anything else."""
 
     name, max_pixels = "given", 10**6
 
@@ -293,7 +295,7 @@ class Given(ByItem):
 
 
 def numbered(tmp_path):
-    """A catalogue of "photo 0" and so on to train on, which come first, and of texts "20" to "39" to be found."""
+    """A catalogue of training products "photo 0" to "photo 19", which come first, and held-out texts "20" to "39"."""
     tmp_path.mkdir()
     for name, numbers in (("train", range(20)), ("test", range(20, 40))):
         rows = [row for n, row in enumerate(records(40)) if n in numbers]
@@ -319,14 +321,14 @@ def test_files_without_rows_and_every_view_of_an_index(tmp_path):
         views = [row["view"] for row in rows_of(folder)]
         for view in {*views}:
             assert len(Index(folder, view)) == views.count(view)
-        with pytest.raises(UserError, match="no vector of view i there; leave --view out"):
+        with pytest.raises(UserError, match="contains no vector of view i; leave --view out"):
             Index(folder, "i")
         vectors = Vectors(folder) if dtype == "float32" else None
         assert not vectors or vectors.encode_views(data.products)[1].sum() == len(index) == 20
 
 
-def test_the_width_of_an_index_is_that_of_its_queries(embedder, tmp_path):
-    """Truncated, in a catalogue whose last file has no row."""
+def test_queries_are_truncated_to_the_width_of_the_index(embedder, tmp_path):
+    """In a catalogue whose last file has no rows."""
     data = numbered(tmp_path / "c")
     manifest = bulk.embed(embedder, data, tmp_path / "v", bulk.Options(("mm",), width=16))
     assert manifest["width"] == 16 and manifest["shards"][-1]["rows"] == 0
@@ -338,10 +340,10 @@ def test_the_width_of_an_index_is_that_of_its_queries(embedder, tmp_path):
     assert dict(found) == {identity: pytest.approx(score, abs=1e-6) for identity, score in expected.items()}
 
 
-def test_other_data_are_not_gone_on_with(embedder, prepared, tmp_path):
+def test_vectors_of_other_data_are_refused(embedder, prepared, tmp_path):
     bulk.embed(embedder, prepared, tmp_path / "v")
     other = dataclasses.replace(prepared, manifest={**prepared.manifest, "fingerprint": "other"})
-    with pytest.raises(UserError, match="was made from another source"):
+    with pytest.raises(UserError, match="was made from another or a changed source"):
         bulk.embed(embedder, other, tmp_path / "v")
 
 
@@ -352,7 +354,7 @@ def test_a_vector_that_is_not_finite_is_refused(tmp_path):
         bulk.embed(Given(bad="30"), data, tmp_path / "v")
 
 
-def test_faiss_finds_the_same(everything, embedder, tmp_path):
+def test_faiss_returns_the_same_results(everything, embedder, tmp_path):
     faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     folder, _, _ = everything
     index = Index(folder, "i")
@@ -378,22 +380,22 @@ def test_the_commands_embed_and_search(prepared, tmp_path, capsys):
     assert cli.main(["search", "--index", output, "--model", "colours", "--image", str(picture), "-k", "3"]) == 0
     first = capsys.readouterr().out.splitlines()[0].split()
     assert first == ["1", "1.0000", product.id]
-    for flags, said in {
+    for flags, message in {
         ("search", "--index", output): "give a text, an --image, or both",
-        ("search", "--index", output, "--text", "x"): "give the model whose vectors these are (colour histogram)",
-        ("search", "--index", output, "--model", "bm25", "--text", "x"): "does not compare",
+        ("search", "--index", output, "--text", "x"): "give the model that made these vectors (colour histogram)",
+        ("search", "--index", output, "--model", "bm25", "--text", "x"): "which do not compare with those of BM25",
         ("search", "--index", output, "--model", "colours", "--image", "no.jpg"): "--image no.jpg: No such file",
         ("search", "--index", output, "--model", "colours", "--text", "x", "-k", "0"): "-k 0: give 1 or more",
         ("search", "--index", output, "--model", "colours", "--text", " "): "give a text, an --image, or both",
         ("search", "--index", output, "--model", "colours", "--text", "\udcff"): "--text: not UTF-8",
-        ("search", "--index", data, "--model", "colours", "--text", "x"): "nothing that moon-jax embed finished",
-        ("embed", "--model", "bm25", "--data", data, "--output", output): "makes no vectors",
+        ("search", "--index", data, "--model", "colours", "--text", "x"): "not a complete output of moon-jax embed",
+        ("embed", "--model", "bm25", "--data", data, "--output", output): "produces no vectors",
         ("embed", "--model", "colours", "--data", str(tmp_path), "--output", output): "not prepared data",
         ("embed", "--model", "colours", "--data", "nowhere", "--output", output): "--data nowhere: no such folder",
     }.items():
         assert cli.main([*flags]) == cli.MISTAKE, flags
         error = capsys.readouterr().err
-        assert said in error and len(error.splitlines()) == 1, error
+        assert message in error and len(error.splitlines()) == 1, error
 
 
 @pytest.fixture(scope="module")
@@ -406,18 +408,18 @@ def many(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(many, tmp_path_factory):
-    """What comes out, and how many seconds it takes."""
-    output, began = tmp_path_factory.mktemp("undisturbed") / "v", time.monotonic()
+def uninterrupted(many, tmp_path_factory):
+    """The files of an uninterrupted run, and the seconds it takes."""
+    output, began = tmp_path_factory.mktemp("uninterrupted") / "v", time.monotonic()
     killing.finish(killing.start(["embed", "--model", "colours", "--data", many, "--output", output]))
     return killing.content(output), time.monotonic() - began
 
 
-def killed(many, undisturbed, tmp_path, seed):
+def killed(many, uninterrupted, tmp_path, seed):
     arguments = ["embed", "--model", "colours", "--data", many]
-    assert "embedded in" in killing.killed(arguments, tmp_path / "v", *undisturbed, seed, takes_processes=False)
+    assert "embedded in" in killing.killed(arguments, tmp_path / "v", *uninterrupted, seed, takes_processes=False)
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(many, undisturbed, tmp_path, kill_seed):
-    killed(many, undisturbed, tmp_path, kill_seed)
+def test_killed_at_random_moments(many, uninterrupted, tmp_path, kill_seed):
+    killed(many, uninterrupted, tmp_path, kill_seed)

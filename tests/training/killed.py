@@ -1,7 +1,7 @@
-"""A run that ends itself by SIGKILL: python -m tests.training.killed PHASE COUNT DELAY moon-jax's arguments…
+"""A run that kills itself with SIGKILL: python -m tests.training.killed PHASE COUNT DELAY ARGUMENTS-OF-MOON-JAX…
 
-DELAY seconds after it entered PHASE (data, device, checkpoint or evaluation) for the COUNT-th time; for the phase "any"
-after its start. A save works on in the background, so a delay after "checkpoint" strikes in the middle of it.
+The kill comes DELAY seconds after it entered PHASE (data, device, checkpoint or evaluation) for the COUNT-th time; for
+the phase "any" DELAY seconds after the start. Saves run in the background, so a delay after "checkpoint" hits one.
 """
 
 import contextlib
@@ -17,21 +17,21 @@ phase, count, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 of, entered = metrics_lib.Times.of, 0
 
 
-def strike():
+def kill_later():
     threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
 @contextlib.contextmanager
-def deadly(self, name):
+def killing(self, name):
     global entered
     entered += name == phase
     if name == phase and entered == count:
-        strike()
+        kill_later()
     with of(self, name):
         yield
 
 
-metrics_lib.Times.of = deadly
+metrics_lib.Times.of = killing
 if phase == "any":
-    strike()
+    kill_later()
 sys.exit(cli.main(sys.argv[4:]))

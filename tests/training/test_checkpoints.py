@@ -1,4 +1,4 @@
-"""Checkpoints on real files: what is damaged is named and skipped, what is kept is what the policy says."""
+"""Checkpoints on disk: damaged ones are reported and skipped, and the policy decides which ones are kept."""
 
 import dataclasses
 import json
@@ -23,8 +23,8 @@ from tests.conftest import tiny
 ABOUT = {"config": {}, "version": "test", "data": "catalogue"}
 
 
-def state(number, places=None):
-    """A state whose numbers follow from `number`, of every dtype that a state holds."""
+def state(number, shardings=None):
+    """A state determined by `number`, with every dtype that a state can hold."""
     rng = np.random.default_rng(number)
     arrays = {
         "encoder": {"kernel": rng.normal(size=(8, 40, 30)), "scale": rng.normal(size=16).astype(jnp.bfloat16)},
@@ -34,7 +34,7 @@ def state(number, places=None):
     counter = jnp.int32(number)
     opt_state = ({"mu": params["encoder"]}, counter, jnp.bool_(number % 2))
     made = TrainState(counter, params, opt_state, counter, jnp.int32(0))
-    return made if places is None else jax.device_put(made, places)
+    return made if shardings is None else jax.device_put(made, shardings)
 
 
 def like(made):
@@ -60,11 +60,11 @@ def write(workdir, steps, options=None, scores=()):
 
 
 def restore(workdir, expected=None, abstract=None):
-    """Step and state, and what was told."""
-    told = []
+    """The step and state, and the warnings."""
+    warnings = []
     opened = lib.Checkpoints(storage.Store(workdir).checkpoints, training())
     try:
-        return opened.restore(abstract or like(state(0)), expected or {"data": "catalogue"}, told.append), told
+        return opened.restore(abstract or like(state(0)), expected or {"data": "catalogue"}, warnings.append), warnings
     finally:
         opened.close()
 
@@ -76,20 +76,20 @@ def two(tmp_path_factory):
     return workdir
 
 
-def test_what_is_restored_is_what_was_saved(two):
-    (step, found), told = restore(two)
-    assert step == 7 and equal(found, state(7)) and not told
+def test_a_restored_state_equals_the_saved_one(two):
+    (step, found), warnings = restore(two)
+    assert step == 7 and equal(found, state(7)) and not warnings
     reader = lib.Checkpoints(storage.Store(two).checkpoints)
-    step, params = reader.restore_params(like(state(0).params), told.append)
-    assert step == 7 and equal(params, state(7).params) and not told
+    step, params = reader.restore_params(like(state(0).params), warnings.append)
+    assert step == 7 and equal(params, state(7).params) and not warnings
     about = json.loads((two / "checkpoints" / "7" / "about" / "metadata").read_text())
     assert (
         about["version"] == "test" and about["step"] == 7 and about["arrays"]["params/encoder/kernel"][0] == [8, 40, 30]
     )
 
 
-def test_parameters_may_be_read_in_another_dtype(two):
-    """As moon_jax.load with training.param_dtype does; what is not what was saved is seen all the same."""
+def test_parameters_can_be_restored_in_another_dtype(two):
+    """As moon_jax.load does with training.param_dtype. The digests are verified before the cast."""
     half = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), like(state(0).params)
     )
@@ -112,8 +112,8 @@ def flip(path):
 
 
 @pytest.mark.parametrize("damage", [truncate, delete, flip])
-def test_a_damaged_checkpoint_is_named_and_skipped(two, tmp_path, damage):
-    """Every file of the newest in turn: either all that is read is bit for bit what was saved, or it is skipped."""
+def test_a_damaged_checkpoint_is_reported_and_skipped(two, tmp_path, damage):
+    """Damages each file of the newest checkpoint in turn: it is either skipped or restored bit for bit."""
     files = [path.relative_to(two) for path in (two / "checkpoints" / "7").rglob("*") if path.is_file()]
     skipped = []
     for number, name in enumerate(files):
@@ -122,76 +122,76 @@ def test_a_damaged_checkpoint_is_named_and_skipped(two, tmp_path, damage):
         if not (workdir / name).stat().st_size:
             continue
         damage(workdir / name)
-        (step, found), told = restore(workdir)
+        (step, found), warnings = restore(workdir)
         assert equal(found, state(step)), name
         if step == 5:
             skipped.append(name)
-            assert len(told) == 1 and "\n" not in told[0], name
-            assert told[0].startswith(f"{workdir / 'checkpoints' / '7'}: a damaged checkpoint (")
+            assert len(warnings) == 1 and "\n" not in warnings[0], name
+            assert warnings[0].startswith(f"{workdir / 'checkpoints' / '7'}: damaged checkpoint (")
             assert (workdir / "damaged" / "7").is_dir() and not (workdir / "checkpoints" / "7").exists()
         else:
-            assert step == 7 and not told, name
+            assert step == 7 and not warnings, name
     inside = {name: name.relative_to("checkpoints/7") for name in files}
     needed = {name for name, path in inside.items() if len(path.parts) > 1 and path.parts[1] in ("d", "manifest.ocdbt")}
-    assert len(needed) >= 4  # of the arrays; the rest of what Orbax leaves may matter or not
+    assert len(needed) >= 4  # files of the arrays; Orbax may or may not read its other files
     assert needed | {name for name, path in inside.items() if str(path) == "about/metadata"} <= {*skipped}
 
 
-def test_flips_in_the_data_are_seen_wherever_they_are(two, tmp_path):
-    """Fifty single bits of the files that hold the arrays."""
+def test_bit_flips_in_the_data_are_detected(two, tmp_path):
+    """Flips 25 random bits, one at a time, in the largest file with array data."""
     data = [path.relative_to(two) for path in (two / "checkpoints" / "7").rglob("d/*") if path.is_file()]
     largest = max(data, key=lambda name: (two / name).stat().st_size)
-    rng, seen = np.random.default_rng(0), 0
+    rng, detected = np.random.default_rng(0), 0
     for number in range(25):
         workdir = tmp_path / str(number)
         shutil.copytree(two, workdir)
         content = bytearray((workdir / largest).read_bytes())
-        place = int(rng.integers(len(content)))
-        content[place] ^= 1 << int(rng.integers(8))
+        position = int(rng.integers(len(content)))
+        content[position] ^= 1 << int(rng.integers(8))
         (workdir / largest).write_bytes(bytes(content))
         (step, found), _ = restore(workdir)
         assert equal(found, state(step))
-        seen += step == 5
-    assert seen >= 23  # a bit of a file's own bookkeeping may not matter
+        detected += step == 5
+    assert detected >= 23  # a bit of the file format's own metadata may not matter
 
 
-def test_what_orbax_would_read_without_a_word(two, tmp_path):
-    """An array in its place, of its shape, and of other numbers: only the digest tells."""
+def test_a_swapped_array_is_detected_by_its_digest(two, tmp_path):
+    """Orbax would silently read an array with the right name and shape but other numbers."""
     workdir = tmp_path / "w"
     shutil.copytree(two, workdir)
     shutil.rmtree(workdir / "checkpoints" / "7" / "params")
     shutil.copytree(workdir / "checkpoints" / "5" / "params", workdir / "checkpoints" / "7" / "params")
-    (step, found), told = restore(workdir)
+    (step, found), warnings = restore(workdir)
     assert step == 5 and equal(found, state(5))
-    assert "alignment/log_temperature is not what was saved" in told[0]
+    assert "alignment/log_temperature differs from what was saved" in warnings[0]
 
 
-def test_a_changed_about_is_seen(two, tmp_path):
+def test_changed_metadata_is_detected(two, tmp_path):
     workdir = tmp_path / "w"
     shutil.copytree(two, workdir)
     path = workdir / "checkpoints" / "7" / "about" / "metadata"
     path.write_text(path.read_text().replace('"catalogue"', '"catalogUe"'))
-    (step, _), told = restore(workdir)
-    assert step == 5 and "about is not what was saved" in told[0]
+    (step, _), warnings = restore(workdir)
+    assert step == 5 and "about differs from what was saved" in warnings[0]
 
 
-def test_all_damaged_is_one_line(two, tmp_path):
+def test_an_error_if_all_checkpoints_are_damaged(two, tmp_path):
     workdir = tmp_path / "w"
     shutil.copytree(two, workdir)
     for step in (5, 7):
         shutil.rmtree(workdir / "checkpoints" / str(step) / "params")
-    with pytest.raises(UserError, match="no checkpoint is whole") as error:
+    with pytest.raises(UserError, match="all checkpoints are damaged: 7, 5") as error:
         restore(workdir)
-    assert "\n" not in str(error.value) and "7, 5" in str(error.value)
-    assert not (workdir / "damaged").exists()  # else the next start would begin anew, without a word
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match="no checkpoint is whole"):
+    assert "\n" not in str(error.value)
+    assert not (workdir / "damaged").exists()  # otherwise the next start would silently train from scratch
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(UserError, match="all checkpoints are damaged"):
         lib.latest_params(storage.Store(workdir).checkpoints, like(state(0).params))
 
 
 @pytest.fixture
 def as_nobody():
-    """A folder for a process without root's powers, which the test then is."""
-    folder = Path(tempfile.mkdtemp())  # pytest's own are closed to nobody
+    """A folder, and a test process without root privileges."""
+    folder = Path(tempfile.mkdtemp())  # user nobody cannot enter pytest's own folders
     folder.chmod(0o777)
     root = os.geteuid() == 0
     if root:
@@ -203,31 +203,31 @@ def as_nobody():
 
 
 @pytest.mark.parametrize("name", ["params/d", "params/ocdbt.process_0", "params/manifest.ocdbt", "about/metadata"])
-def test_what_cannot_be_read_is_not_taken_for_damaged(as_nobody, name):
+def test_an_unreadable_checkpoint_is_not_treated_as_damaged(as_nobody, name):
     workdir = as_nobody / "w"
     write(workdir, (5, 7))
     closed = workdir / "checkpoints" / "7" / name
     mode = closed.stat().st_mode
     closed.chmod(0)
-    with pytest.raises(UserError, match=r"checkpoints/7: cannot be read now \(.*mend that and give the same") as error:
+    with pytest.raises(UserError, match=r"checkpoints/7: cannot be read now \(.*fix that and run the same") as error:
         restore(workdir)
     assert "\n" not in str(error.value)
     closed.chmod(mode)
-    (step, found), told = restore(workdir)
-    assert step == 7 and equal(found, state(7)) and not told
+    (step, found), warnings = restore(workdir)
+    assert step == 7 and equal(found, state(7)) and not warnings
 
 
-def test_a_reader_skips_and_moves_nothing(two, tmp_path):
+def test_a_reader_skips_damaged_checkpoints_without_moving_them(two, tmp_path):
     workdir = tmp_path / "w"
     shutil.copytree(two, workdir)
     shutil.rmtree(workdir / "checkpoints" / "7" / "params")
-    with pytest.warns(UserWarning, match="checkpoints/7: a damaged checkpoint"):
+    with pytest.warns(UserWarning, match="checkpoints/7: damaged checkpoint"):
         step, params = lib.latest_params(storage.Store(workdir).checkpoints, like(state(0).params))
     assert step == 5 and equal(params, state(5).params) and (workdir / "checkpoints" / "7").is_dir()
 
 
-def test_other_data_and_another_architecture_are_refused_not_skipped(two):
-    with pytest.raises(UserError, match="was saved with another data, catalogue; this is other"):
+def test_other_data_and_another_architecture_are_errors(two):
+    with pytest.raises(UserError, match=r"was saved with other data \(catalogue, not other\)"):
         restore(two, {"data": "other"})
     other = like(state(0))
     kernel = jax.ShapeDtypeStruct((8, 40, 31), jnp.float32)
@@ -248,20 +248,20 @@ def test_other_data_and_another_architecture_are_refused_not_skipped(two):
         (dict(keep=2, keep_every=5, keep_best=1), [5, 6, 10, 11, 12]),
     ],
 )
-def test_what_is_kept(tmp_path, options, kept):
+def test_which_checkpoints_are_kept(tmp_path, options, kept):
     scores = {step: {lib.BEST: float(10 * (step == 6) + 5 * (step == 3) + 0.1 * step)} for step in (3, 6, 9)}
     write(tmp_path / "w", range(1, 13), training(**options), scores)
     assert sorted(int(path.name) for path in (tmp_path / "w" / "checkpoints").iterdir()) == kept
 
 
-def test_the_best_is_kept_over_restarts(tmp_path):
+def test_the_best_checkpoint_is_kept_across_restarts(tmp_path):
     scores = {step: {lib.BEST: 50.0 if step == 3 else 10.0} for step in (3, 6)}
     for steps in (range(1, 5), range(5, 9)):
         write(tmp_path / "w", steps, training(keep=1, keep_best=1), scores)
     assert sorted(int(path.name) for path in (tmp_path / "w" / "checkpoints").iterdir()) == [3, 8]
 
 
-def test_a_step_that_was_set_aside_is_saved_anew(two, tmp_path):
+def test_the_step_of_a_damaged_checkpoint_is_saved_again(two, tmp_path):
     workdir = tmp_path / "w"
     shutil.copytree(two, workdir)
     truncate(next((workdir / "checkpoints" / "7" / "params" / "d").iterdir()))
@@ -269,11 +269,11 @@ def test_a_step_that_was_set_aside_is_saved_anew(two, tmp_path):
     assert opened.restore(like(state(0)), {"data": "catalogue"}, lambda _: None)[0] == 5
     opened.save(state(7), 7, ABOUT)
     opened.close()
-    (step, found), told = restore(workdir)
-    assert step == 7 and equal(found, state(7)) and not told
+    (step, found), warnings = restore(workdir)
+    assert step == 7 and equal(found, state(7)) and not warnings
 
 
-def test_too_little_room_is_told_before_anything_is_written(two, tmp_path, monkeypatch):
+def test_lack_of_disk_space_is_reported_before_anything_is_written(two, tmp_path, monkeypatch):
     workdir = tmp_path / "w"
     shutil.copytree(two, workdir)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("", (), {"free": 1000}))
@@ -282,20 +282,20 @@ def test_too_little_room_is_told_before_anything_is_written(two, tmp_path, monke
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["5", "7"]
 
 
-def test_processes_that_see_other_checkpoints_wait_and_then_refuse(two, monkeypatch):
-    """As where a shared folder shows one of them a new one later."""
+def test_processes_wait_until_they_see_the_same_checkpoints(two, monkeypatch):
+    """A shared folder may show a new checkpoint to some processes later. They fail if it never appears."""
     seen = [["[5]"], ["[5]"], ["[5, 7]"]]
     monkeypatch.setattr(lib.time, "sleep", lambda _: None)
-    monkeypatch.setattr(lib.hosts, "gather", lambda said: [said, *(seen.pop(0) if seen else ["[5, 7]"])])
+    monkeypatch.setattr(lib.distributed, "allgather", lambda own: [own, *(seen.pop(0) if seen else ["[5, 7]"])])
     opened = lib.Checkpoints(storage.Store(two).checkpoints)
     assert opened._agreed() == [5, 7] and not seen
-    monkeypatch.setattr(lib.hosts, "gather", lambda said: [said, "[5]"])
-    with pytest.raises(Unavailable, match=r"process 1 sees checkpoints \[5\] and process 0 \[5, 7\]; give all"):
+    monkeypatch.setattr(lib.distributed, "allgather", lambda own: [own, "[5]"])
+    with pytest.raises(Unavailable, match=r"process 1 sees checkpoints \[5\], process 0 sees \[5, 7\]; give all"):
         opened._agreed()
 
 
-def test_an_error_of_the_users_waits_for_a_save_under_way(tmp_path):
-    """Which would be lost with the process."""
+def test_a_pending_save_is_finished_after_a_user_error(tmp_path):
+    """It would be lost when the process ends."""
     (tmp_path / "w").mkdir()
     with pytest.raises(UserError), lib.Checkpoints(storage.Store(tmp_path / "w").checkpoints, training()) as opened:
         opened.save(state(3), 3, ABOUT)
@@ -303,7 +303,7 @@ def test_an_error_of_the_users_waits_for_a_save_under_way(tmp_path):
     assert (tmp_path / "w" / "checkpoints" / "3").is_dir()
 
 
-def test_the_digest_does_not_depend_on_the_devices_and_sees_every_bit():
+def test_the_digest_depends_on_every_bit_but_not_on_the_devices():
     mesh = sharding.make_mesh(tiny(mesh__data=2, mesh__fsdp=4).mesh)
     made = state(1)
     spread = jax.tree.map(
@@ -320,16 +320,16 @@ def test_the_digest_does_not_depend_on_the_devices_and_sees_every_bit():
         bits = np.asarray(array).view(unsigned)
         width = 8 * bits.itemsize
         seen = {tuple(np.asarray(digest(array)).tolist())}
-        for place in range(8):
+        for position in range(8):
             for bit in range(width):
                 changed = bits.copy()
-                changed[place] ^= unsigned(1 << bit)
+                changed[position] ^= unsigned(1 << bit)
                 seen.add(tuple(np.asarray(digest(jnp.asarray(changed.view(array.dtype)))).tolist()))
         assert len(seen) == 1 + 8 * width
     assert not np.array_equal(digest(kernel), digest(kernel[::-1]))
 
 
-def test_saved_on_one_mesh_restored_on_another(tmp_path):
+def test_a_checkpoint_can_be_restored_on_another_mesh(tmp_path):
     from jax.sharding import NamedSharding, PartitionSpec
 
     def placed(mesh):
@@ -343,6 +343,6 @@ def test_saved_on_one_mesh_restored_on_another(tmp_path):
     opened = lib.Checkpoints(storage.Store(workdir).checkpoints, training())
     opened.save(state(3, placed(meshes[0])), 3, ABOUT)
     opened.close()
-    (step, found), told = restore(workdir, abstract=like(state(0, placed(meshes[1]))))
-    assert step == 3 and equal(found, state(3)) and not told
+    (step, found), warnings = restore(workdir, abstract=like(state(0, placed(meshes[1]))))
+    assert step == 3 and equal(found, state(3)) and not warnings
     assert found.params["encoder"]["kernel"].sharding.num_devices == 8

@@ -1,4 +1,4 @@
-"""Metric lines: time and utilisation of a step, and how a run reads its own log again."""
+"""Metrics: step time, utilisation, and re-reading the log of a resumed run."""
 
 import time
 from types import SimpleNamespace
@@ -25,12 +25,12 @@ from tests.conftest import tiny
         ("cpu", None),
     ],
 )
-def test_a_chip_is_known_by_what_jax_calls_it(kind, name):
+def test_chips_are_recognised_by_their_jax_device_kind(kind, name):
     assert chips.of_device(SimpleNamespace(device_kind=kind)) == (chips.CHIPS[name] if name else None)
 
 
-def test_mfu_is_the_models_flops_over_the_chips_peak(monkeypatch):
-    """On chips that would take a tenth of a second for a step, at five steps a second: one half."""
+def test_mfu_is_model_flops_over_the_peak_of_the_chips(monkeypatch):
+    """At peak the chips would take 0.1 s per step; at 0.2 s per step the MFU is one half."""
     config, clock = tiny(), [100.0]
     peak = chips.model_flops(config) / (4 * 0.1)
     monkeypatch.setattr(chips, "of_device", lambda device: SimpleNamespace(flops=peak))
@@ -44,7 +44,7 @@ def test_mfu_is_the_models_flops_over_the_chips_peak(monkeypatch):
     line = times.line(17)
     assert line["seconds"] == pytest.approx(0.2) and line["mfu"] == pytest.approx(0.5)
     assert line["data"] == pytest.approx(0.04) and line["device"] == pytest.approx(0.12)
-    assert times.summary() == "of the time of a step: data 20.0%, device 60.0%"
+    assert times.summary() == "share of training time: data 20.0%, device 60.0%"
     monkeypatch.setattr(chips, "of_device", lambda device: None)
     clock[0] += 1
     assert metrics_lib.Times(config, jax.device_count(), start=0).line(1)["mfu"] is None
@@ -52,7 +52,7 @@ def test_mfu_is_the_models_flops_over_the_chips_peak(monkeypatch):
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 20])
 def test_a_truncated_log_line_is_removed(tmp_path, cut):
-    """Wherever it was cut, in the middle of a letter too."""
+    """Wherever it was cut, even inside a multi-byte character."""
     path = tmp_path / "metrics.jsonl"
     whole = '{"step": 1, "loss": {"q_t→p_mm": 1.0}}\n'
     path.write_bytes(whole.encode() + '{"step": 2, "loss": {"q_t→'.encode()[:-cut])

@@ -1,4 +1,4 @@
-"""Optimizers by name, learning rates by path, and what freezing leaves out."""
+"""Optimisers by name, learning rates by path, and freezing."""
 
 import functools
 import re
@@ -32,8 +32,8 @@ def params(batch):
     return jax.jit(lambda: nn.unbox(step_lib.initial_state(tiny(), batch.rows)).params)()
 
 
-def test_adamw_is_that_of_the_paper(params):
-    """Two updates by hand in float64: clip, moments, bias correction, decoupled decay, warm-up."""
+def test_adamw_equals_the_formulas_of_the_paper(params):
+    """Three updates, written out in float64: clipping, moments, bias correction, decoupled decay, warm-up."""
     options = tiny(training__weight_decay=0.1, training__learning_rate=0.5, training__min_warmup=2).training
     rng = np.random.default_rng(0)
     kernel = {"encoder": {"kernel": rng.normal(size=(3, 4))}}
@@ -53,8 +53,8 @@ def test_adamw_is_that_of_the_paper(params):
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd", "rmsprop", "muon", "adabelief"])
-def test_any_optimizer_of_optax_by_name(name):
-    """Each goes down a quadratic; decay acts though most of them know none."""
+def test_optax_optimizers_by_name(name):
+    """Each minimises a quadratic, and decays weights although most of them have no weight decay."""
     rates = dict(training__learning_rate=0.05, training__warmup=0.0, training__clip=1e9)
     options = tiny(training__optimizer=name, training__steps=200, **rates)
     optimizer = lib.make_optimizer(options.training)
@@ -78,8 +78,8 @@ def test_any_optimizer_of_optax_by_name(name):
     np.testing.assert_allclose(updates["encoder"]["kernel"], -0.05 * 0.05 * held["encoder"]["kernel"], rtol=1e-3)
 
 
-def test_an_optimizer_that_keeps_less_than_a_matrix_on_a_mesh(batch):
-    """Adafactor's state has other shapes than the parameters, which are divided."""
+def test_an_optimizer_with_factored_state_on_a_mesh(batch):
+    """Adafactor's state has other shapes than the sharded parameters."""
     small = {"language__layers": 1, "vision__depth": 1, "experts__dispatch": "dense"}
     config = tiny(training__optimizer="adafactor", mesh__data=1, mesh__fsdp=2, training__learning_rate=3e-2, **small)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:2])
@@ -97,8 +97,8 @@ def test_an_optimizer_that_keeps_less_than_a_matrix_on_a_mesh(batch):
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd", "optimistic_adam"])
-def test_whatever_an_optimizer_keeps_is_placed_and_can_be_saved(batch, name):
-    """Some leave parameters out, or keep flags."""
+def test_any_optimizer_state_can_be_sharded_and_saved(batch, name):
+    """Some optimisers skip parameters, or keep flags."""
     config = tiny(training__optimizer=name, mesh__data=1, mesh__fsdp=8)
     state = loop.abstract_state(config, batch.rows, sharding.make_mesh(config.mesh))
     assert all(leaf.sharding is not None for leaf in jax.tree.leaves(state))
@@ -109,48 +109,50 @@ def test_whatever_an_optimizer_keeps_is_placed_and_can_be_saved(batch, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("adamm", "adamm is no optimizer of optax; the closest is adam"),
-        ("clip", "clip is no optimizer of optax"),
+        ("adamm", "adamm is not an optimizer of optax; the closest is adam"),
+        ("clip", "clip is not an optimizer of optax"),
         ("lbfgs", "lbfgs needs more than gradients"),
         ("noisy_sgd", "noisy_sgd needs more than gradients (a random key"),
     ],
 )
-def test_an_optimizer_that_will_not_do_is_one_line(name, message):
+def test_an_unsuitable_optimizer_is_reported_in_one_line(name, message):
     with pytest.raises(UserError, match=re.escape(f"config.training.optimizer: {message}")) as error:
         lib.named(name)
     assert "\n" not in str(error.value)
 
 
-def test_rates_by_path(params):
+def test_learning_rate_factors_by_path(params):
     options = tiny(
         training__learning_rate_factors=("encoder/vision/layers/*=0", "encoder/vision/*=0.5", "*/router=3")
     ).training
     peaks = {
         "/".join(lib._names(path)): lib.peak(options, path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
     }
-    assert peaks["encoder/vision/layers/block/qkv/kernel"] == 0  # the first that fits counts
+    assert peaks["encoder/vision/layers/block/qkv/kernel"] == 0  # the first match wins
     assert peaks["encoder/vision/merger/fc1/kernel"] == pytest.approx(0.5e-3)
     assert peaks["encoder/decoder/periods/layer_0/experts/router"] == pytest.approx(3e-4)
     assert peaks["encoder/token_embedding"] == pytest.approx(1e-3) and peaks["alignment/dual"] == 1e-2
     lib.check(options, params)
-    with pytest.raises(UserError, match=r"rates: encoder/visoin/\* fits no parameter; the closest is encoder/vision/"):
+    with pytest.raises(
+        UserError, match=r"_factors: encoder/visoin/\* matches no parameter; the closest is encoder/vision/"
+    ):
         lib.check(tiny(training__learning_rate_factors=("encoder/visoin/*=0",)).training, params)
     with pytest.raises(UserError, match=r"training.learning_rate_factors must be of the form PATTERN=FACTOR"):
         tiny(training__learning_rate_factors=("encoder/vision/*",))
 
 
-def test_the_table_says_what_trains(params):
+def test_the_table_of_trained_parameters(params):
     console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(lib.table(tiny(training__learning_rate_factors=(FROZEN,)).training, params))
     text = console.export_text()
     vision = sum(leaf.size for leaf in jax.tree.leaves(params["encoder"]["vision"]))
     assert re.search(rf"│ encoder/vision +│ {vision:,} │ +frozen │ +- │", text)
-    norms = 24 * 5  # two in each of two layers, and the last; those of q and k are the attention's
+    norms = 24 * 5  # two in each of two layers, and the last; the q and k norms count as attention
     assert re.search(rf"│ encoder/decoder/norms +│ +{norms} │ +0.001 │ +0% │", text), text
-    assert "what trains, by adamw" in text
+    assert "trained with adamw" in text
 
 
-def test_frozen_parameters_stay_and_have_no_state(batch):
+def test_frozen_parameters_do_not_change_and_have_no_state(batch):
     config = tiny(
         training__learning_rate_factors=(FROZEN,), language__layers=1, vision__depth=1, experts__dispatch="dense"
     )
@@ -164,7 +166,7 @@ def test_frozen_parameters_stay_and_have_no_state(batch):
         state, metrics = step(state, batch)
     same = jax.tree.map(np.array_equal, before, jax.device_get(state.params))
     assert all(jax.tree.leaves(same["encoder"]["vision"])) and not same["encoder"]["token_embedding"]
-    # The gradient's length is that of what trains.
+    # The gradient norm covers only trained parameters.
     alone = jax.grad(lambda p: step_lib.loss(p, batch, config, jnp.int32(0))[0])(jax.tree.map(jnp.asarray, before))
     alone["encoder"].pop("vision")
     alone["alignment"].pop("log_temperature")
@@ -174,11 +176,11 @@ def test_frozen_parameters_stay_and_have_no_state(batch):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_frozen_vision_tower_stores_no_activations(remat):
-    """Of what the backward pass is handed nothing has an axis of patches."""
-    patches = 28  # a size that no other axis has
+    """None of the residuals for the backward pass has an axis of patches."""
+    patches = 28  # no other axis has this size
 
-    def stored(rates):
-        config = tiny(training__remat=remat, training__learning_rate_factors=rates, data__visual_tokens=patches // 4)
+    def stored(factors):
+        config = tiny(training__remat=remat, training__learning_rate_factors=factors, data__visual_tokens=patches // 4)
         batch = loop.abstract_batch(config, sharding.make_mesh(config.mesh))
         assert batch.rows.patches.shape[1] == patches
         params = nn.unbox(jax.eval_shape(functools.partial(step_lib.initial_state, config), batch.rows)).params
@@ -187,7 +189,7 @@ def test_a_frozen_vision_tower_stores_no_activations(remat):
             def loss(trained):
                 return step_lib.loss(lib.merge(trained, params), batch, config, jnp.int32(0))[0]
 
-            # What the backward pass is handed: the leaves of the function that vjp gives.
+            # The residuals are the leaves of the function that vjp returns.
             return jax.tree.leaves(jax.vjp(loss, lib.trained(config.training, params))[1])
 
         found = jax.eval_shape(residuals, params, batch)

@@ -1,4 +1,4 @@
-"""What is read from compiled programs: against sums by hand, and unrolled against scanned."""
+"""The cost read from compiled programs, compared with sums written out here and with unrolled programs."""
 
 import json
 
@@ -24,7 +24,7 @@ def cost(function, *shapes):
     return hlo.Program(compiled(function, *shapes).as_text()).cost()
 
 
-def test_a_product_counts_twice_its_multiplications():
+def test_a_matmul_counts_two_flops_per_multiplication():
     found = cost(lambda a, b: a @ b, (64, 32), (32, 48))
     assert found.flops == 2 * 64 * 32 * 48
     assert found.bytes == 4 * (64 * 32 + 32 * 48 + 64 * 48)
@@ -34,7 +34,7 @@ def test_a_product_counts_twice_its_multiplications():
 
 @pytest.mark.parametrize("layers", [1, 3, 7])
 def test_a_scanned_program_costs_what_the_unrolled_one_costs(layers):
-    """Forward and backward of a stack of layers. XLA's own count of the scanned one is that of one layer."""
+    """Forward and backward through a stack of layers. XLA's own analysis of the scan counts one layer."""
 
     def loss(unroll, x, weights):
         layer = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
@@ -44,7 +44,7 @@ def test_a_scanned_program_costs_what_the_unrolled_one_costs(layers):
     scanned, unrolled = (cost(jax.grad(lambda *a, u=u: loss(u, *a), (0, 1)), *shapes) for u in (1, layers))
     assert scanned.flops == unrolled.flops == 3 * layers * 2 * 128 * 64 * 64  # one forward and two backward
     assert scanned.uncounted == unrolled.uncounted == frozenset()
-    # What lies in memory between layers, and what is fused, differ; a stack read in each turn would show.
+    # Fusion and temporaries differ; reading the whole stack in every iteration would exceed this.
     assert 0.8 < scanned.bytes / unrolled.bytes < 3
 
 
@@ -57,7 +57,7 @@ def test_nested_loops_multiply():
     assert cost(function, (16, 32), (3, 32, 32)).flops == 15 * 2 * 16 * 32 * 32
 
 
-def test_a_loop_of_unknown_length_is_said():
+def test_a_loop_of_unknown_length_is_reported():
     def function(x, w):
         return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: jnp.abs(x @ w) + 1, x)
 
@@ -66,7 +66,7 @@ def test_a_loop_of_unknown_length_is_said():
 
 
 def test_a_slice_of_a_stack_is_not_the_stack():
-    """A scan over 40 matrices reads each once; forty times the stack would be 40 times as much."""
+    """A scan over 40 matrices reads each once, not the whole stack 40 times."""
     found = cost(lambda x, ws: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0], (8, 64), (40, 64, 64))
     stack = 4 * 40 * 64 * 64
     assert stack < found.bytes < 4 * stack
@@ -94,8 +94,8 @@ def test_collectives_by_kind(operation, kind, sent):
     assert found == pytest.approx(4 * 64 * 128 * sent)
 
 
-def test_of_what_crosses_slices_each_device_sends_its_share():
-    """Two slices of four: an all-reduce of the array x sends 2 x 3/4 inside, and 2 x 1/2 of a quarter between."""
+def test_each_device_sends_its_share_of_the_traffic_between_slices():
+    """Two slices of four: an all-reduce of x sends 2 · 3/4 x inside a slice, and 2 · 1/2 of x/4 between slices."""
     reduced = ("all-reduce", "f32[64,128]", 4 * 64 * 128)
     gathered = ("all-gather", "f32[512,128]", 4 * 64 * 128)
     for (kind, out, x), inside, between in ((reduced, 2 * 3 / 4, 2 / 2 / 4), (gathered, 2 * 3, 1)):
@@ -158,13 +158,13 @@ ENTRY %main (a: f32[8,8]) -> (s32[], f32[8,8]) {
 
 
 def test_loops_as_tpus_write_them():
-    """Five times: from 2 to 11 by 3, three times, a product and a sum over four devices; and two kernels."""
+    """Five times: two kernels, and from 2 to 11 by 3, so three times, a matmul and a sum over four devices."""
     found = hlo.Program(TPU_LOOPS, 4).cost()
     assert found.flops == 5 * (3 * 2 * 8**3 + 7)
     assert found.collectives == {("all-reduce", 4, False): 5 * 3 * 2 * 3 / 4 * 256}
-    # In main memory: the product's result, written and read; each kernel's array that is not on the chip; counters.
+    # In main memory: the matmul's result, written and read; the arrays of the kernels that are off the chip; counters.
     assert found.bytes == 5 * (3 * (2 * 256 + 12) + 256 + 256 + 12)
-    assert found.uncounted == {"unknown"}  # a library's product, of which nobody tells
+    assert found.uncounted == {"unknown"}  # a library's matmul, which reports no FLOPs
     assert hlo.Program(TPU_LOOPS.replace("constant(2)", "parameter(1)"), 4).cost().uncounted == {"unknown", "loop"}
 
 
@@ -180,11 +180,11 @@ ENTRY %main (a: f32[{a}], b: f32[{b}]) -> f32[{out}] {{
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "out", "window", "labels", "products"),
+    ("a", "b", "out", "window", "labels", "multiplications"),
     [
-        # A plain product, as TPUs write it: no window at all.
+        # A plain matmul, as TPUs write it: without a window.
         ("64,32", "32,48", "64,48", "", "bf_io->bf", 64 * 32 * 48),
-        # A batch of 12 as a dilated window: each output meets one of the twelve.
+        # A batch of 12 as a dilated window: each output uses one of the twelve.
         ("12,64,32", "12,48,32", "12,64,48", "size=12 stride=11 lhs_dilate=12", "0bf_0oi->0bf", 12 * 64 * 32 * 48),
         # A sum over an axis of 2 as a window of 2.
         ("64,2,32", "2,32,48", "64,1,48", "size=2", "b0f_0io->b0f", 64 * 2 * 32 * 48),
@@ -192,12 +192,12 @@ ENTRY %main (a: f32[{a}], b: f32[{b}]) -> f32[{out}] {{
         ("64,1,32", "2,32,48", "64,2,48", "size=2 pad=1_1 rhs_reversal=1", "b0f_0io->b0f", 64 * 2 * 32 * 48),
     ],
 )
-def test_convolutions_count_no_holes(a, b, out, window, labels, products):
+def test_padding_and_dilation_do_not_count(a, b, out, window, labels, multiplications):
     line = LINE.format(out=out, window=window, labels=labels).replace("window={}, ", "")
-    assert hlo.Program(MODULE.format(a=a, b=b, out=out, line=line)).cost().flops == 2 * products
+    assert hlo.Program(MODULE.format(a=a, b=b, out=out, line=line)).cost().flops == 2 * multiplications
 
 
-def test_groups_written_by_axes():
+def test_groups_given_as_mesh_axes():
     text = "'a'=1,'b'=4,'c'=16"
     groups = hlo._mesh_groups(text, "[4,4,4]T(1,0,2", "'b'")
     expected = np.arange(64).reshape(4, 4, 4).transpose(1, 0, 2).reshape(4, 16).T
@@ -218,28 +218,28 @@ def test_groups_written_by_axes():
         ("v6e-8", ("v6e", (2, 4))),
     ],
 )
-def test_names_of_slices(name, expected):
+def test_slice_names(name, expected):
     assert plan.parse_topology(name) == expected
 
 
 @pytest.mark.parametrize("name", ["v5p", "v9-8", "v5p:4x4", "v5p-100", "v5p-2", "v5e-3", "v5p:0x4x4", ""])
-def test_a_slice_that_is_none_is_one_line(name):
+def test_an_unknown_slice_is_reported_in_one_line(name):
     with pytest.raises(UserError, match=f"--topology {name}: ") as error:
         plan.parse_topology(name)
     assert "\n" not in str(error.value)
 
 
-def test_model_flops_are_those_of_the_forward_pass_thrice():
-    """By hand, for one row of a dense tiny model: 300 tokens of vocabulary cost nothing."""
+def test_model_flops_are_three_times_the_forward_pass():
+    """Written out for one row of a dense tiny model. The vocabulary of 300 tokens costs nothing."""
     config = tiny(experts__count=0, data__batch=1)
     s, p, v = 12 + 8 + 12, 24, 6  # tokens, patches and visual tokens of a row
     decoder = 2 * (24 * (48 + 24 + 24 + 48) + 3 * 24 * 40)
     tower = 2 * (16 * 48 + 16 * 16 + 2 * 16 * 24)
     mergers = 2 * (64 * 64 + 64 * 24)
-    products = s * decoder + p * (tower + 8 * 8 * 3 * 16) + v * mergers
+    matmuls = s * decoder + p * (tower + 8 * 8 * 3 * 16) + v * mergers
     pairs = 2 * 2 * 48 * (12**2 + (s - 12) ** 2) + 2 * 2 * 16 * p**2  # 2 layers, q·k and weights·v
-    assert chips.model_flops(config) == 3 * 3 * (2 * products + 2 * pairs)
-    # With experts a token uses K of E, and the router is a product as well.
+    assert chips.model_flops(config) == 3 * 3 * (2 * matmuls + 2 * pairs)
+    # With experts a token uses K of E, and the router is one more matmul.
     sparse = tiny(experts__count=4, experts__per_token=2, experts__width=20, data__batch=1)
     more = 2 * 2 * s * (24 * 4 + 2 * 3 * 24 * 20 - 3 * 24 * 40)
     assert chips.model_flops(sparse) == chips.model_flops(config) + 9 * more
@@ -250,8 +250,8 @@ def here():
     return plan.plan(tiny(experts__dispatch="dense", mesh__data=2, mesh__expert=2, mesh__tensor=2), "tiny")
 
 
-def test_what_is_timed_is_a_full_step():
-    """Every token is valid, and routed."""
+def test_the_timed_step_has_full_rows():
+    """Every token is valid and routed."""
     config = tiny(data__batch=4)
     batch = jax.tree.map(
         lambda x: np.zeros(x.shape, x.dtype), loop.abstract_batch(config, sharding.make_mesh(config.mesh))
@@ -261,16 +261,16 @@ def test_what_is_timed_is_a_full_step():
     assert rows.segment.min() == 1 and rows.segment.max() == 2 and (rows.view == [1, 2, 3]).all()
 
 
-def test_a_step_on_this_machine_is_compiled_read_and_timed(here):
+def test_a_plan_for_this_machine(here):
     assert here.chips == 8 and here.mesh == dict(data=2, fsdp=1, expert=2, tensor=2)
     assert here.measured_step_seconds > 0 and here.step_seconds is None and here.memory_bytes is None
     assert here.uncounted == [] and here.collective_bytes
-    # Dense dispatch computes 4 experts where the model needs 2, and recomputes; nothing is computed on all devices.
+    # Dense dispatch computes 4 experts instead of 2, and recomputes; no device repeats the work of another.
     assert 1 < here.flops / here.model_flops < 3
     assert here.argument_bytes > 3 * 4 * here.parameters / 8
 
 
-def test_the_table_and_its_numbers(here):
+def test_the_table_and_the_json(here):
     console = loop.progress.Console(width=100, record=True)
     console.print(plan.table([here]))
     text = console.export_text()
@@ -278,7 +278,7 @@ def test_the_table_and_its_numbers(here):
     assert json.loads(json.dumps(plan.to_json(here)))["held_bytes"] == here.held_bytes
 
 
-def test_mistakes_of_the_command_are_one_line(capsys):
+def test_command_line_mistakes_are_one_line(capsys):
     for arguments, message in (
         (["--topology", "v5p:4x4"], "a slice of v5p has 3 axes"),
         (["--mesh", "data=2,pipe=4"], "--mesh data=2,pipe=4: pipe=4 is not understood"),
@@ -291,7 +291,7 @@ def test_mistakes_of_the_command_are_one_line(capsys):
 
 
 def libtpu():
-    pytest.importorskip("libtpu", reason="no libtpu: pip install -e '.[tpu]'; nothing then compiles for a TPU")
+    pytest.importorskip("libtpu", reason="no libtpu: pip install -e '.[tpu]' to compile for TPUs")
 
 
 SMALL = dict(experts__width=20, training__dtype="bfloat16", data__batch=16)
@@ -299,7 +299,7 @@ SMALL = dict(experts__width=20, training__dtype="bfloat16", data__batch=16)
 
 @pytest.fixture(scope="module")
 def for_tpu():
-    """The train step of a tiny model for four v5p chips."""
+    """The training step of a tiny model on four v5p chips."""
     libtpu()
     config = tiny(**SMALL, mesh__data=-1, mesh__fsdp=2, mesh__expert=2, experts__dispatch="expert_parallel")
     return config, plan.plan(config, "tiny", "v5p:2x2x1")
@@ -318,8 +318,8 @@ def test_a_plan_for_a_tpu(for_tpu):
 
 
 @pytest.mark.slow
-def test_as_many_chips_again_at_the_same_batch_a_chip_cost_each_the_same(for_tpu):
-    """The test's own form of 64 to 512 chips: what would not be divided, such as a sort of all tokens, would show."""
+def test_the_cost_per_chip_is_constant_under_weak_scaling(for_tpu):
+    """A small version of going from 64 to 512 chips: work that is not sharded, such as a global sort, would show."""
     config, four = for_tpu
     sixteen = plan.plan(config_lib.replace(config, {"data.batch": 64}), "tiny", "v5p:2x2x4")
     assert sixteen.flops == pytest.approx(four.flops, rel=0.02)
@@ -327,7 +327,7 @@ def test_as_many_chips_again_at_the_same_batch_a_chip_cost_each_the_same(for_tpu
 
 
 @pytest.mark.slow
-def test_a_step_that_needs_too_much_memory_is_one_line():
+def test_lack_of_memory_is_reported_in_one_line():
     libtpu()
     config = config_lib.load("moon2_qwen3vl_2b")
     small = {"language.layers": 3, "vision.depth": 1, "vision.deepstack": (0,), "mesh.data": -1, "mesh.fsdp": 1}

@@ -1,4 +1,4 @@
-"""Whole runs of the quickstart as users start them: processes, real signals, files."""
+"""Whole quickstart runs as users start them: real processes, signals and files."""
 
 import json
 import shlex
@@ -42,14 +42,14 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def finished(catalogue, tmp_path_factory):
-    """The workdir of an undisturbed run, and what it printed."""
+    """The workdir and output of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("run") / "w"
     done = run(catalogue, workdir)
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
 
 
-def test_it_leaves_and_names_what_it_made(finished):
+def test_a_run_lists_the_files_that_it_wrote(finished):
     workdir, printed = finished
     for name in ("checkpoints", "pictures", "metrics.jsonl", "tensorboard", "metrics.json", "embeddings/val.parquet"):
         assert (workdir / name).exists() and str(workdir / name) in printed
@@ -65,17 +65,18 @@ def test_it_leaves_and_names_what_it_made(finished):
     assert metrics["labels"]["attribute colour"]["labels"] == len(COLOURS)
 
 
-def test_the_last_screen_says_what_where_and_what_next(finished, catalogue):
+def test_the_summary_at_the_end(finished, catalogue):
     workdir, printed = finished
-    learned, rest = printed.split("── what was learned ─")[1].split("── where things are ─")
-    places, tries = rest.split("── what to try next ─")
-    assert "text finds an image (t→i) among the first ten of " in learned and "(by chance " in learned
-    assert "the objective that weighs most is " in learned and "of their expert use" in learned
-    assert f"log:         {workdir / 'run.log'}" in places and "quarantine" not in places
+    results, rest = printed.split("── Results ─")[1].split("── Files ─")
+    files, commands = rest.split("── Next steps ─")
+    assert "text to image (t→i): R@10 " in results and "(chance " in results
+    assert "objective weights ω: highest " in results
+    assert "expert usage of text and image tokens overlaps by " in results
+    assert f"log:         {workdir / 'run.log'}" in files and "quarantine" not in files
     again = shlex.join(["moon-jax", "quickstart", "--data", str(catalogue), *overrides(CONFIG)])
-    assert f"{again} --workdir {workdir}-dense --config.experts.count=0" in tries
-    assert f"moon-jax export --model {workdir} --output {workdir}-served" in tries
-    # Nothing moves and nothing is coloured where nobody watches.
+    assert f"{again} --workdir {workdir}-dense --config.experts.count=0" in commands
+    assert f"moon-jax export --model {workdir} --output {workdir}-served" in commands
+    # No colours and no cursor movement if the output is not a terminal.
     assert "\x1b" not in printed and "\r" not in printed
 
 
@@ -87,14 +88,14 @@ def test_pictures_are_drawn(finished, name):
 
 
 def events(workdir):
-    """(step, tag) → value of all TensorBoard events, none of which may come twice."""
+    """(step, tag) → value of all TensorBoard events; fails on duplicates."""
     found = {}
     for path in (workdir / "tensorboard").iterdir():
-        data, place = path.read_bytes(), 0
-        while place < len(data):  # a record is its length, a checksum, itself, a checksum
-            (size,) = struct.unpack_from("<Q", data, place)
-            event = Event.FromString(data[place + 12 : place + 12 + size])
-            place += size + 16
+        data, offset = path.read_bytes(), 0
+        while offset < len(data):  # a record: length, checksum, content, checksum
+            (size,) = struct.unpack_from("<Q", data, offset)
+            event = Event.FromString(data[offset + 12 : offset + 12 + size])
+            offset += size + 16
             for value in event.summary.value:
                 assert (event.step, value.tag) not in found
                 found[event.step, value.tag] = value
@@ -119,11 +120,11 @@ def check_events(workdir):
             assert drawn.sum_squares == pytest.approx(middles**2 @ line["phi_histogram"])
 
 
-def test_tensorboard_says_what_the_lines_say(finished):
+def test_tensorboard_events_equal_the_metric_lines(finished):
     check_events(finished[0])
 
 
-def test_metric_lines_hold_what_they_should(finished):
+def test_the_metric_lines_are_plausible(finished):
     lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 41))
     for line in lines:
@@ -134,13 +135,13 @@ def test_metric_lines_hold_what_they_should(finished):
                 assert sum(expert[modality] for expert in layer) == pytest.approx(1.0, abs=1e-4)
         assert sum(line["phi_histogram"]) <= 8 and line["synthetic"] is False
         assert 0 <= line["phi_below_threshold"] <= 1 and 0 < line["negatives_mean"] < 16
-    assert any(line["count"]["q_mm→p_mm"] < 8 for line in lines)  # products without image or text were met
+    assert any(line["count"]["q_mm→p_mm"] < 8 for line in lines)  # some products lack an image or a text
     assert lines[-1]["total"] < lines[0]["total"]
 
 
 @pytest.mark.slow  # tests/training/test_survival.py kills in every phase
 @pytest.mark.parametrize("kills", [(1, 20), (33,)])
-def test_a_killed_run_ends_with_the_same_digits(catalogue, finished, tmp_path, kills):
+def test_a_killed_run_gives_results_identical_to_an_uninterrupted_one(catalogue, finished, tmp_path, kills):
     workdir = tmp_path / "w"
     rng = np.random.default_rng(sum(kills))
     for lines in kills:
@@ -153,7 +154,7 @@ def test_a_killed_run_ends_with_the_same_digits(catalogue, finished, tmp_path, k
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert not (workdir / "metrics.json").exists()  # it was not done yet
+    assert not (workdir / "metrics.json").exists()  # not finished yet
     done = run(catalogue, workdir)
     assert done.returncode == 0, done.stderr
     if max(kills) > 12:
@@ -163,7 +164,7 @@ def test_a_killed_run_ends_with_the_same_digits(catalogue, finished, tmp_path, k
     check_events(workdir)
 
 
-def test_the_same_command_again_only_evaluates(catalogue, finished):
+def test_repeating_the_command_only_evaluates(catalogue, finished):
     workdir, _ = finished
     before = {name: (workdir / name).read_bytes() for name in ("metrics.json", "metrics.jsonl")}
     done = run(catalogue, workdir)
@@ -171,17 +172,17 @@ def test_the_same_command_again_only_evaluates(catalogue, finished):
     assert before == {name: (workdir / name).read_bytes() for name in before}
 
 
-def test_other_config_or_data_in_the_workdir_is_one_line(catalogue, finished, tmp_path):
+def test_a_workdir_of_another_config_or_other_data_is_refused(catalogue, finished, tmp_path):
     done = run(catalogue, finished[0], "--config.training.steps=50")
     assert done.returncode == 2
-    told = f"config.training.steps = 40, not 50; to train further, --init {finished[0]} in another workdir"
-    assert told in done.stderr and done.stderr.count("\n") == 1
+    message = f"config.training.steps = 40, not 50; to train further, --init {finished[0]} in another workdir"
+    assert message in done.stderr and done.stderr.count("\n") == 1
     other = tmp_path / "other"
     other.mkdir()
     table = pq.read_table(catalogue / "products.parquet")
     pq.write_table(table.slice(0, 50), other / "products.parquet")
     done = run(other, finished[0])
-    assert done.returncode == 2 and "holds other data than is given now" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "holds data other than that given" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_missing_catalogue_leaves_no_workdir(tmp_path):
@@ -190,9 +191,9 @@ def test_a_missing_catalogue_leaves_no_workdir(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_a_workdir_that_cannot_be_made_is_told_before_anything_is_read(catalogue):
+def test_an_unwritable_workdir_is_reported_before_anything_is_read(catalogue):
     done = run(catalogue, catalogue / "products.parquet" / "w")
-    assert done.returncode == 2 and "Not a directory; give a folder that can be written" in done.stderr
+    assert done.returncode == 2 and "Not a directory; give a writable folder" in done.stderr
     assert done.stderr.count("\n") == 1 and "reading" not in done.stdout
 
 
@@ -221,7 +222,7 @@ def test_a_vector_does_not_depend_on_its_neighbours(embedder):
     assert embedder.encode("bag").shape == (1, 24) and embedder.encode([]).shape == (0, 24)
 
 
-def test_encode_and_evaluation_agree(finished, embedder, prepared):
+def test_encode_gives_the_vectors_of_the_evaluation(finished, embedder, prepared):
     table = pq.read_table(finished[0] / "embeddings" / "val.parquet").to_pylist()
     stored = {(row["id"], row["view"]): row["vector"] for row in table}
     for index in prepared.val[:6]:
@@ -230,7 +231,7 @@ def test_encode_and_evaluation_agree(finished, embedder, prepared):
         np.testing.assert_allclose(embedder.encode(product)[0], stored[product.id, richest], atol=1e-5)
 
 
-def test_truncated_vectors_are_unit_again(embedder):
+def test_truncated_vectors_have_unit_length(embedder):
     full, short = embedder.encode(ITEMS[:4]), embedder.encode(ITEMS[:4], truncate_dim=8)
     np.testing.assert_allclose(short, full[:, :8] / np.linalg.norm(full[:, :8], axis=1, keepdims=True), rtol=1e-6)
     np.testing.assert_allclose(embedder.similarity(full, full).diagonal(), 1.0, rtol=1e-5)
@@ -241,35 +242,35 @@ def test_truncated_vectors_are_unit_again(embedder):
     [
         (["ok", moon_jax.Product()], "item 1: neither text nor image"),
         ([{"image": "/nowhere/shoe.jpg"}], "^item 0: image: /nowhere/shoe.jpg: No such file or directory$"),
-        ([{"txt": "x"}], "item 0: 'txt': not a part of an item"),
+        ([{"txt": "x"}], "item 0: 'txt': unknown key; use"),
         ([7], "item 0: an item of type int cannot be embedded"),
         ([""], "item 0: neither text nor image"),
     ],
 )
-def test_bad_items_are_one_line(embedder, items, message):
+def test_bad_items_are_reported_in_one_line(embedder, items, message):
     with pytest.raises(UserError, match=message):
         embedder.encode(items)
 
 
-def test_without_data_it_renders_its_own_and_says_so(tmp_path):
+def test_without_data_it_renders_a_catalogue_and_says_so(tmp_path):
     workdir = tmp_path / "w"
     config = tiny(training__steps=3, data__synthetic=60, objective__matryoshka=(8, 16))
     command = [sys.executable, "-m", "moon_jax.cli", "quickstart", "--workdir", str(workdir), *overrides(config)]
-    offline = ["unshare", "-rn"]  # a network of its own, without a way out
+    offline = ["unshare", "-rn"]  # a network namespace without connections
     if shutil.which("unshare") and not subprocess.run([*offline, "true"], capture_output=True).returncode:
         command = [*offline, *command]
     else:
-        warnings.warn("no network namespaces here: that it needs no network is not tried", stacklevel=1)
+        warnings.warn("no network namespaces here: not testing that it needs no network", stacklevel=1)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "── what was learned (on a synthetic catalogue) ─" in done.stdout
-    assert "synthetic products to train on" in done.stdout
+    assert "── Results (synthetic catalogue) ─" in done.stdout
+    assert "synthetic training products" in done.stdout
     for title in ("synthetic catalogue; R@1 / R@5 / R@10", "synthetic catalogue; accuracy / macro F1", "at width 16"):
         assert title in " ".join(done.stdout.split()), title
     metrics = json.loads((workdir / "metrics.json").read_text())
     assert metrics["synthetic"] is True and metrics["step"] == 3 and list(metrics["widths"]) == ["16", "8"]
     assert set(metrics["labels"]) >= {"category", "attribute colour", "attribute material"}
-    # A width's scores are those of the stored vectors, cut to it.
+    # The scores of a width are those of the stored vectors truncated to it.
     rows = pq.read_table(workdir / "embeddings" / "val.parquet").to_pylist()
     vectors = {view: np.array([row["vector"] for row in rows if row["view"] == view], np.float32) for view in VIEWS}
     catalogue = pq.read_table(workdir / "catalogue" / "synthetic.parquet").to_pylist()
@@ -293,7 +294,7 @@ def test_without_data_it_renders_its_own_and_says_so(tmp_path):
     table = pq.read_schema(workdir / "embeddings" / "val.parquet")
     assert table.metadata[b"synthetic"] == b"true"
     assert pq.read_schema(workdir / "catalogue" / "synthetic.parquet").metadata[b"synthetic"]
-    # The same command again takes the catalogue that is there.
+    # Repeating the command reuses the catalogue.
     rendered = (workdir / "catalogue" / "synthetic.parquet").stat().st_mtime_ns
     again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert again.returncode == 0 and "rendering" not in again.stdout
@@ -301,12 +302,12 @@ def test_without_data_it_renders_its_own_and_says_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dense_run_goes_the_whole_way(catalogue, tmp_path):
-    """Without experts there is no W*: nothing to checkpoint, to show, or to suggest leaving out."""
+def test_a_dense_run(catalogue, tmp_path):
+    """Without experts there is no W*, so none to checkpoint or show, and no suggestion to disable experts."""
     dense = (catalogue, tmp_path / "w", "--config.experts.count=0", "--config.training.steps=2")
     done = run(*dense)
     assert done.returncode == 0, done.stderr
-    assert "without experts every objective weighs ω 0.20" in done.stdout and "no experts:" not in done.stdout
+    assert "objective weights ω: all 0.20 (no experts)" in done.stdout and "dense model:" not in done.stdout
     assert (tmp_path / "w" / "checkpoints" / "2").is_dir()
     assert moon_jax.load(tmp_path / "w").encode("red shoe").shape == (1, 24)
 
@@ -318,14 +319,14 @@ def test_blank_text_is_none(embedder):
     )
 
 
-def test_its_export_tells_data_and_scores(finished, tmp_path, capsys):
+def test_the_model_card_states_data_and_scores(finished, tmp_path, capsys):
     assert cli.main(["export", "--model", str(finished[0]), "--output", str(tmp_path / "served")]) == 0
     assert f"{tmp_path / 'served'}: 0." in capsys.readouterr().out
     card = (tmp_path / "served" / "README.md").read_text()
     metrics = json.loads((finished[0] / "metrics.json").read_text())
     row = metrics["retrieval"]["products"]["t→i"]
     assert f"| t→i | {row['R@1']:.1f} | {row['R@5']:.1f} | {row['R@10']:.1f} |" in card
-    assert "a catalogue of its owner's: 54 products" in card and metrics["model"] in card
+    assert "a private catalogue: 54 products" in card and metrics["model"] in card
     assert "none, random weights" in card and "40 steps of 8 triplets" in card
     items = ["red shoe", {"image": jpeg((200, 30, 30), (20, 30), 0)}]
     np.testing.assert_array_equal(
@@ -335,12 +336,12 @@ def test_its_export_tells_data_and_scores(finished, tmp_path, capsys):
         export.run(cli.parse(["export", "--model", "m", "--output", "o"])[0], ["--config.seed=1"])
 
 
-def test_no_model_is_one_line(finished, tmp_path):
-    for place, message in (
-        (tmp_path, "no config.json and no tokenizer.json there; give a workdir or a Hugging Face folder"),
+def test_a_missing_model_is_reported_in_one_line(finished, tmp_path):
+    for path, message in (
+        (tmp_path, "no config.json and no tokenizer.json in this folder; give a workdir or a Hugging Face folder"),
         (tmp_path / "nowhere", "no such folder; give a workdir"),
-        (finished[0] / "checkpoints", f"no config.json and no tokenizer.json there; try {finished[0]}"),
+        (finished[0] / "checkpoints", f"no config.json and no tokenizer.json in this folder; try {finished[0]}"),
     ):
         with pytest.raises(UserError) as error:
-            moon_jax.load(place)
-        assert str(error.value).startswith(f"{place}: {message}")
+            moon_jax.load(path)
+        assert str(error.value).startswith(f"{path}: {message}")

@@ -1,4 +1,4 @@
-"""The step on one and on eight devices, its schedule, its groups, and what it does with numbers that are not finite."""
+"""The training step on one and eight devices, its schedule, parameter groups, and handling of non-finite numbers."""
 
 import functools
 import json
@@ -34,7 +34,7 @@ def fresh(config, batch):
     return jax.jit(lambda: nn.unbox(step_lib.initial_state(config, batch.rows)))()
 
 
-def test_the_loss_falls_and_all_parameters_move(batch):
+def test_the_loss_falls_and_all_parameters_change(batch):
     config = tiny(training__steps=60)
     state = fresh(config, batch)
     start = jax.device_get(state.params)
@@ -44,14 +44,14 @@ def test_the_loss_falls_and_all_parameters_move(batch):
         state, metrics = step(state, batch)
         losses.append(float(metrics["objectives"].total))
     assert losses[-1] < 0.7 * losses[0]
-    still = [
+    unchanged = [
         jax.tree_util.keystr(path)
         for (path, old), new in zip(
             jax.tree_util.tree_flatten_with_path(start)[0], jax.tree.leaves(state.params), strict=True
         )
         if np.array_equal(old, new)
     ]
-    assert still == ["['alignment']['log_temperature']"]  # its learning rate is 0
+    assert unchanged == ["['alignment']['log_temperature']"]  # its learning rate is 0
     assert int(state.step) == 25 and int(state.bad_steps) == 0
 
 
@@ -71,12 +71,12 @@ def test_learning_rates_by_group_and_decay_by_name(batch):
     term = [jax.tree_util.DictKey("encoder"), jax.tree_util.DictKey("router_term")]
     assert optimizer_lib.parameter_group(tuple(term)) == "router" and not optimizer_lib.is_decayed(tuple(term))
     assert decayed == {"kernel", "gate_up", "down", "router", "token_embedding", "positions", "patch_kernel"}
-    # Adam's first update has length 1 per entry: the change is each group's learning rate at step 0 of the schedule.
+    # With a constant gradient Adam's direction is 1 per entry, so the update is the group's learning rate.
     grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
     options = tiny(training__weight_decay=0.0, training__clip=1e9, training__temperature_learning_rate=0.5).training
     optimizer = optimizer_lib.make_optimizer(options)
     state = optimizer.init(params)
-    for _ in range(3):  # warm-up of 2 steps: the third update is at the peak
+    for _ in range(3):  # with 2 warm-up steps, the third update is at the peak
         updates, state = optimizer.update(grads, state, params)
     rates = {
         optimizer_lib.parameter_group(path): -float(np.mean(update))
@@ -87,12 +87,14 @@ def test_learning_rates_by_group_and_decay_by_name(batch):
 
 
 def test_clipping_and_decay(batch):
-    """The second moment holds the clipped gradient's square; a zero gradient leaves the decay alone."""
+    """The second moment holds the square of the clipped gradient; with a zero gradient only the decay acts."""
     options = tiny(training__clip=0.5, training__weight_decay=0.1, training__learning_rate=1e-2).training
     params = {"encoder": {"kernel": jnp.full((2, 2), 3.0), "scale": jnp.full(2, 3.0)}}
     optimizer = optimizer_lib.make_optimizer(options)
     state = optimizer.init(params)
-    grads = {"encoder": {"kernel": jnp.full((2, 2), 10.0), "scale": jnp.zeros(2)}}  # norm 20, so a 40th is left
+    grads = {
+        "encoder": {"kernel": jnp.full((2, 2), 10.0), "scale": jnp.zeros(2)}
+    }  # norm 20, so clipped by a factor of 40
     _, state = optimizer.update(grads, state, params)
     moment = next(leaf for leaf in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "nu")) if hasattr(leaf, "nu"))
     np.testing.assert_allclose(moment.nu["encoder"]["kernel"], (1 - options.betas[1]) * 0.25**2, rtol=1e-5)
@@ -104,7 +106,7 @@ def test_clipping_and_decay(batch):
     np.testing.assert_array_equal(updates["encoder"]["scale"], np.zeros(2))
 
 
-def test_a_bad_step_changes_nothing_and_is_counted(batch):
+def test_a_non_finite_step_only_changes_the_counters(batch):
     config = tiny()
     state = fresh(config, batch)
     step = jax.jit(functools.partial(step_lib.train_step, config=config))
@@ -123,8 +125,8 @@ def test_a_bad_step_changes_nothing_and_is_counted(batch):
 
 
 @pytest.mark.parametrize("what", ["loss", "update"])
-def test_a_loss_or_an_update_alone_that_is_not_finite_is_a_bad_step(monkeypatch, what):
-    """Of a model of three numbers, whose gradient is finite."""
+def test_a_non_finite_loss_or_update_alone_is_a_bad_step(monkeypatch, what):
+    """A model of three numbers with a finite gradient."""
     options = {"training__optimizer": "sgd", "training__clip": 1e30, "training__min_warmup": 1, "training__warmup": 0.0}
     config = tiny(**options, training__learning_rate=1e38 if what == "update" else 1e-3)
     params = {"encoder": {"scale": jnp.ones(3)}, "alignment": {"log_temperature": jnp.zeros(2)}}
@@ -148,7 +150,7 @@ def test_a_loss_or_an_update_alone_that_is_not_finite_is_a_bad_step(monkeypatch,
 
 @pytest.fixture(scope="module")
 def on_one_device(batch):
-    """Parameters, the loss and its gradients by the oracle."""
+    """Parameters, the loss and its gradients with dense dispatch, the reference."""
     config = tiny(experts__dispatch="dense")
     state = fresh(config, batch)
     value = jax.jit(jax.value_and_grad(lambda p, b: step_lib.loss(p, b, config, jnp.int32(3))[0]))
@@ -164,8 +166,8 @@ def on_one_device(batch):
         ("expert_parallel", dict(data=2, expert=4)),
     ],
 )
-def test_eight_devices_give_the_loss_and_gradients_of_one(batch, on_one_device, dispatch, mesh):
-    """Dropless. The gradient differs by less than a millionth of its length, that of no tensor by more than five."""
+def test_loss_and_gradients_on_eight_devices_equal_those_on_one(batch, on_one_device, dispatch, mesh):
+    """Without dropping. The gradient's relative error is below 1e-6, that of each tensor at most 5e-6."""
     axes = {f"mesh__{axis}": size for axis, size in mesh.items()}
     config = tiny(experts__dispatch=dispatch, experts__capacity=0.0, **axes)
     params, expected_loss, expected = on_one_device
@@ -184,14 +186,14 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(batch, on_one_device, 
         assert np.linalg.norm(a) <= 5e-6 * np.linalg.norm(b), jax.tree_util.keystr(path)
 
 
-def test_a_mesh_that_does_not_fit_is_one_line():
+def test_a_mesh_that_does_not_fit_is_reported_in_one_line():
     with pytest.raises(UserError, match="data=3 x fsdp=1 x expert=1 x tensor=1 does not fit 8 devices"):
         sharding.make_mesh(tiny(mesh__data=3).mesh)
 
 
 @pytest.mark.slow
-def test_a_run_on_a_mesh_of_all_axes_loses_as_one_on_data_alone(catalogue, tmp_path):
-    """Several steps of the loop itself: the state must come out of a step as the next one takes it."""
+def test_losses_on_a_mesh_of_all_axes_equal_data_parallel_ones(catalogue, tmp_path):
+    """Several steps of the real loop: the state must leave a step with the sharding that the next one expects."""
     losses = []
     for name, mesh in (("data", {}), ("all", dict(mesh__data=1, mesh__fsdp=2, mesh__expert=2, mesh__tensor=2))):
         config = tiny(data__path=str(catalogue), training__steps=4, training__save_every=4, **mesh)
@@ -202,8 +204,8 @@ def test_a_run_on_a_mesh_of_all_axes_loses_as_one_on_data_alone(catalogue, tmp_p
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-def test_only_training_drops(batch):
-    """With room for a fraction of the routes; the share is told, and a vector does not depend on it."""
+def test_only_training_drops_routes(batch):
+    """With capacity for a fraction of the routes, training reports the dropped share; inference drops nothing."""
     config = tiny(experts__dispatch="expert_parallel", experts__capacity=0.3, mesh__expert=4, mesh__data=2)
     state = fresh(tiny(), batch)
     mesh = sharding.make_mesh(config.mesh)
@@ -215,25 +217,27 @@ def test_only_training_drops(batch):
     dropped = np.asarray(metrics["dropped"])
     assert dropped.shape == (2,) and (dropped > 0.2).all() and (dropped < 0.9).all()
     assert not np.asarray(served.dropped).any()
-    alone = jax.jit(Encoder(config).apply)({"params": state.params["encoder"]}, batch.rows)  # no mesh: as it is served
+    alone = jax.jit(Encoder(config).apply)(
+        {"params": state.params["encoder"]}, batch.rows
+    )  # without a mesh, as in serving
     np.testing.assert_allclose(served.embedding, alone.embedding, atol=1e-5)
 
 
-def test_a_shard_drops_what_exceeds_its_own_room(batch):
-    """The share dropped is that of the shards' own capacity, not of the whole batch's: by hand from the routing."""
+def test_each_shard_drops_by_its_own_capacity(batch):
+    """Capacity is per shard, not per global batch: counted here from the routing."""
     config = tiny(experts__dispatch="expert_parallel", experts__capacity=0.3, mesh__expert=4, mesh__data=2)
     tokens = batch.rows.tokens.size // 8
-    room = -(-math.ceil(0.3 * tokens * 2 / 4) // 8) * 8
+    capacity = -(-math.ceil(0.3 * tokens * 2 / 4) // 8) * 8
     gate = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(4), batch.rows.tokens.size), jnp.float32)
     index = jax.lax.top_k(gate, 2)[1]
     routing = router.Routing(gate=gate, index=index, prob=gate, logsumexp=gate[:, 0])
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         assert sharding.shards() == 8
-        assert experts.capacity_of(tokens, 2, 4, 0.3) == room < tokens
-        keep = np.asarray(router.keep_strongest(routing, jnp.ones(index.shape[0], bool), room, sharding.shards()))
+        assert experts.capacity_of(tokens, 2, 4, 0.3) == capacity < tokens
+        keep = np.asarray(router.keep_strongest(routing, jnp.ones(index.shape[0], bool), capacity, sharding.shards()))
     kept = np.where(keep, np.asarray(index), -1).reshape(8, -1)
-    assert all((kept == expert).sum(axis=1).max() == room for expert in range(4))
+    assert all((kept == expert).sum(axis=1).max() == capacity for expert in range(4))
 
 
 @pytest.mark.parametrize("term", ["learned", "hard"])
@@ -249,14 +253,14 @@ def test_a_router_term_trains(prepared, tokenizer, term):
     experts = state.params["encoder"]["decoder"]["periods"]["layer_0"]["experts"]
     assert ("router_term" in experts) == (term == "learned")
     if term == "learned":
-        assert np.abs(experts["router_term"]).min() > 0  # by L_aux
-    else:  # each modality's tokens keep to their own experts: e mod 3
+        assert np.abs(experts["router_term"]).min() > 0  # through L_aux
+    else:  # each view uses only its own experts: e mod 3
         modality = np.asarray(metrics["modality"])
         assert modality[:, 0, [1, 2]].sum() == modality[:, 1, [0, 2, 3]].sum() == 0 < modality.sum()
 
 
-def test_the_state_is_made_where_it_lies():
-    """On eight devices each makes an eighth of the quickstart's state, and never holds more."""
+def test_the_state_is_created_sharded():
+    """On eight devices each creates an eighth of the quickstart's state, and never holds more."""
     config = config_lib.replace(config_lib.load("quickstart"), {"mesh.data": 1, "mesh.fsdp": 8})
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -267,14 +271,14 @@ def test_the_state_is_made_where_it_lies():
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 1.1 * whole / 8
 
 
-def test_what_is_kept_is_not_computed_again(batch):
-    """Products in the gradient: fewest where all is kept, most where each layer is computed anew."""
+def test_remat_policies_order_by_recomputation(batch):
+    """The gradient has the fewest matmuls if all is stored, and the most if every layer is recomputed."""
 
-    def products(remat):
+    def matmuls(remat):
         config = tiny(training__remat=remat)
         params = jax.eval_shape(functools.partial(step_lib.initial_state, config), batch.rows)
         value = jax.grad(lambda p: step_lib.loss(p, jax.tree.map(jnp.asarray, batch), config, jnp.int32(0))[0])
         return str(jax.make_jaxpr(value)(nn.unbox(params).params)).count("dot_general")
 
-    none, selective, full = map(products, ("none", "selective", "full"))
+    none, selective, full = map(matmuls, ("none", "selective", "full"))
     assert none < selective < full

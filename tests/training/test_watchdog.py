@@ -1,4 +1,4 @@
-"""A stalled step prints all stacks; a profiler trace has the chosen steps."""
+"""A stalled step prints all stacks; a profiler trace covers the chosen steps."""
 
 import sys
 
@@ -12,8 +12,8 @@ from tests.conftest import tiny
 from tests.training.test_survival import arguments, on, start
 
 
-def test_a_stalled_step_shows_all_stacks(catalogue, tmp_path):
-    """The second batch never comes."""
+def test_a_stalled_step_prints_all_stacks(catalogue, tmp_path):
+    """The third batch never comes."""
     script = tmp_path / "stalled.py"
     script.write_text(
         "import sys, time\nfrom moon_jax import cli\nfrom moon_jax.data import pipeline\n"
@@ -24,32 +24,32 @@ def test_a_stalled_step_shows_all_stacks(catalogue, tmp_path):
     )
     command = [sys.executable, script, *arguments(catalogue, tmp_path / "w", "--stall-minutes", "0.03")]
     process = start(command)
-    told = ""
+    printed = ""
     for line in process.stderr:
-        told += line
+        printed += line
         if "stalled.py" in line and "from_step" in line:
             break
     process.kill()
     process.communicate()
-    assert "no step for 0.03 minutes; all stacks:" in told and told.count("most recent call last:") > 2
-    assert "Thread MainThread, most recent call last:" in told
+    assert "no step for 0.03 minutes; all stacks:" in printed and printed.count("most recent call last:") > 2
+    assert "Thread MainThread, most recent call last:" in printed
 
 
-def test_a_trace_has_the_steps_that_were_asked_for(tmp_path, monkeypatch):
-    calls, told = [], []
+def test_a_trace_covers_the_requested_steps(tmp_path, monkeypatch):
+    calls, warnings = [], []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", folder)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    with watchdog.Watchdog(profile=(2, 3)).over(tmp_path, 0, 9, told.append) as alive:
+    with watchdog.Watchdog(profile=(2, 3)).over(tmp_path, 0, 9, warnings.append) as alive:
         for step in range(5):
             alive(step, jax.numpy.zeros(()))
             calls.append(step + 1)
-    assert calls == [1, ("start", str(tmp_path / "profile")), 2, 3, "stop", 4, 5] and not told
-    with watchdog.Watchdog(profile=(2, 30)).over(tmp_path, 2, 9, told.append):
+    assert calls == [1, ("start", str(tmp_path / "profile")), 2, 3, "stop", 4, 5] and not warnings
+    with watchdog.Watchdog(profile=(2, 30)).over(tmp_path, 2, 9, warnings.append):
         pass
-    assert told == ["--profile 2:30: step 2 is not among those to come, 3 to 9; no trace"]
+    assert warnings == ["--profile 2:30: no trace: step 2 is not one of 3 to 9"]
 
 
-def test_a_trace_of_chosen_steps(catalogue, tmp_path, monkeypatch):
+def test_training_writes_a_profiler_trace(catalogue, tmp_path, monkeypatch):
     on(monkeypatch, 1)
     config = tiny(data__path=str(catalogue), training__steps=4)
     moon_jax.train(config, tmp_path / "w", watchdog.Watchdog(profile=(2, 3)))

@@ -1,6 +1,6 @@
-"""One of two processes that each save a part of a state: python -m tests.training.torn WORKDIR
+"""One of two processes that each save part of a state: python -m tests.training.torn WORKDIR
 
-The part of the second process in the newest checkpoint is truncated; then both restore, and each prints what it got.
+The second process's part of the newest checkpoint is truncated. Then both restore, and each prints its result.
 """
 
 import os
@@ -42,12 +42,12 @@ if distributed.is_primary():
     truncate(max(parts, key=lambda path: path.stat().st_size))
 distributed.allgather("")
 
-told = []
+warnings = []
 opened = checkpoints.Checkpoints(storage.Store(workdir).checkpoints, training())
-step, found = opened.restore(like(placed(0)), {"data": "catalogue"}, told.append)
+step, found = opened.restore(like(placed(0)), {"data": "catalogue"}, warnings.append)
 whole = np.asarray(state(5).params["encoder"]["kernel"])
 kernel = found.params["encoder"]["kernel"]
 equal = all(np.array_equal(part.data, whole[part.index]) for part in kernel.addressable_shards)
 # One write: two processes share the pipe, and print() writes its newline apart when Python is unbuffered.
-os.write(1, f"process {jax.process_index()}: step {step}, equal {equal}, told {len(told)}\n".encode())
+os.write(1, f"process {jax.process_index()}: step {step}, equal {equal}, warnings {len(warnings)}\n".encode())
 opened.close()
