@@ -138,10 +138,10 @@ class Training:
     init: str = option("", "initial weights: a workdir, a Hugging Face folder or hf://owner/name; empty: random")
     steps: int = option(22500, "optimiser steps; the default is one epoch of MBE2.0 at batch 256 (paper)")
     optimizer: str = option("adamw", "name of any optax optimiser that needs only gradients")
-    learning_rate: float = option(1e-5, "peak for backbone and experts (paper)")
-    router_learning_rate: float = option(1e-4, "peak for the router (ours)")
-    dual_learning_rate: float = option(1e-2, "peak for W* (ours)")
-    temperature_learning_rate: float = option(0.0, "peak for the log temperatures; 0 keeps them fixed (paper)")
+    learning_rate: float = option(1e-5, "peak learning rate of backbone and experts (paper)")
+    router_learning_rate: float = option(1e-4, "peak learning rate of the router (ours)")
+    dual_learning_rate: float = option(1e-2, "peak learning rate of W* (ours)")
+    temperature_learning_rate: float = option(0.0, "the same for log temperatures; 0 keeps them fixed (paper)")
     learning_rate_factors: tuple[str, ...] = option(
         (), "PATTERN=FACTOR: scales learning rates by parameter path; the first match wins; 0 freezes"
     )
@@ -152,7 +152,7 @@ class Training:
     clip: float = option(1.0, "gradients are clipped to this global norm")
     param_dtype: str = option("float32", "dtype of the parameters")
     dtype: str = option("float32", "dtype of the computation; norms, softmax, router and pooling stay float32")
-    remat: str = option("full", "recomputed in the backward pass: full layers; selective, all but weight matmuls; none")
+    remat: str = option("full", "recomputed for gradients: full (layers), selective (all but weight matmuls) or none")
     log_every: int = option(10, "steps between metric lines")
     max_bad_steps: int = option(20, "the run ends after this many non-finite steps in a row")
     save_every: int = option(500, "steps between checkpoints")
@@ -183,7 +183,7 @@ class Evaluation:
 class Config:
     """All options of a run. They determine it completely."""
 
-    seed: int = option(0, "of initial parameters, data order and query alterations")
+    seed: int = option(0, "seed of initial parameters, data order and query alterations")
     vision: Vision = Vision()
     language: Language = Language()
     experts: Experts = Experts()

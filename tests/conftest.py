@@ -10,8 +10,10 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 # Compiling takes most of the time: turn LLVM's optimisations off.
@@ -42,7 +44,7 @@ from moon_jax.ingest.synthetic import SCHEMA  # noqa: E402
 
 CACHE = ROOT / ".jax_cache" / f"{sys.version_info.major}.{sys.version_info.minor}"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,9 +70,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kill_seed", range(1, metafunc.config.getoption("kills") + 1))
 
 
+def but_slow(cases: Iterable[Any], fast: Sequence[Any]) -> list[Any]:
+    """Parameters of a test, of which all but the `fast` ones are marked slow."""
+    missing = [case for case in fast if case not in (cases := [*cases])]
+    assert not missing, missing
+    return [
+        case if case in fast else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        for case in cases
+    ]
+
+
 def environment(devices: int = 1) -> dict[str, str]:
     """The environment of a process that a test starts: simulated devices and the shared compilation cache."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     flags = FLAGS.replace("device_count=8", f"device_count={devices}")
     return os.environ | cache | {"XLA_FLAGS": flags}
 

@@ -19,10 +19,8 @@ import pytest
 import moon_jax
 from moon_jax import cli, commands, interrupt, progress
 from moon_jax.errors import Unavailable
-from tests.conftest import SCHEMA, jpeg, overrides, tiny
-from tests.training.test_run import environment
-
-CONFIG = tiny(training__steps=4, training__save_every=2)
+from tests.conftest import SCHEMA, environment, jpeg, overrides
+from tests.training.test_run import CONFIG  # one compilation serves both
 
 
 def one_line(capsys, *arguments):
@@ -70,6 +68,23 @@ def test_a_missing_command_is_reported_in_one_line(capsys):
     assert cli.main([]) == 2
     message = capsys.readouterr().err
     assert "moon-jax --help has examples" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(("old", "new"), cli.RENAMED.items())
+def test_a_renamed_flag_names_the_new_one(capsys, old, new):
+    given = {
+        "evaluate": ["--model", "bm25", "--data", "d", "--output", "o"],
+        "heatmap": ["--model", "m", "--output", "o.png"],
+    }
+    command = next(name for name in given if f"{new} " in f"{help_of(capsys, name)} ")
+    assert cli.main([command, *given[command], f"{old}=3"]) == 2
+    assert capsys.readouterr().err == f"moon-jax: {old}=3: not understood; this flag is now called {new}\n"
+
+
+def help_of(capsys, command):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    return capsys.readouterr().out
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -175,6 +190,7 @@ def test_bad_records_are_skipped_listed_and_counted(capsys, tmp_path):
     assert json.loads((workdir / "data" / "manifest.json").read_text())["products"] == 30
 
 
+@pytest.mark.slow
 def test_prepare_then_a_run(capsys, catalogue, tmp_path):
     output, workdir = tmp_path / "p", tmp_path / "w"
     assert cli.main(["prepare", "--data", str(catalogue), "--output", str(output), "--processes", "1"]) == 0
@@ -236,7 +252,7 @@ def test_augment_reports_its_results(capsys, catalogue, tmp_path):
     printed = " ".join(capsys.readouterr().out.split())
     manifest = json.loads((output / "manifest.json").read_text())["augmented"]
     assert f"enriched titles: {manifest['text']['added']} added of {manifest['text']['made']} made" in printed
-    assert "the filter was off" in printed and f"--data {output} --workdir runs/augmented" in printed
+    assert "no filter: give an embedder with --model" in printed and f"--data {output} --workdir runs/augmented" in printed
     assert cli.main(command) == 0
 
 
@@ -305,7 +321,7 @@ def test_a_checkpoint_of_another_architecture(capsys, catalogue, trained, tmp_pa
     (workdir / "config.json").write_text(json.dumps(held))
     message = one_line(capsys, *arguments(catalogue, workdir), "--config.experts.width=28")
     assert "a checkpoint of another architecture: encoder/" in message and "28" in message and "20" in message
-    assert str(workdir / "checkpoints" / "4") in message
+    assert str(workdir / "checkpoints" / "40") in message
 
 
 def test_a_damaged_checkpoint(capsys, catalogue, trained, tmp_path):
@@ -339,6 +355,7 @@ def test_a_full_disk(catalogue, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_rejects_large_files(catalogue, tmp_path):
     """A background save fails. The run notices within a few steps, and the older checkpoint is intact."""
     workdir = tmp_path / "w"
@@ -401,7 +418,7 @@ def start(catalogue, workdir, *more):
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("delay", [0.3, 1.5, 3.0, pytest.param(6.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("delay", [1.5, *(pytest.param(delay, marks=pytest.mark.slow) for delay in (0.3, 3.0, 6.0))])
 def test_ctrl_c_is_never_lost(catalogue, tmp_path, delay):
     process = start(catalogue, tmp_path / "w")
     time.sleep(delay)
@@ -415,6 +432,7 @@ def test_ctrl_c_is_never_lost(catalogue, tmp_path, delay):
         assert second.startswith("moon-jax: interrupted; the same command resumes")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_training_loses_no_step(catalogue, tmp_path):
     log = tmp_path / "w" / "metrics.jsonl"
     process = start(catalogue, tmp_path / "w")
@@ -428,6 +446,7 @@ def test_ctrl_c_in_training_loses_no_step(catalogue, tmp_path):
     assert log.read_bytes().count(b"\n") == saved  # every step is logged here
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_the_process(catalogue, tmp_path):
     process = start(catalogue, tmp_path / "w")
     time.sleep(3)

@@ -38,6 +38,14 @@ def test_the_error_for_an_unknown_key_names_the_closest():
         config_lib.override(config_lib.Config(), ["--config.experts.cuont=4"])
 
 
+@pytest.mark.parametrize(("old", "new"), config_lib.RENAMED.items())
+def test_a_renamed_option_names_the_new_one(old, new):
+    leaves = config_lib.leaves(config_lib.Config())
+    assert new in leaves and old not in leaves
+    with pytest.raises(UserError, match=f"config.{old}: this option is now called config.{new}"):
+        config_lib.override(config_lib.Config(), [f"--config.{old}=1"])
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

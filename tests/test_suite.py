@@ -36,4 +36,4 @@ def test_a_plain_run_has_no_gpu_test_and_one_on_a_gpu_has_no_other():
     pretended = "import jax, pytest, sys; jax.default_backend = lambda: 'gpu'; sys.exit(pytest.main(sys.argv[1:]))"
     done = collect("--gpu", start=("-c", pretended))
     assert done.returncode == 0 and "7/" in done.stdout, done.stdout + done.stderr
-    assert done.stdout.count("test_cudnn_equals_the_reference") + done.stdout.count("of_a_gpu_equals_the_oracle") == 7
+    assert done.stdout.count("test_cudnn_equals_the_reference") + done.stdout.count("for_gpus_equals_the_oracle") == 7

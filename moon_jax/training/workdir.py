@@ -171,7 +171,7 @@ def open_run(config: config_lib.Config, store: storage.Store, terminal: progress
     workdir = store.files
     with distributed.fail_together():
         if config.data.tokenizer:
-            text.Tokenizer.load(config.data.tokenizer)  # fail before the data is read, if it cannot be
+            text.Tokenizer.load(config.data.tokenizer)  # fail early, before the data is read
         base = base_of(config, store, terminal)
         if distributed.is_primary():
             render(config, store, terminal)

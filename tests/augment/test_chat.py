@@ -27,6 +27,8 @@ from moon_jax.types import Product
 from tests.augment.server import free_port, served
 from tests.conftest import SCHEMA, prepared_from, random_params, records, tiny
 
+pytestmark = pytest.mark.slow  # a real server answers, on two cores in tens of seconds
+
 RETRY_AFTER, PRODUCTS = 0.3, 40
 WORDS = ["red", "green", "blue", "yellow", "shirt", "shoe", "bag", "hat", "watch", "plain"]
 TEMPLATE = """\

@@ -113,6 +113,7 @@ def test_expansions_are_edits_of_the_subject():
     assert [seed for _, seed, _ in made] == [71, 72, 73, 74]
 
 
+@pytest.mark.slow
 def test_a_crash_loses_no_edited_image(folder, catalogue, tmp_path, monkeypatch):
     data = tmp_path / "p"
     prepared_from(catalogue, data)

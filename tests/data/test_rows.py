@@ -11,7 +11,7 @@ from moon_jax.data.images import ResizeRule, patchify
 from moon_jax.data.text import Template
 from moon_jax.model.encoder import Encoder, composition, initialize
 from moon_jax.types import VIEWS
-from tests.conftest import tiny
+from tests.conftest import but_slow, tiny
 
 
 class Ids:
@@ -42,7 +42,7 @@ def split(config, text, images):
     return rows_lib.segments(text, images, Ids, 2, router_term=config.experts.router_term)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=but_slow(MODELS, ["experts"]))
 def model(request):
     config = tiny(**MODELS[request.param])
     rows = rows_lib.pack([[]], rows_lib.Layout.of(config), 0)

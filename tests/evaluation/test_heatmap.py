@@ -11,7 +11,7 @@ from moon_jax.evaluation import heatmap, pictures, verify
 from moon_jax.serving import embedder as serving
 from moon_jax.serving.embedder import Embedder
 from moon_jax.types import Product
-from tests.conftest import jpeg, random_params, tiny
+from tests.conftest import but_slow, jpeg, random_params, tiny
 from tests.hub.test_export import CONFIGS, case, chat_tokenizer  # noqa: F401
 
 PHOTO = jpeg((200, 30, 30), (40, 60), 0)
@@ -25,7 +25,7 @@ def embedder(tokenizer):
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("dense", "some layers"))) for name in CONFIGS],
+    but_slow(CONFIGS, ["experts"]),
     indirect=True,
 )
 def test_attention_equals_that_of_transformers(case):  # noqa: F811

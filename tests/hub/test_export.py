@@ -18,7 +18,7 @@ from moon_jax.errors import UserError
 from moon_jax.evaluation import verify
 from moon_jax.hub import export, keys
 from moon_jax.serving import embedder as serving
-from tests.conftest import random_params, tiny
+from tests.conftest import but_slow, random_params, tiny
 
 CONFIGS = {
     "experts": tiny(data__visual_tokens=24, data__text_tokens=40),
@@ -115,12 +115,7 @@ def test_load_is_bit_equal(case):
     assert (read.step, read.tokenizer.read_bytes()) == (12, model.tokenizer.read_bytes())
 
 
-LONG = "some layers"  # slow; test_parity also compares its layers with transformers
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name == LONG)) for name in CONFIGS], indirect=True
-)
+@pytest.mark.parametrize("case", but_slow(CONFIGS, ["experts"]), indirect=True)
 def test_transformers_gives_the_same_embeddings(case):
     _, folder = case
     from tests.reference import torch, transformers
@@ -147,7 +142,7 @@ def test_transformers_gives_the_same_embeddings(case):
         np.testing.assert_allclose(embedder.encode(item)[0], expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("case", ["experts", "as Qwen3-VL-Embedding"], indirect=True)
+@pytest.mark.parametrize("case", but_slow(["experts", "as Qwen3-VL-Embedding"], ["experts"]), indirect=True)
 def test_sentence_transformers_gives_the_same_embeddings(case):
     """A 3:4 JPEG with a title, an image, a text; alone and in one batch. It resizes by torchvision, we by Pillow."""
     _, folder = case

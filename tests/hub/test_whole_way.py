@@ -38,6 +38,7 @@ assert cli.main(["export", "--model", sys.argv[1], "--output", sys.argv[2] + "2"
 """
 
 
+@pytest.mark.slow
 def test_from_public_weights_through_the_command_line(tmp_path, catalogue):
     """A public folder is upcycled, trained, exported and used to embed, all without torch."""
     from tests.reference import published, qwen_tokenizer

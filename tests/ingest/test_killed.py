@@ -69,6 +69,7 @@ def test_killed_at_random_moments(source, undisturbed, tmp_path, kill_seed):
     killed(source, undisturbed, tmp_path, kill_seed)
 
 
+@pytest.mark.slow
 def test_one_process_gives_the_same_output_as_two_and_a_second_run_changes_nothing(source, undisturbed, tmp_path):
     finish(start(source, tmp_path / "p", 1))
     assert content(tmp_path / "p") == undisturbed[0]
@@ -77,6 +78,7 @@ def test_one_process_gives_the_same_output_as_two_and_a_second_run_changes_nothi
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "p").iterdir()} == times
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_and_the_same_command_resumes(source, undisturbed, tmp_path):
     process = start(source, tmp_path / "p", 2)
     deadline = time.monotonic() + 60
@@ -91,6 +93,7 @@ def test_ctrl_c_stops_and_the_same_command_resumes(source, undisturbed, tmp_path
     assert content(tmp_path / "p") == undisturbed[0]
 
 
+@pytest.mark.slow
 def test_another_source_or_another_output_is_refused(source, undisturbed, tmp_path):
     output = tmp_path / "p"
     process = start(source, output, 1)

@@ -56,6 +56,7 @@ def test_norms_softmax_router_and_pooling_stay_float32(tokenizer, param_dtype):
     assert {leaf.dtype for leaf in (output.embedding, output.gate, output.prob, output.z)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32(tokenizer):
     exact, params = build(tokenizer, "float32", "float32")
     expected = np.asarray(jax.jit(exact)(params).embedding[0])

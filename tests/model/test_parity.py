@@ -15,7 +15,7 @@ from moon_jax.data.images import ResizeRule, patchify
 from moon_jax.hub import keys
 from moon_jax.model import router
 from moon_jax.model.encoder import Encoder
-from tests.conftest import tiny
+from tests.conftest import but_slow, tiny
 from tests.reference import our_params, pictures, published, qwen_tokenizer, torch, torch_inputs
 
 ATOL = 1e-5
@@ -190,7 +190,7 @@ def compare(config, model, params, products, tokenizer):
     return compared
 
 
-@pytest.mark.parametrize("case", CASES, indirect=True)
+@pytest.mark.parametrize("case", but_slow(CASES, ["experts in every layer"]), indirect=True)
 def test_every_layer_equals_transformers(case, tokenizer):
     config = case[0]
     compared = compare(*case, tokenizer)
@@ -257,7 +257,10 @@ def test_the_comparison_detects_a_mistake(case, tokenizer, mistake, where, monke
 
 @pytest.mark.parametrize(
     "case",
-    ["dense, tied, two query heads per key head", "experts in every layer", "experts in every second layer"],
+    but_slow(
+        ["dense, tied, two query heads per key head", "experts in every layer", "experts in every second layer"],
+        ["experts in every layer"],
+    ),
     indirect=True,
 )
 def test_gradients_equal_transformers(case, tokenizer):

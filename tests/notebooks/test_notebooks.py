@@ -38,6 +38,7 @@ def executed(name, folder, monkeypatch, replacements=()):
     return printed, sum("image/png" in output.get("data", {}) for output in outputs)
 
 
+@pytest.mark.slow
 def test_the_quickstart(tmp_path, monkeypatch):
     smaller = {name: value for name, value in TINY.items() if not name.startswith("training.")}
     fewer = [
@@ -49,6 +50,7 @@ def test_the_quickstart(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "notebook" / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_sharding_experts(tmp_path, monkeypatch):
     """Both strategies agree with the dense reference, and use the collectives that the text names."""
     quick = [('" ".join(flags)', f'" ".join((*flags, "{QUICK}"))')]

@@ -261,6 +261,7 @@ def test_the_timed_step_has_full_rows():
     assert rows.segment.min() == 1 and rows.segment.max() == 2 and (rows.view == [1, 2, 3]).all()
 
 
+@pytest.mark.slow
 def test_a_plan_for_this_machine(here):
     assert here.chips == 8 and here.mesh == dict(data=2, fsdp=1, expert=2, tensor=2)
     assert here.measured_step_seconds > 0 and here.step_seconds is None and here.memory_bytes is None
@@ -270,6 +271,7 @@ def test_a_plan_for_this_machine(here):
     assert here.argument_bytes > 3 * 4 * here.parameters / 8
 
 
+@pytest.mark.slow
 def test_the_table_and_the_json(here):
     console = loop.progress.Console(width=100, record=True)
     console.print(plan.table([here]))
@@ -283,7 +285,7 @@ def test_command_line_mistakes_are_one_line(capsys):
         (["--topology", "v5p:4x4"], "a slice of v5p has 3 axes"),
         (["--mesh", "data=2,pipe=4"], "--mesh data=2,pipe=4: pipe=4 is not understood"),
         (["--slices", "0"], "--slices 0: give 1 or more"),
-        (["--json", "nowhere/plan.json"], "--json nowhere/plan.json: there is no folder nowhere"),
+        (["--json", "nowhere/plan.json"], "--json nowhere/plan.json: no folder nowhere; create it first"),
         (["--mesh", "data=3"], "does not fit 8 devices"),
     ):
         assert cli.main(["plan", "--config", "quickstart", *arguments]) == 2
@@ -305,6 +307,7 @@ def for_tpu():
     return config, plan.plan(config, "tiny", "v5p:2x2x1")
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_tpu(for_tpu):
     _, found = for_tpu
     assert found.chips == 4 and found.fits and found.uncounted == []

@@ -139,8 +139,7 @@ def test_the_metric_lines_are_plausible(finished):
     assert lines[-1]["total"] < lines[0]["total"]
 
 
-@pytest.mark.slow  # tests/training/test_survival.py kills in every phase
-@pytest.mark.parametrize("kills", [(1, 20), (33,)])
+@pytest.mark.parametrize("kills", [(33,), pytest.param((1, 20), marks=pytest.mark.slow)], ids=["once", "twice"])
 def test_a_killed_run_gives_results_identical_to_an_uninterrupted_one(catalogue, finished, tmp_path, kills):
     workdir = tmp_path / "w"
     rng = np.random.default_rng(sum(kills))
@@ -164,6 +163,7 @@ def test_a_killed_run_gives_results_identical_to_an_uninterrupted_one(catalogue,
     check_events(workdir)
 
 
+@pytest.mark.slow
 def test_repeating_the_command_only_evaluates(catalogue, finished):
     workdir, _ = finished
     before = {name: (workdir / name).read_bytes() for name in ("metrics.json", "metrics.jsonl")}
@@ -172,6 +172,7 @@ def test_repeating_the_command_only_evaluates(catalogue, finished):
     assert before == {name: (workdir / name).read_bytes() for name in before}
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_config_or_other_data_is_refused(catalogue, finished, tmp_path):
     done = run(catalogue, finished[0], "--config.training.steps=50")
     assert done.returncode == 2
@@ -252,6 +253,7 @@ def test_bad_items_are_reported_in_one_line(embedder, items, message):
         embedder.encode(items)
 
 
+@pytest.mark.slow
 def test_without_data_it_renders_a_catalogue_and_says_so(tmp_path):
     workdir = tmp_path / "w"
     config = tiny(training__steps=3, data__synthetic=60, objective__matryoshka=(8, 16))
@@ -319,6 +321,7 @@ def test_blank_text_is_none(embedder):
     )
 
 
+@pytest.mark.slow
 def test_the_model_card_states_data_and_scores(finished, tmp_path, capsys):
     assert cli.main(["export", "--model", str(finished[0]), "--output", str(tmp_path / "served")]) == 0
     assert f"{tmp_path / 'served'}: 0." in capsys.readouterr().out
@@ -332,7 +335,7 @@ def test_the_model_card_states_data_and_scores(finished, tmp_path, capsys):
     np.testing.assert_array_equal(
         moon_jax.load(tmp_path / "served").encode(items), moon_jax.load(finished[0]).encode(items)
     )
-    with pytest.raises(UserError, match="a model is exported as it was trained"):
+    with pytest.raises(UserError, match="export takes no config; leave this out"):
         export.run(cli.parse(["export", "--model", "m", "--output", "o"])[0], ["--config.seed=1"])
 
 

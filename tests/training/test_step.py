@@ -22,7 +22,7 @@ from moon_jax.training import loop
 from moon_jax.training import optimizer as optimizer_lib
 from moon_jax.training import step as step_lib
 from moon_jax.types import TrainState
-from tests.conftest import tiny
+from tests.conftest import but_slow, tiny
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,20 @@ def fresh(config, batch):
     return jax.jit(lambda: nn.unbox(step_lib.initial_state(config, batch.rows)))()
 
 
+@functools.cache
+def jitted(config):
+    """The training step of a config, compiled once for all tests of a process."""
+    return jax.jit(functools.partial(step_lib.train_step, config=config))
+
+
+LONGER = tiny(training__steps=60)
+
+
 def test_the_loss_falls_and_all_parameters_change(batch):
-    config = tiny(training__steps=60)
+    config = LONGER
     state = fresh(config, batch)
     start = jax.device_get(state.params)
-    step = jax.jit(functools.partial(step_lib.train_step, config=config))
+    step = jitted(config)
     losses = []
     for _ in range(25):
         state, metrics = step(state, batch)
@@ -76,8 +85,9 @@ def test_learning_rates_by_group_and_decay_by_name(batch):
     options = tiny(training__weight_decay=0.0, training__clip=1e9, training__temperature_learning_rate=0.5).training
     optimizer = optimizer_lib.make_optimizer(options)
     state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
     for _ in range(3):  # with 2 warm-up steps, the third update is at the peak
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = update(grads, state, params)
     rates = {
         optimizer_lib.parameter_group(path): -float(np.mean(update))
         for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]
@@ -107,9 +117,9 @@ def test_clipping_and_decay(batch):
 
 
 def test_a_non_finite_step_only_changes_the_counters(batch):
-    config = tiny()
+    config = LONGER
     state = fresh(config, batch)
-    step = jax.jit(functools.partial(step_lib.train_step, config=config))
+    step = jitted(config)
     poisoned = state.replace(params=jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.params))
     for before, given in ((poisoned, batch), (state, batch.replace(weight=batch.weight * jnp.nan))):
         after, metrics = step(before, given)
@@ -157,15 +167,15 @@ def on_one_device(batch):
     return (state.params, *value(state.params, batch))
 
 
-@pytest.mark.parametrize(
-    ("dispatch", "mesh"),
-    [
-        ("grouped", dict(data=8)),
-        ("grouped", dict(data=1, fsdp=2, expert=2, tensor=2)),
-        ("expert_parallel", dict(data=1, fsdp=2, expert=2, tensor=2)),
-        ("expert_parallel", dict(data=2, expert=4)),
-    ],
-)
+LAYOUTS = [
+    ("grouped", dict(data=8)),
+    ("grouped", dict(data=1, fsdp=2, expert=2, tensor=2)),
+    ("expert_parallel", dict(data=1, fsdp=2, expert=2, tensor=2)),
+    ("expert_parallel", dict(data=2, expert=4)),
+]
+
+
+@pytest.mark.parametrize(("dispatch", "mesh"), but_slow(LAYOUTS, [LAYOUTS[1], LAYOUTS[3]]))
 def test_loss_and_gradients_on_eight_devices_equal_those_on_one(batch, on_one_device, dispatch, mesh):
     """Without dropping. The gradient's relative error is below 1e-6, that of each tensor at most 5e-6."""
     axes = {f"mesh__{axis}": size for axis, size in mesh.items()}
@@ -240,13 +250,13 @@ def test_each_shard_drops_by_its_own_capacity(batch):
     assert all((kept == expert).sum(axis=1).max() == capacity for expert in range(4))
 
 
-@pytest.mark.parametrize("term", ["learned", "hard"])
+@pytest.mark.parametrize("term", but_slow(["learned", "hard"], ["hard"]))
 def test_a_router_term_trains(prepared, tokenizer, term):
     config = tiny(experts__router_term=term, experts__per_token=1)
     batch = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))[0]
     assert batch.rows.segment.max() == 3
     state = fresh(config, batch)
-    step = jax.jit(functools.partial(step_lib.train_step, config=config))
+    step = jitted(config)
     for _ in range(3):
         state, metrics = step(state, batch)
     assert bool(metrics["finite"]) and not np.asarray(metrics["dropped"]).any()

@@ -25,6 +25,8 @@ from moon_jax.training import checkpoints
 from moon_jax.training import metrics as metrics_lib
 from tests.conftest import ROOT, environment, tiny
 
+pytestmark = pytest.mark.slow  # each test starts processes; tests/training/test_run.py has a kill that is fast
+
 STEPS = 12
 CONFIG = tiny(
     training__steps=STEPS, training__save_every=4, training__keep_best=1, evaluation__every=6, evaluation__batch=16
@@ -147,7 +149,6 @@ def _kill(catalogue, workdir, kills):
     return out
 
 
-@pytest.mark.slow
 def test_a_run_killed_at_random_moments_gives_identical_results(catalogue, uninterrupted, like, tmp_path, kill_seed):
     """Killed once or twice: in any phase of a step, or at any moment from the start on."""
     rng, workdir, killed = np.random.default_rng(kill_seed), tmp_path / "w", 0
@@ -184,7 +185,6 @@ def test_two_processes_have_the_losses_of_one(uninterrupted, by_two):
     ).read_bytes()
 
 
-@pytest.mark.slow
 def test_four_processes_have_the_losses_of_one(catalogue, uninterrupted, tmp_path):
     code, _, err = finish(start(several(4, catalogue, tmp_path / "w")))
     assert code == 0, err
@@ -196,7 +196,6 @@ def test_one_of_two_processes_is_killed(catalogue, by_two, like, tmp_path):
     _kill_one(catalogue, by_two, like, tmp_path / "w", "1", "device", 14, 0.02)
 
 
-@pytest.mark.slow
 def test_one_of_two_processes_is_killed_at_random(catalogue, by_two, like, tmp_path, kill_seed):
     rng = np.random.default_rng(kill_seed)
     phase = str(rng.choice(["data", "device", "checkpoint", "evaluation"]))
@@ -231,7 +230,6 @@ def test_damage_in_the_part_of_one_process_is_skipped_by_both(tmp_path):
     assert (workdir / "damaged" / "7").is_dir() and (workdir / "checkpoints" / "5").is_dir()
 
 
-@pytest.mark.slow
 def test_a_save_that_fails_in_one_of_two_processes_ends_both(prepared, tmp_path):
     """Its disk rejects large files, so the data is prepared beforehand. Orbax alone would hang here."""
     script = tmp_path / "one.sh"
@@ -334,7 +332,6 @@ def test_sigterm_on_one_host_stops_all_at_one_step_and_one_process_resumes(catal
     np.testing.assert_allclose(losses(workdir), losses(uninterrupted[0]), rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_the_loss_of_another_process_is_reported_in_one_line(catalogue, tmp_path):
     """Without a launcher, which would kill this process."""
     launched = several(2, catalogue, tmp_path / "w", "--config.training.steps=500")
@@ -390,7 +387,6 @@ def test_a_workdir_in_a_bucket(catalogue, uninterrupted, like, bucket, tmp_path)
     assert code == 0 and "randomly initialised" not in out and f"loading {workdir}" in out, err
 
 
-@pytest.mark.slow
 def test_two_processes_in_a_bucket(catalogue, by_two, like, bucket):
     workdir = f"{bucket}/two"
     code, _, err = finish(start(several(2, catalogue, workdir)))
@@ -398,7 +394,6 @@ def test_two_processes_in_a_bucket(catalogue, by_two, like, bucket):
     assert same_parameters(like, by_two, workdir)
 
 
-@pytest.mark.slow
 def test_a_run_can_move_between_meshes(catalogue, tmp_path, monkeypatch):
     """Four legs of three steps on 8, 4, 1 and 8 devices, without dropping, have the losses of a single run."""
     small = {"language.layers": 1, "vision.depth": 1, "evaluation.every": 0, "training.keep_best": 0}

@@ -12,6 +12,7 @@ from tests.conftest import tiny
 from tests.training.test_survival import arguments, on, start
 
 
+@pytest.mark.slow
 def test_a_stalled_step_prints_all_stacks(catalogue, tmp_path):
     """The third batch never comes."""
     script = tmp_path / "stalled.py"
@@ -49,6 +50,7 @@ def test_a_trace_covers_the_requested_steps(tmp_path, monkeypatch):
     assert warnings == ["--profile 2:30: no trace: step 2 is not one of 3 to 9"]
 
 
+@pytest.mark.slow
 def test_training_writes_a_profiler_trace(catalogue, tmp_path, monkeypatch):
     on(monkeypatch, 1)
     config = tiny(data__path=str(catalogue), training__steps=4)
