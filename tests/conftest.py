@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -213,3 +214,23 @@ def prepared(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepa
 @pytest.fixture(scope="session")
 def tokenizer(prepared: Prepared) -> text.Tokenizer:
     return text.train((p.text for p in prepared.products if p.text), 300)
+
+
+QUICKSTART = tiny(training__steps=40, training__save_every=6)
+"""The config of a small quickstart."""
+
+
+def quickstart(catalogue: Path, workdir: Path, *more: object) -> list[str]:
+    """The command line of that quickstart."""
+    command = [sys.executable, "-m", "moon_jax.cli", "quickstart", "--data", catalogue, "--workdir", workdir]
+    return [*map(str, command), *overrides(QUICKSTART), *map(str, more)]
+
+
+@pytest.fixture(scope="session")
+def finished(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The workdir and the output of that quickstart."""
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    command = quickstart(catalogue, workdir)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout

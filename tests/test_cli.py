@@ -19,8 +19,7 @@ import pytest
 import moon_jax
 from moon_jax import cli, commands, interrupt, progress
 from moon_jax.errors import Unavailable
-from tests.conftest import SCHEMA, environment, jpeg, overrides
-from tests.training.test_run import CONFIG  # one compilation serves both
+from tests.conftest import QUICKSTART, SCHEMA, environment, jpeg, overrides
 
 
 def one_line(capsys, *arguments):
@@ -175,7 +174,7 @@ def test_bad_records_are_skipped_listed_and_counted(capsys, tmp_path):
         ("duplicate id", {"product_id": "g7", "title": "again"}),
     ]
     (folder / "products.jsonl").write_text("\n".join(map(json.dumps, [*lines, *(record for _, record in bad)])))
-    arguments = ["--data", folder, "--workdir", workdir, "--steps", 1, *overrides(CONFIG)]
+    arguments = ["--data", folder, "--workdir", workdir, "--steps", 1, *overrides(QUICKSTART)]
     assert cli.main(["train", "--config", "quickstart", *map(str, arguments)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert (
@@ -252,7 +251,9 @@ def test_augment_reports_its_results(capsys, catalogue, tmp_path):
     printed = " ".join(capsys.readouterr().out.split())
     manifest = json.loads((output / "manifest.json").read_text())["augmented"]
     assert f"enriched titles: {manifest['text']['added']} added of {manifest['text']['made']} made" in printed
-    assert "no filter: give an embedder with --model" in printed and f"--data {output} --workdir runs/augmented" in printed
+    assert (
+        "no filter: give an embedder with --model" in printed and f"--data {output} --workdir runs/augmented" in printed
+    )
     assert cli.main(command) == 0
 
 
@@ -285,20 +286,8 @@ def test_mistakes_of_augment(capsys, tmp_path, monkeypatch, given, message):
 # --- the system ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(catalogue, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("cli") / "w"
-    assert cli.main(["quickstart", "--data", str(catalogue), "--workdir", str(workdir), *overrides(CONFIG)]) == 0
-    return workdir
-
-
 def arguments(catalogue, workdir):
-    return ["--data", str(catalogue), "--workdir", str(workdir), *overrides(CONFIG)]
-
-
-def test_a_workdir_with_a_run_on_other_data_is_refused(capsys, catalogue, trained):
-    message = one_line(capsys, "--workdir", trained, *overrides(CONFIG))
-    assert f"--workdir {trained}: holds a run on --data {catalogue}; give the same, or use another workdir" in message
+    return ["--data", str(catalogue), "--workdir", str(workdir), *overrides(QUICKSTART)]
 
 
 def test_a_folder_with_other_files_is_refused_as_workdir(capsys, catalogue, tmp_path):
@@ -306,32 +295,6 @@ def test_a_folder_with_other_files_is_refused_as_workdir(capsys, catalogue, tmp_
     message = one_line(capsys, *arguments(catalogue, tmp_path))
     assert f"--workdir {tmp_path}: holds shoe.jpg but no run; give a new or empty folder" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shoe.jpg"]
-
-
-def test_the_run_log_is_complete_from_the_start(trained):
-    lines = (trained / "run.log").read_text().splitlines()
-    assert "training products" in "".join(lines[:6]) and "done in" in lines[-1]
-
-
-def test_a_checkpoint_of_another_architecture(capsys, catalogue, trained, tmp_path):
-    workdir = tmp_path / "w"
-    shutil.copytree(trained, workdir)
-    held = json.loads((workdir / "config.json").read_text())
-    held["experts"]["width"] = 28
-    (workdir / "config.json").write_text(json.dumps(held))
-    message = one_line(capsys, *arguments(catalogue, workdir), "--config.experts.width=28")
-    assert "a checkpoint of another architecture: encoder/" in message and "28" in message and "20" in message
-    assert str(workdir / "checkpoints" / "40") in message
-
-
-def test_a_damaged_checkpoint(capsys, catalogue, trained, tmp_path):
-    workdir = tmp_path / "w"
-    shutil.copytree(trained, workdir)
-    for file in workdir.glob("checkpoints/*/params/**/*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    message = one_line(capsys, *arguments(catalogue, workdir))
-    assert f"{workdir / 'checkpoints'}: all checkpoints are damaged: " in message
 
 
 def run(catalogue, workdir, prefix, *more):

@@ -98,7 +98,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
         ours = Vectors(parsed.vectors) if parsed.vectors else opened("--model", parsed.model, config)
     prepared = workdir.prepare_data(config, output, terminal)
     prepared = workdir.keep_data(prepared, output.files / "data", output)
-    options = {"known": parsed.probe_products, "prompts": prompts}
+    options = {"probe_products": parsed.probe_products, "prompts": prompts}
     if log:
         own = qrels_lib.collection(log, prepared)
         if parsed.vectors and own.shared:

@@ -206,7 +206,7 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
     first = next(iter(encoded.queries))
     wanted = [(first, "t", "i")]
     wanted += [
-        (name, view, "mm") for name in encoded.queries if name in ("queries", "judged") for view in ("i", "mm", "t")
+        (name, view, "mm") for name in encoded.queries if name in ("queries", "qrels") for view in ("i", "mm", "t")
     ]
     wanted += [(first, "i", "t"), *((first, view, view) for view in reversed(VIEWS))]
     wanted += [(name, query, candidate) for name in encoded.queries for query, candidate in DIRECTIONS]
@@ -223,7 +223,7 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
         halves = figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0]
         for half, (name, query, candidate, task) in zip(halves, tasks, strict=True):
             title = f"{query} → {candidate}: {VIEW_NAMES[query]} to {VIEW_NAMES[candidate]}"
-            framed = "relevant by your qrels" if name == "judged" else "same title"
+            framed = "relevant by your qrels" if name == "qrels" else "same title"
             title += f" (framed ✓: {framed}; {len(task.candidates):,} candidates"
             title += "; seen in training)" if name == "products_trained_on" else ")"
             half.suptitle(title, x=0.01, ha="left", fontsize=11)

@@ -169,7 +169,7 @@ def _rows(file: File, columns: ColumnMap) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def _queries(path: Path, columns: ColumnMap, max_pixels: int) -> Iterator[Product]:
-    file = _file(path, "--queries", "asked")
+    file = _file(path, "--queries", "evaluation_query")
     if not file.format:
         raise UserError(f"--queries {path}: unknown format; give one of {', '.join(SUFFIXES)}")
     seen: set[str] = set()
@@ -198,7 +198,7 @@ def _image(image: bytes | str, file: File, max_pixels: int) -> bytes:
 
 def _grades(path: Path, columns: ColumnMap) -> dict[tuple[str, str], float]:
     """The grade of each pair of query id and product id."""
-    file = _file(path, "--qrels", "judgement")
+    file = _file(path, "--qrels", "qrel")
     found: dict[tuple[str, str], float] = {}
     for where, record in _trec(file) if _is_trec(file) else _rows(file, columns):
         try:

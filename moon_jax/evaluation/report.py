@@ -31,7 +31,7 @@ def evaluate(
     workdir: str | Path,
     terminal: Terminal | None = None,
     *,
-    known: int = 0,
+    probe_products: int = 0,
     prompts: Sequence[str] = labels.PROMPTS,
     qrels: measures_lib.Qrels | None = None,
 ) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def evaluate(
     training need its metrics.jsonl there.
 
     Args:
-        known: maximum number of training products on which nearest neighbours and the linear probe are fitted; 0 leaves
+        probe_products: maximum number of training products on which nearest neighbours and the linear probe are fitted; 0 leaves
             both out.
         prompts: templates of a label's text; {} stands for the label.
         qrels: relevant products of the user's own queries (evaluation/qrels.py). If given, only these queries are
@@ -56,7 +56,7 @@ def evaluate(
     """
     workdir = Path(workdir)
     terminal = terminal or Terminal(workdir)
-    fitted_on = labels.known(prepared, known) if qrels is None else []
+    fitted_on = labels.known(prepared, probe_products) if qrels is None else []
     tasks = labels.tasks(prepared, fitted_on)
     # Labels are compared by dot product; an embedder with its own `rank` has none.
     evaluated = [] if hasattr(embedder, "rank") or qrels is not None else tasks
@@ -284,7 +284,7 @@ def compare(ours: Path, theirs: Path) -> dict[str, dict[str, dict[str, dict[str,
         ours, theirs: folders that `evaluate` wrote.
 
     Returns:
-        {set: {direction: {measure: {"difference", "low", "high", "told"}, "queries": …}}}; see metrics.compared.
+        {set: {direction: {measure: {"difference", "low", "high", "significant"}, "queries": …}}}; see metrics.compared.
 
     Raises:
         UserError: a folder is not an evaluation, or they are on different data.

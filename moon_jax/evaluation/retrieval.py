@@ -29,7 +29,7 @@ QUERY_SETS = {
     "products": "products as queries, altered if they share a modality with the candidates",
     "products_trained_on": "products as queries, altered if they share a modality; seen in training",
     "queries": "the catalogue's own queries",
-    "judged": "your queries, evaluated by your qrels on the whole catalogue",
+    "qrels": "your queries, evaluated by your qrels on the whole catalogue",
 }
 """Sets of queries: their names in metrics.json, and their descriptions in tables and pictures."""
 SEED = 0
@@ -62,7 +62,7 @@ class Encoded:
     """The vectors of an evaluation; every score is computed from them.
 
     `queries` holds one or two of QUERY_SETS: "products", the candidates as queries ("products_trained_on" if the
-    catalogue has no held-out products), and "queries", the catalogue's own, if any; or "judged" alone.
+    catalogue has no held-out products), and "queries", the catalogue's own, if any; or "qrels" alone.
     """
 
     product: np.ndarray  # i32[C], product indices of the candidates
@@ -131,7 +131,7 @@ def encode(
         own_index, targets = (np.array(column, np.int32) for column in zip(*prepared.val_queries, strict=True))
         own_queries = records.Chosen(prepared.products, own_index)
         own, own_present = _finite(*embedder.encode_views(own_queries, advance=advance), own_queries)
-        name, relevance = ("judged", qrels) if qrels else ("queries", metrics.Keys(key[targets], key[index]))
+        name, relevance = ("qrels", qrels) if qrels else ("queries", metrics.Keys(key[targets], key[index]))
         queries[name] = Queries(own_index, targets, own, own, own_present, own_present, relevance)
     return Encoded(index, plain, present, queries, getattr(embedder, "rank", similarity.top_k))
 

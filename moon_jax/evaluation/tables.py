@@ -134,7 +134,7 @@ def differences(compared: dict[str, Any], ours: str, theirs: str) -> Iterator[Ta
             few, cells = found["queries"] < measures_lib.FEWEST, []
             for entry in (found["R@10"], found["MRR"]):
                 interval = "too few" if few else f"{entry['low']:+.1f}, {entry['high']:+.1f}"
-                cells.append(f"{entry['difference']:+.1f} [{interval}]{'*' if entry['told'] else ' '}")
+                cells.append(f"{entry['difference']:+.1f} [{interval}]{'*' if entry['significant'] else ' '}")
             table.add_row(direction, *map(Text, cells), f"{found['queries']:,}")
         yield table
 

@@ -1,7 +1,7 @@
 """Column maps: how the columns of a source become the fields of a product, a query or a log. Data files, not code.
 
 A map is a JSON file, either in `maps/` or supplied by the user. For each kind of file (`product`, `query` and `log`;
-for evaluation `asked` and `judgement`) it gives the source of each field: a column, a list of columns (their values
+for evaluation `evaluation_query` and `qrel`) it gives the source of each field: a column, a list of columns (their values
 are joined), or an object with `column` and the operations on its text:
 
     "split": SEPARATOR                        splits it into a list
@@ -28,8 +28,8 @@ FIELDS = {
     "product": ("product_id", "title", "description", "images", "category", "brand", "attributes"),
     "query": ("query_id", "product_id", "title", "images"),
     "log": ("query", "query_image", "product_id", "event", "time", "position", "count", "session"),
-    "asked": ("query_id", "title", "images"),
-    "judgement": ("query_id", "product_id", "grade"),
+    "evaluation_query": ("query_id", "title", "images"),
+    "qrel": ("query_id", "product_id", "grade"),
 }
 """The fields that a map may set, by kind of file."""
 
@@ -37,10 +37,13 @@ REQUIRED = {
     "product": (("product_id",), ("title", "images")),
     "query": (("query_id",), ("product_id",), ("title", "images")),
     "log": (("product_id",), ("query", "query_image")),
-    "asked": (("query_id",), ("title", "images")),
-    "judgement": (("query_id",), ("product_id",), ("grade",)),
+    "evaluation_query": (("query_id",), ("title", "images")),
+    "qrel": (("query_id",), ("product_id",), ("grade",)),
 }
 """At least one field of each tuple must have a column."""
+
+RENAMED = {"asked": "evaluation_query", "judgement": "qrel"}
+"""Former names of sections."""
 
 TYPO_RATIO = 0.8
 """From this difflib ratio on, a column name counts as a mistyped field name."""
@@ -222,6 +225,8 @@ def _source(value: Any, where: str) -> Source:
 
 def _refuse_unknown(written: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     for key in written:
+        if key in RENAMED:
+            raise ValueError(f"{where}{key} is now called {RENAMED[key]}")
         if key not in known:
             close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
             raise ValueError(f"{where}{key} is unknown; the closest known key is {close[0]}")

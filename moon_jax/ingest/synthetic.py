@@ -437,7 +437,7 @@ def _label(count: int, seed: int) -> dict[str, str]:
     return {"synthetic": f"{count} products rendered by moon_jax from seed {seed}; none of them exists"}
 
 
-def stands(path: Path, count: int, seed: int) -> bool:
+def is_complete(path: Path, count: int, seed: int) -> bool:
     """Whether `path` already holds what `write` would write."""
     held = pq.read_schema(path).metadata if path.exists() else None
     return bool(held) and held.get(b"synthetic") == _label(count, seed)["synthetic"].encode()

@@ -241,7 +241,7 @@ def render(config: config_lib.Config, store: storage.Store, terminal: progress.T
         return
     path = store.files / CATALOGUE
     terminal.line(f"no --data given: a synthetic catalogue of rendered products, {store}/{CATALOGUE}")
-    if not synthetic.stands(path, config.data.synthetic, config.seed):
+    if not synthetic.is_complete(path, config.data.synthetic, config.seed):
         track = functools.partial(terminal.track, "rendering")
         synthetic.write(path, config.data.synthetic, config.seed, config.data.threads, track)
 

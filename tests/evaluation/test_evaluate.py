@@ -29,7 +29,7 @@ def evaluated(model, tokenizer, prepared, folder, batch=8, everywhere=False):
     settings, params = model
     embedder = Embedder(config.replace(settings, {"evaluation.batch": batch}), params, tokenizer, "f00d", 1)
     embedder = embedder.on_all_devices() if everywhere else embedder
-    return report.evaluate(embedder, prepared, folder, known=20)
+    return report.evaluate(embedder, prepared, folder, probe_products=20)
 
 
 def numbers(part, path=()):
@@ -98,7 +98,9 @@ def test_two_models_are_compared_on_the_queries_that_both_have(first, prepared, 
     assert entry["R@10"]["difference"] == pytest.approx(mean)
     assert entry["R@10"]["low"] <= mean <= entry["R@10"]["high"]
     itself = report.compare(folder, folder)
-    assert not any(e["told"] for s in itself.values() for d in s.values() for e in d.values() if isinstance(e, dict))
+    assert not any(
+        e["significant"] for s in itself.values() for d in s.values() for e in d.values() if isinstance(e, dict)
+    )
 
 
 def test_evaluations_on_other_data_do_not_compare(first, tmp_path):
@@ -135,7 +137,7 @@ def test_files_of_different_evaluations_are_not_mixed(first, prepared, tmp_path)
     rows = {"id": [products[n].id for n in seen], "view": ["i"] * len(seen), "vector": colours[seen, 1].tolist()}
     pq.write_table(pa.table(rows), vectors / "x.parquet")
     # With image vectors only, labels are evaluated but no direction of retrieval.
-    assert report.evaluate(Vectors(vectors), prepared, tmp_path, known=20)["retrieval"] == {}
+    assert report.evaluate(Vectors(vectors), prepared, tmp_path, probe_products=20)["retrieval"] == {}
     assert pq.read_table(tmp_path / "queries.parquet").num_rows == 0
     assert report.compare(tmp_path, folder) == {}
 
@@ -193,7 +195,7 @@ def test_precomputed_vectors_are_evaluated_in_directions_without_alterations(fir
     """The vectors that an evaluation wrote reproduce its scores; text labels only if no text contains a label word."""
     folder, metrics = first
     vectors = Vectors(folder / "embeddings")
-    again = report.evaluate(vectors, prepared, tmp_path, known=20)
+    again = report.evaluate(vectors, prepared, tmp_path, probe_products=20)
     (name,) = metrics["retrieval"]
     assert set(again["retrieval"][name]) == {"t→i", "i→t"}
     for direction, entry in again["retrieval"][name].items():
@@ -286,7 +288,7 @@ def test_vectors_that_allow_no_evaluation_are_refused(first, prepared, tmp_path)
     table = pq.read_table(first[0] / "embeddings" / "val.parquet")
     pq.write_table(table.filter(pa.compute.equal(table["view"], "mm")), tmp_path / "mm.parquet")
     with pytest.raises(UserError, match=r"nothing to evaluate: the vectors are mm only.*embed --views t,i,mm"):
-        report.evaluate(Vectors(tmp_path), prepared, tmp_path / "o", known=0)
+        report.evaluate(Vectors(tmp_path), prepared, tmp_path / "o", probe_products=0)
     assert not (tmp_path / "o" / "metrics.json").exists()
 
 
@@ -303,7 +305,7 @@ def test_a_damaged_model_gets_no_scores(prepared, tmp_path, which):
             return vectors, present
 
     with pytest.raises(UserError, match=f"product {prepared.products[prepared.val[2]].id}: its vector is not finite"):
-        report.evaluate(Damaged(10**6), prepared, tmp_path, known=0)
+        report.evaluate(Damaged(10**6), prepared, tmp_path, probe_products=0)
     assert not (tmp_path / "metrics.json").exists()
 
 
@@ -314,7 +316,7 @@ def test_equally_many_other_candidates_do_not_compare(first, prepared, tmp_path)
         (tmp_path / name).mkdir()
         some = table.filter(pa.compute.is_in(table["id"], pa.array(kept)))
         pq.write_table(some, tmp_path / name / "x.parquet")
-        report.evaluate(Vectors(tmp_path / name), prepared, tmp_path / f"scores {name}", known=0)
+        report.evaluate(Vectors(tmp_path / name), prepared, tmp_path / f"scores {name}", probe_products=0)
     assert report.compare(tmp_path / "scores a", tmp_path / "scores c")
     assert report.compare(tmp_path / "scores a", tmp_path / "scores b") == {}
 
@@ -326,7 +328,7 @@ def test_the_command_passes_probe_products_and_prompts_on(model, tokenizer, prep
     given = ["evaluate", "--model", "m", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
     prompts = ["a photo of {}", "{}"]
     assert cli.main([*given, "--probe-products", "20", "--prompt", prompts[0], "--prompt", prompts[1]]) == 0
-    expected = report.evaluate(embedder, prepared, tmp_path / "e", known=20, prompts=prompts)["labels"]
+    expected = report.evaluate(embedder, prepared, tmp_path / "e", probe_products=20, prompts=prompts)["labels"]
     found = json.loads((tmp_path / "o" / "metrics.json").read_text())["labels"]
     assert found == json.loads(json.dumps(expected)) and any(scores["known"] for scores in found.values())
-    assert found != report.evaluate(embedder, prepared, tmp_path / "p", known=20)["labels"]
+    assert found != report.evaluate(embedder, prepared, tmp_path / "p", probe_products=20)["labels"]

@@ -142,10 +142,10 @@ def test_a_paired_difference_can_be_significant_though_unpaired_intervals_overla
     hard = rng.normal(50, 20, 300)
     ours, theirs = hard + rng.normal(1, 2, 300), hard
     found = metrics.compared({"x": ours, "y": hard}, {"x": theirs, "y": hard})
-    assert found["x"]["difference"] == pytest.approx((ours - theirs).mean()) and found["x"]["told"]
+    assert found["x"]["difference"] == pytest.approx((ours - theirs).mean()) and found["x"]["significant"]
     assert metrics.intervals({"x": theirs})["x"][1] > metrics.intervals({"x": ours})["x"][0]
-    assert found["y"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "told": False}
+    assert found["y"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "significant": False}
     # With few queries all resamples may be equal, which says nothing.
     for number in (1, metrics.FEWEST - 1, metrics.FEWEST):
         few = metrics.compared({"x": np.ones(number)}, {"x": np.zeros(number)})["x"]
-        assert few["told"] == (number == metrics.FEWEST)
+        assert few["significant"] == (number == metrics.FEWEST)

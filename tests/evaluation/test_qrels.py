@@ -168,9 +168,9 @@ def test_scores_equal_those_of_trec_eval(prepared, ids, tmp_path):
     given += ["--queries", str(tmp_path / "queries.csv"), "--qrels", str(tmp_path / "qrels.trec")]
     assert cli.main(given) == 0
     metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
-    assert set(metrics["retrieval"]) == {"judged"} and set(metrics["retrieval"]["judged"]) == {"t→mm"}
+    assert set(metrics["retrieval"]) == {"qrels"} and set(metrics["retrieval"]["qrels"]) == {"t→mm"}
     assert not metrics["labels"] and not (tmp_path / "o" / "embeddings").exists()
-    found = metrics["retrieval"]["judged"]["t→mm"]
+    found = metrics["retrieval"]["qrels"]["t→mm"]
     run = {
         q: {p: float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for p, b in vectors.items()}
         for q, a in queries.items()
@@ -198,7 +198,7 @@ def test_each_query_is_embedded_from_what_it_has(prepared, ids, tokenizer, tmp_p
     own = read(*written(tmp_path, ids, "txt"), prepared)
     settings = tiny()
     model = Embedder(settings, random_params(settings, tokenizer), tokenizer, "f00d", 1)
-    found = report.evaluate(model, own.prepared, tmp_path / "o", qrels=own.qrels)["retrieval"]["judged"]
+    found = report.evaluate(model, own.prepared, tmp_path / "o", qrels=own.qrels)["retrieval"]["qrels"]
     assert set(found) == {f"{query}→{candidate}" for query in "ti" for candidate in ("t", "i", "mm")}
     vectors, present = model.encode_views([prepared.products[index] for index in range(len(ids))])
     queries = {
@@ -214,8 +214,8 @@ def test_each_query_is_embedded_from_what_it_has(prepared, ids, tokenizer, tmp_p
             assert entry["MRR"] == pytest.approx(100 / first, abs=1e-3)
             assert (entry["candidates"], entry["queries"]) == (len(offered), 1)
     words = report.evaluate(BM25(PIXELS), own.prepared, tmp_path / "w", qrels=own.qrels)
-    assert set(words["retrieval"]["judged"]) == {"t→t", "t→mm"}
-    assert set(report.compare(tmp_path / "o", tmp_path / "w")["judged"]) == {"t→t", "t→mm"}
+    assert set(words["retrieval"]["qrels"]) == {"t→t", "t→mm"}
+    assert set(report.compare(tmp_path / "o", tmp_path / "w")["qrels"]) == {"t→t", "t→mm"}
 
 
 def test_with_vectors_queries_and_products_must_not_share_ids(prepared, ids, tmp_path, capsys):
@@ -249,7 +249,7 @@ def test_the_command_applies_a_column_map_and_draws_a_single_direction(prepared,
     (tmp_path / "q.tsv").write_text(f"query-id\tcorpus-id\tscore\nq1\t{ids[0]}\t2")
     given = [*command(prepared, tmp_path), "--queries", str(tmp_path / "q.jsonl"), "--qrels", str(tmp_path / "q.tsv")]
     assert cli.main([*given, "--columns", "beir"]) == 0
-    assert set(json.loads((tmp_path / "o" / "metrics.json").read_text())["retrieval"]["judged"]) == {"mm→i"}
+    assert set(json.loads((tmp_path / "o" / "metrics.json").read_text())["retrieval"]["qrels"]) == {"mm→i"}
     assert (tmp_path / "o" / "pictures" / "gallery.png").is_file()
     assert cli.main(given) == cli.MISTAKE
 

@@ -407,7 +407,8 @@ def test_shipped_maps_are_valid(name):
         ({"product": {"title": "a"}, "files": [""]}, "files and header must be lists of non-empty strings"),
         ({"product": {"title": "a"}, "header": [1]}, "files and header must be lists of non-empty strings"),
         ({"product": {"title": "a"}, "files": ["/etc/*.txt"]}, "files must be patterns inside the source's folder"),
-        ({}, "has no section; add one of product, query, log, asked, judgement"),
+        ({"asked": {"query_id": "id"}}, "asked is now called evaluation_query"),
+        ({}, "has no section; add one of product, query, log, evaluation_query, qrel"),
         ([], "docs/data.md describes column maps"),
     ],
 )

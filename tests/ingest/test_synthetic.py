@@ -47,9 +47,9 @@ def test_all_products_are_written(tmp_path):
 
 
 def test_a_file_with_another_seed_or_count_is_not_reused(made, tmp_path):
-    assert synthetic.stands(made, COUNT, 0)
-    assert not synthetic.stands(made, COUNT + 1, 0) and not synthetic.stands(made, COUNT, 1)
-    assert not synthetic.stands(tmp_path / "nowhere", COUNT, 0)
+    assert synthetic.is_complete(made, COUNT, 0)
+    assert not synthetic.is_complete(made, COUNT + 1, 0) and not synthetic.is_complete(made, COUNT, 1)
+    assert not synthetic.is_complete(tmp_path / "nowhere", COUNT, 0)
 
 
 def test_the_catalogue_is_marked_as_synthetic(made, tmp_path):

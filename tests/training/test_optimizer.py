@@ -166,8 +166,8 @@ def test_frozen_parameters_do_not_change_and_have_no_state(batch):
     same = jax.tree.map(np.array_equal, before, jax.device_get(state.params))
     assert all(jax.tree.leaves(same["encoder"]["vision"])) and not same["encoder"]["token_embedding"]
     # The gradient norm covers only trained parameters.
-    gradient = jax.jit(jax.grad(lambda params: step_lib.loss(params, batch, config, jnp.int32(0))[0]))
-    alone = gradient(jax.tree.map(jnp.asarray, before))
+    gradient = jax.jit(jax.grad(lambda params, batch: step_lib.loss(params, batch, config, jnp.int32(0))[0]))
+    alone = gradient(jax.tree.map(jnp.asarray, before), batch)
     alone["encoder"].pop("vision")
     alone["alignment"].pop("log_temperature")
     _, metrics = step(make(), batch)

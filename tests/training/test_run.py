@@ -22,31 +22,12 @@ from moon_jax.commands import export
 from moon_jax.data import records
 from moon_jax.errors import UserError
 from moon_jax.types import VIEWS
-from tests.conftest import COLOURS, environment, jpeg, overrides, tiny
-
-CONFIG = tiny(training__steps=40, training__save_every=6)
-
-
-def command(catalogue, workdir, *more):
-    return [
-        sys.executable,
-        *("-m", "moon_jax.cli", "quickstart", "--data", str(catalogue), "--workdir", str(workdir)),
-        *overrides(CONFIG),
-        *more,
-    ]
+from tests.conftest import COLOURS, QUICKSTART, environment, jpeg, overrides, quickstart, tiny
+from tests.test_cli import arguments, one_line
 
 
 def run(*arguments):
-    return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=600)
-
-
-@pytest.fixture(scope="module")
-def finished(catalogue, tmp_path_factory):
-    """The workdir and output of an uninterrupted run."""
-    workdir = tmp_path_factory.mktemp("run") / "w"
-    done = run(catalogue, workdir)
-    assert done.returncode == 0, done.stderr
-    return workdir, done.stdout
+    return subprocess.run(quickstart(*arguments), env=environment(), capture_output=True, text=True, timeout=600)
 
 
 def test_a_run_lists_the_files_that_it_wrote(finished):
@@ -73,7 +54,7 @@ def test_the_summary_at_the_end(finished, catalogue):
     assert "objective weights ω: highest " in results
     assert "expert usage of text and image tokens overlaps by " in results
     assert f"log:         {workdir / 'run.log'}" in files and "quarantine" not in files
-    again = shlex.join(["moon-jax", "quickstart", "--data", str(catalogue), *overrides(CONFIG)])
+    again = shlex.join(["moon-jax", "quickstart", "--data", str(catalogue), *overrides(QUICKSTART)])
     assert f"{again} --workdir {workdir}-dense --config.experts.count=0" in commands
     assert f"moon-jax export --model {workdir} --output {workdir}-served" in commands
     # No colours and no cursor movement if the output is not a terminal.
@@ -145,7 +126,7 @@ def test_a_killed_run_gives_results_identical_to_an_uninterrupted_one(catalogue,
     rng = np.random.default_rng(sum(kills))
     for lines in kills:
         process = subprocess.Popen(
-            command(catalogue, workdir), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            quickstart(catalogue, workdir), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         log = workdir / "metrics.jsonl"
         while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
@@ -348,3 +329,36 @@ def test_a_missing_model_is_reported_in_one_line(finished, tmp_path):
         with pytest.raises(UserError) as error:
             moon_jax.load(path)
         assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_a_workdir_with_a_run_on_other_data_is_refused(capsys, catalogue, finished):
+    message = one_line(capsys, "--workdir", finished[0], *overrides(QUICKSTART))
+    assert (
+        f"--workdir {finished[0]}: holds a run on --data {catalogue}; give the same, or use another workdir" in message
+    )
+
+
+def test_the_run_log_is_complete_from_the_start(finished):
+    lines = (finished[0] / "run.log").read_text().splitlines()
+    assert "training products" in "".join(lines[:6]) and "done in" in lines[-1]
+
+
+def test_a_checkpoint_of_another_architecture(capsys, catalogue, finished, tmp_path):
+    workdir = tmp_path / "w"
+    shutil.copytree(finished[0], workdir)
+    held = json.loads((workdir / "config.json").read_text())
+    held["experts"]["width"] = 28
+    (workdir / "config.json").write_text(json.dumps(held))
+    message = one_line(capsys, *arguments(catalogue, workdir), "--config.experts.width=28")
+    assert "a checkpoint of another architecture: encoder/" in message and "28" in message and "20" in message
+    assert str(workdir / "checkpoints" / "40") in message
+
+
+def test_a_damaged_checkpoint(capsys, catalogue, finished, tmp_path):
+    workdir = tmp_path / "w"
+    shutil.copytree(finished[0], workdir)
+    for file in workdir.glob("checkpoints/*/params/**/*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    message = one_line(capsys, *arguments(catalogue, workdir))
+    assert f"{workdir / 'checkpoints'}: all checkpoints are damaged: " in message
