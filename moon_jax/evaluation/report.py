@@ -41,8 +41,8 @@ def evaluate(
     training need its metrics.jsonl there.
 
     Args:
-        probe_products: maximum number of training products on which nearest neighbours and the linear probe are fitted; 0 leaves
-            both out.
+        probe_products: maximum number of training products on which nearest neighbours and the linear probe are
+            fitted; 0 leaves both out.
         prompts: templates of a label's text; {} stands for the label.
         qrels: relevant products of the user's own queries (evaluation/qrels.py). If given, only these queries are
             evaluated, no labels, and no vectors are written.

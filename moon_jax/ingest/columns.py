@@ -1,8 +1,8 @@
 """Column maps: how the columns of a source become the fields of a product, a query or a log. Data files, not code.
 
-A map is a JSON file, either in `maps/` or supplied by the user. For each kind of file (`product`, `query` and `log`;
-for evaluation `evaluation_query` and `qrel`) it gives the source of each field: a column, a list of columns (their values
-are joined), or an object with `column` and the operations on its text:
+A map is a JSON file, either in `maps/` or supplied by the user. For each kind of file (`product`, `query`, `log`,
+`evaluation_query` and `qrel`) it gives the source of each field: a column, a list of columns (their values are joined),
+or an object with `column` and the operations on its text:
 
     "split": SEPARATOR                        splits it into a list
     "take": [FIRST, LAST + 1]                 takes a slice of that list
