@@ -182,7 +182,7 @@ def compared(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -
         ours, theirs: measures f64[Q] of the same queries in the same order.
 
     Returns:
-        {measure: {"difference": its mean, "low", "high": the ends of its interval, "significant": whether it differs from 0,
+        {measure: {"difference": its mean, "low", "high": the ends of its interval, "significant": whether not 0,
         that is, whether the interval excludes 0; never with fewer than FEWEST queries}}.
     """
     names = [name for name in ours if name in theirs]
