@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         command = commands.load(name)
         command.add_arguments(subparsers.add_parser(name, help=command.HELP, description=command.DESCRIPTION, **layout))
     parsed, rest = parser.parse_known_args(arguments)
-    flags = [f"--{name.replace('_', '-')}" for name in vars(parsed) if name != "command"]
+    flags = re.findall(r"(?<![\w-])--?[\w-]+", subparsers.choices[parsed.command].format_usage())
     for argument in rest:
         if not argument.startswith("--config.") or "=" not in argument:
             raise UserError(f"{argument}: not understood; {_hint(argument, flags, subparsers.choices)}")
@@ -79,8 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0, also after a stop by SIGTERM (unless STOP_CODE is set); MISTAKE after a mistake by the user or a system error
-        (disk, permissions); AGAIN if another process, a disk or a bucket did not respond; 130 after Ctrl-C.
+        0, also after a stop by SIGTERM (unless STOP_CODE is set); USER_ERROR after a mistake by the user or an error
+        of the system (disk, permissions); AGAIN if another process, a disk or a bucket did not respond; 130 after
+        Ctrl-C.
     """
     with interrupt.remembered():
         return _main(arguments)
@@ -91,11 +92,11 @@ def _main(arguments: list[str] | None) -> int:
         parsed, overrides = parse(arguments)
         commands.load(parsed.command).run(parsed, overrides)
     except UserError as error:
-        return _fail(str(error), AGAIN if isinstance(error, Unavailable) else MISTAKE, error.shared)
+        return _fail(str(error), AGAIN if isinstance(error, Unavailable) else USER_ERROR, error.shared)
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
-        return _fail(_refused(error, parsed), MISTAKE)
+        return _fail(_refused(error, parsed), USER_ERROR)
     except RuntimeError as error:
         # In a multi-process run, losing another process shows up as an XLA error.
         if not interrupt.RELAY.is_set() or type(error).__name__ != "JaxRuntimeError" or not LOST.search(str(error)):
@@ -111,7 +112,7 @@ def _main(arguments: list[str] | None) -> int:
     return 0
 
 
-MISTAKE = 2
+USER_ERROR = 2
 """The exit code if a person must fix something."""
 
 AGAIN = 1
@@ -155,7 +156,7 @@ REMEDIES = {
     errno.EROFS: "give a writable path",
     errno.EIO: "the disk does not respond; give another path",
 }
-"""System errors that the user can fix. Any other OSError is a bug of ours, and shows its traceback."""
+"""System errors that the user can fix. Any other OSError is our bug, and shows its traceback."""
 
 
 def _refused(error: OSError, parsed: argparse.Namespace) -> str:

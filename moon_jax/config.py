@@ -72,7 +72,7 @@ class Experts:
     count: int = option(8, "E, experts per layer; 0 makes every feed-forward layer dense")
     per_token: int = option(2, "K, experts per token")
     width: int = option(6144, "F, inner width of an expert")
-    every: int = option(1, "every N-th layer has experts")
+    every: int = option(1, "the last of every N layers has experts")
     dense_layers: tuple[int, ...] = option((), "layers that stay dense even if `every` selects them")
     dispatch: str = option("grouped", "grouped, expert_parallel, or dense (the reference); see model/experts.py")
     capacity: float = option(1.25, "capacity factor of expert-parallel training (1 = even share); 0 drops no token")
@@ -448,7 +448,7 @@ def load(source: str, base: dict[str, Any] | None = None) -> Config:
     shipped, path = shipped_configs(), Path(source)
     if not source.endswith((".py", ".json")):
         path = shipped / f"{source}.py"
-    elif path.parent == Path("configs") and not path.is_file():
+    elif path.parent == Path("configs") and path.suffix == ".py" and not path.is_file():
         path = shipped / path.name
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in shipped.glob("*.py")))
@@ -489,6 +489,7 @@ def read_json(path: Path) -> Config:
     """A config from a file that `to_json` wrote."""
     try:
         values = _flatten(json.loads(path.read_text(encoding="utf-8")))
+        values = {RENAMED.get(name, name): value for name, value in values.items()}  # of an earlier version
     except (ValueError, AttributeError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path}: not a config written by moon_jax ({error})") from None
     return replace(Config(), values)

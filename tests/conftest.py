@@ -54,6 +54,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("gpu") and not ON_GPU:
+        raise pytest.UsageError("--gpu: give it on the command line, or set MOON_JAX_TEST_GPU=1")
     if ON_GPU and jax.default_backend() == "cpu":
         raise pytest.UsageError("--gpu: JAX finds no accelerator here; install '.[cuda]' on a machine with a GPU")
 

@@ -267,7 +267,7 @@ def test_augment_reports_its_results(capsys, catalogue, tmp_path):
         (["--data", ".", "--output", ""], "--output: empty; give a path"),
         (
             ["--data", ".", "--output", "a", "--processes", "2", "--beam", "runner=X"],
-            "--processes: set the number of workers by an option of Beam's",
+            "--processes: with --beam, the number of workers is a Beam option",
         ),
         (["--data", ".", "--output", "a", "--processes", "0"], "--processes 0: give 1 or more"),
         (["--data", ".", "--output", "a", "--connections", "0"], "--connections 0: give 1 or more"),

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 from ml_collections import ConfigDict
@@ -44,6 +45,17 @@ def test_a_renamed_option_names_the_new_one(old, new):
     assert new in leaves and old not in leaves
     with pytest.raises(UserError, match=f"config.{old}: this option is now called config.{new}"):
         config_lib.override(config_lib.Config(), [f"--config.{old}=1"])
+
+
+def test_a_saved_config_with_former_names_is_read(tmp_path):
+    """Workdirs and exported folders of earlier versions stay readable."""
+    config = config_lib.replace(config_lib.Config(), {"data.flip": 0.25, "training.learning_rate_factors": ("a=0",)})
+    nested = json.loads(config_lib.to_json(config))
+    for old, new in config_lib.RENAMED.items():
+        group, name = new.split(".")
+        nested[group][old.split(".")[1]] = nested[group].pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    assert config_lib.read_json(tmp_path / "config.json") == config
 
 
 @pytest.mark.parametrize(

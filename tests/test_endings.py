@@ -46,6 +46,6 @@ def test_a_full_disk_is_reported_in_one_line(monkeypatch, capsys, command, path)
         raise OSError(errno.ENOSPC, "no room")
 
     monkeypatch.setattr(f"moon_jax.commands.{command}.run", full)
-    assert cli.main([command, *GIVEN[command]]) == cli.MISTAKE
+    assert cli.main([command, *GIVEN[command]]) == cli.USER_ERROR
     message = f"moon-jax: {path}: {os.strerror(errno.ENOSPC)}; free some space and run the same command again\n"
     assert capsys.readouterr().err == message

@@ -38,6 +38,9 @@ ORDER = [
 ]
 """From left to right: a file imports only from the left, or from its own folder."""
 
+BY_NAME = ("moon_jax", "moon_jax.commands")
+"""Modules that import others of the package by name: lazily, and to their left."""
+
 LARGEST_FILE = 500
 MOST_FILES = 15
 LARGEST_SHARE = 0.2
@@ -60,6 +63,9 @@ def imports(known: dict[str, Path], package: str) -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 assert not any(alias.name.startswith(package) for alias in node.names), f"{path}: use from … import"
+            if isinstance(node, ast.Attribute | ast.Name) and name not in BY_NAME:
+                called = node.attr if isinstance(node, ast.Attribute) else node.id
+                assert called not in ("import_module", "__import__"), f"{path}: imports by name; use from … import"
             if not isinstance(node, ast.ImportFrom):
                 continue
             assert not node.level, f"{path}: a relative import"
@@ -67,6 +73,8 @@ def imports(known: dict[str, Path], package: str) -> dict[str, set[str]]:
                 continue
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
+                # A name of the package itself, such as `train`, would hide where it comes from.
+                assert whole in known or node.module != package, f"{path}: import {alias.name} from its own module"
                 arrows[name].add(whole if whole in known else node.module)
         arrows[name] -= {package, name}
     return arrows
@@ -124,6 +132,21 @@ def test_imports_go_left_without_circles():
 )
 def test_an_import_from_the_right_is_found(tmp_path, files, expected):
     assert wrong_arrows(imports(write(tmp_path, files), "p"), ["a", "b"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import p.b.y", "use from … import"),
+        ("from . import y", "a relative import"),
+        ("def f():\n    from p import train", "import train from its own module"),
+        ("import importlib\nimportlib.import_module('p.b.y')", "imports by name"),
+        ("m = __import__('p.b.y')", "imports by name"),
+    ],
+)
+def test_an_import_that_hides_its_target_is_refused(tmp_path, text, message):
+    with pytest.raises(AssertionError, match=message):
+        imports(write(tmp_path, {"a/x.py": text, "b/y.py": ""}), "p")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,11 @@ def test_without_an_accelerator_gpu_tests_fail_rather_than_skip(options, variabl
     assert "--gpu: JAX finds no accelerator here" in done.stderr
 
 
+def test_an_option_that_comes_too_late_is_refused():
+    done = collect(PYTEST_ADDOPTS="--gpu")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR and "set MOON_JAX_TEST_GPU=1" in done.stderr
+
+
 def test_a_plain_run_has_no_gpu_test_and_one_on_a_gpu_has_no_other():
     plain = collect("-m", "")
     assert plain.returncode == 0 and "cudnn" not in plain.stdout and "(7 deselected)" in plain.stdout

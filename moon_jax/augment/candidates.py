@@ -127,7 +127,7 @@ class Generate:
             return [{"product": index, "id": product.id} | one for one in found]
 
         # Threads help only while waiting for a server.
-        if self.options.asks_server:
+        if self.options.uses_server:
             with interrupt.thread_pool(self.connections) as pool:
                 results = list(pool.map(results_of, chosen))
         else:
@@ -147,7 +147,7 @@ class Generate:
         if self.options.text == "none" or not (product.text and product.text.strip()):
             return ()
         row: dict[str, Any] = {"kind": "text", "number": 0, "operation": "", "seed": 0}
-        if not self.options.asks_server:
+        if not self.options.uses_server:
             title = text.enriched(product)
             row |= {"backend": "rules", "model": "", "prompt": ""}
             return [row | {"text": title, "reason": text.flaw(title, product) or None}] if title else ()
@@ -178,7 +178,7 @@ class Generate:
             return []
         seed, count = self._seed(product, "image"), self.options.expansions
         row = {"kind": "image", "backend": "classical", "model": "", "prompt": "", "seed": seed}
-        if not self.options.asks_pipeline:
+        if not self.options.uses_pipeline:
             found = images.expand(picture, count, np.random.default_rng(seed))
             return [
                 row | {"number": number, "operation": operation, "image": image}
@@ -250,18 +250,18 @@ def check(options: Options) -> None:
         raise UserError("--expansions and --image-steps: give 0 or more")
     if not 0 <= options.quantile < 1:
         raise UserError(f"--quantile {options.quantile:g}: give a share from 0 to below 1")
-    needs = (("--image-steps", options.image_steps, options.asks_pipeline, "a diffusers pipeline as --images"),)
+    needs = (("--image-steps", options.image_steps, options.uses_pipeline, "a diffusers pipeline as --images"),)
     needs += (("--quantile", options.quantile != Options.quantile, options.model, "an embedder as --model"),)
     for flag, is_set, available, what in needs:
         if is_set and not available:
             raise UserError(f"{flag}: needs {what}")
     if options.text == "none" and (options.images == "none" or not options.expansions):
         raise UserError("--text none --images none: nothing to do")
-    if options.asks_server:
+    if options.uses_server:
         chat.check(options.text, options.text_model)
     elif options.text_model:
         raise UserError("--text-model: names a server's model; give the server's URL as --text")
     if options.images == "classical":
         images.check()
-    elif options.asks_pipeline:
+    elif options.uses_pipeline:
         editor.check(options.images)

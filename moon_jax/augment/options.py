@@ -19,9 +19,9 @@ class Options:
     seed: int = 0
 
     @property
-    def asks_server(self) -> bool:
+    def uses_server(self) -> bool:
         return self.text not in ("rules", "none")
 
     @property
-    def asks_pipeline(self) -> bool:
+    def uses_pipeline(self) -> bool:
         return self.images not in ("classical", "none")

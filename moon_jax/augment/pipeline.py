@@ -90,8 +90,8 @@ def augment(
     if embedder:
         EMBEDDERS.clear()
         EMBEDDERS[embedder.name] = embedder
-    server = options.asks_server and chat.PROMPT_VERSION
-    editing = options.asks_pipeline and [editor.PROMPT_VERSION, editor.Editor(options.images).signature()]
+    server = options.uses_server and chat.PROMPT_VERSION
+    editing = options.uses_pipeline and [editor.PROMPT_VERSION, editor.Editor(options.images).signature()]
     source = json.dumps(
         {
             "data": prepared.fingerprint,
@@ -108,7 +108,7 @@ def augment(
         shutil.rmtree(output / outputs.WORK, ignore_errors=True)
         return prepared_lib.open_prepared(output)
     with outputs.claim(output, source, PARTS) as work:
-        if options.asks_server:
+        if options.uses_server:
             _note_brands(prepared, work, progress)
         units = range(-(-len(prepared.train) // candidates.UNIT))
         engine(

@@ -10,7 +10,7 @@ import shlex
 from moon_jax import config as config_lib
 from moon_jax import interrupt
 from moon_jax.augment.options import Options
-from moon_jax.commands.shared import expand, hush, process_count
+from moon_jax.commands.shared import expand, process_count, silence_libraries
 from moon_jax.errors import UserError
 
 HELP = "add enriched titles and expanded images to prepared data"
@@ -76,7 +76,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"{overrides[0]}: augment takes no config; leave this out")
     expand(parsed, ())
     if parsed.beam and parsed.processes is not None:
-        raise UserError("--processes: set the number of workers by an option of Beam's")
+        raise UserError("--processes: with --beam, the number of workers is a Beam option")
     count = process_count(parsed)
     if parsed.connections < 1:
         raise UserError(f"--connections {parsed.connections}: give 1 or more")
@@ -85,10 +85,10 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.ingest import workers
 
     interrupt.check()
-    hush()
+    silence_libraries()
     options = Options(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Options)})
     max_pixels = config_lib.Config().data.max_pixels
-    if options.asks_server or options.asks_pipeline:
+    if options.uses_server or options.uses_pipeline:
         count = 1  # one process: it waits for the server with threads, and has the device to itself
     if parsed.beam:
         engine: engines.Engine = engines.Beam(tuple(f"--{option.removeprefix('--')}" for option in parsed.beam))
@@ -99,11 +99,11 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     prepared = pipeline.augment(
         parsed.data, parsed.output, options, max_pixels, engine, parsed.connections, terminal.progress
     )
-    told = prepared.manifest["augmented"]
+    summary = prepared.manifest["augmented"]
     for kind, name in (("text", "enriched titles"), ("image", "expanded images")):
-        left = ", ".join(f"{count:,} {reason}" for reason, count in told[kind]["left_out"].items()) or "none"
-        terminal.line(f"{name}: {told[kind]['added']:,} added of {told[kind]['made']:,} made; left out: {left}")
-        if told[kind]["made"] and not told[kind]["added"]:
+        left = ", ".join(f"{count:,} {reason}" for reason, count in summary[kind]["left_out"].items()) or "none"
+        terminal.line(f"{name}: {summary[kind]['added']:,} added of {summary[kind]['made']:,} made; left out: {left}")
+        if summary[kind]["made"] and not summary[kind]["added"]:
             terminal.line(f"no {name} passed; {pipeline.RESULTS} lists the reason for each")
     if not options.model:
         terminal.line("no filter: give an embedder with --model")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moon_jax import config as config_lib
 from moon_jax import interrupt
-from moon_jax.commands.shared import expand, hush, opened
+from moon_jax.commands.shared import expand, opened, silence_libraries
 from moon_jax.errors import UserError
 
 HELP = "embed a catalogue"
@@ -48,7 +48,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.serving import bulk
 
     interrupt.check()
-    hush()
+    silence_libraries()
     if not Path(parsed.data).is_dir():
         raise UserError(f"--data {parsed.data}: no such folder")
     if not prepared_lib.is_prepared(parsed.data):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moon_jax import config as config_lib
 from moon_jax import interrupt, storage
-from moon_jax.commands.shared import expand, hush, opened
+from moon_jax.commands.shared import expand, opened, silence_libraries
 from moon_jax.errors import UserError
 
 HELP = "evaluate a model of any kind"
@@ -84,7 +84,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.training import workdir
 
     interrupt.check()
-    hush()
+    silence_libraries()
     output = storage.Store(parsed.output)
     older = report_lib.check_output(output.files)
     log = None

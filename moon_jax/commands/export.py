@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 
 from moon_jax import interrupt
-from moon_jax.commands.shared import hush
+from moon_jax.commands.shared import silence_libraries
 from moon_jax.errors import UserError
 
 HELP = "write a model as a Hugging Face folder"
@@ -42,9 +42,9 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.hub import export
     from moon_jax.serving import embedder
 
-    export.refuse_taken(output)
+    export.require_empty(output)
     interrupt.check()
-    hush()
+    silence_libraries()
     terminal = progress.Terminal()
     trained = embedder.read(parsed.model, track=functools.partial(terminal.track, "loading"))
     if parsed.dtype:
@@ -53,16 +53,16 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
         from moon_jax.evaluation import verify
 
         with terminal.busy("embedding a text, an image and both"):
-            asked, ours = verify.ours(trained)
+            items, ours = verify.ours(trained)
     export.export(trained, output, functools.partial(terminal.track, "writing"))
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     terminal.line(f"{output}: {size / 1e6:,.1f} MB")
     if parsed.verify:
         del trained
         with terminal.busy("embedding them with transformers"):
-            cosines = (ours * verify.theirs(output, asked)).sum(axis=1)
-        told = ", ".join(
+            cosines = (ours * verify.theirs(output, items)).sum(axis=1)
+        listed = ", ".join(
             f"{name} {cosine:.7f}" for name, cosine in zip(("text", "image", "both"), cosines, strict=True)
         )
-        terminal.line(f"cosine similarity to transformers' embeddings: {told}")
+        terminal.line(f"cosine similarity to transformers' embeddings: {listed}")
         verify.check(cosines)

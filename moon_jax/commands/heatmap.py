@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moon_jax import config as config_lib
-from moon_jax.commands.shared import hush, image, readable
+from moon_jax.commands.shared import image, readable, silence_libraries
 from moon_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.evaluation import heatmap
     from moon_jax.types import Product
 
-    hush()
+    silence_libraries()
     terminal = progress.Terminal()
     items = {
         name: Product(text=text or None, images=image(flag, path))
@@ -93,12 +93,12 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _ours(flag: str, model: str) -> Embedder:
-    """A model of ours."""
+    """A moon_jax model."""
     from moon_jax.embedders import registry
     from moon_jax.serving import embedder
 
     if model in registry.BASELINES and not Path(model).exists():
-        raise UserError(f"{flag} {model}: has no attention to draw; give a model of ours, or Qwen3-VL")
+        raise UserError(f"{flag} {model}: has no attention to draw; give a moon_jax model, or Qwen3-VL")
     try:
         return embedder.load(model)
     except UserError as error:

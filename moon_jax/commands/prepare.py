@@ -8,7 +8,7 @@ import shlex
 
 from moon_jax import config as config_lib
 from moon_jax import interrupt
-from moon_jax.commands.shared import expand, hush, process_count
+from moon_jax.commands.shared import expand, process_count, silence_libraries
 
 HELP = "turn a catalogue or a click log into data for training"
 
@@ -50,7 +50,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.ingest import prepare, workers
 
     interrupt.check()
-    hush()
+    silence_libraries()
     options = prepare.Options.of(config, parsed.columns, parsed.fetch)
     terminal = progress.Terminal()
     pool = functools.partial(workers.pool, count)

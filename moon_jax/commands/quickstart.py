@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from moon_jax import interrupt
-from moon_jax.commands.shared import configured, hush
+from moon_jax.commands.shared import configured, silence_libraries
 
 HELP = "train a small model on a catalogue and evaluate it, in minutes"
 
@@ -50,7 +50,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.serving import embedder as serving
 
     interrupt.check()
-    hush()
+    silence_libraries()
     began = time.monotonic()
     prepared = validation.train(config, workdir)
     terminal = progress.Terminal(workdir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from moon_jax import config as config_lib
-from moon_jax.commands.shared import hush, image, opened, readable
+from moon_jax.commands.shared import image, opened, readable, silence_libraries
 from moon_jax.errors import UserError
 
 HELP = "search a catalogue by text, image or both"
@@ -48,7 +48,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.serving import search
     from moon_jax.types import Product
 
-    hush()
+    silence_libraries()
     terminal = progress.Terminal()
     index = search.Index(parsed.index, parsed.view)
     if parsed.faiss:

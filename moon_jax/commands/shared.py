@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moon_jax.embedders.protocol import Embedder
 
 
-def hush() -> None:
+def silence_libraries() -> None:
     """Silences library messages that are reported elsewhere: errors of Orbax and gcsfs arrive as exceptions, and the
     quarantine lists Pillow's broken images.
     """

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from moon_jax import interrupt, storage
-from moon_jax.commands.shared import configured, hush
+from moon_jax.commands.shared import configured, silence_libraries
 
 HELP = "train a config, from scratch or from public weights"
 
@@ -64,7 +64,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from moon_jax.training import watchdog
 
     interrupt.check()
-    hush()
+    silence_libraries()
     workdir = parsed.workdir
     watch = watchdog.Watchdog(parsed.profile and watchdog.parse_profile(parsed.profile), parsed.stall_minutes)
     distributed.initialize()

@@ -224,7 +224,7 @@ class Records(Sequence[Product]):
         self.__init__(*state)
 
 
-class Chosen(Sequence[Product]):
+class Subset(Sequence[Product]):
     """A selection of products in a given order, read on access."""
 
     def __init__(self, products: Sequence[Product], indices: Sequence[int], texts: Sequence[str | None] | None = None):

@@ -197,7 +197,7 @@ def encode(
     val = list(prepared.val)
     mine, mine_present = encoded.candidates[:0], encoded.present[:0]
     if known:
-        mine, mine_present = embedder.encode_views(records.Chosen(prepared.products, known), advance=advance)
+        mine, mine_present = embedder.encode_views(records.Subset(prepared.products, known), advance=advance)
     answers = []
     for task in tasks:
         old = encoded.candidates, encoded.present
@@ -227,7 +227,7 @@ def _reembedded(
         present[:, [VIEWS.index("t"), VIEWS.index("mm")]] = False
         advance(len(changed))
         return vectors, present
-    chosen = records.Chosen(prepared.products, [indices[position] for position in changed], texts)
+    chosen = records.Subset(prepared.products, [indices[position] for position in changed], texts)
     vectors[changed], present[changed] = embedder.encode_views(chosen, advance=advance)
     return vectors, present
 

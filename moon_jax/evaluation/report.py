@@ -258,9 +258,11 @@ def read(folder: Path) -> tuple[dict[str, Any], pa.Table]:
         table = pq.read_table(folder / QUERIES)
         if (table.schema.metadata or {}).get(b"model", b"").decode() != metrics["model"]:
             raise ValueError
+        if not set(metrics["retrieval"]) <= set(retrieval.QUERY_SETS):
+            raise ValueError  # written by an earlier version
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{folder}: not a complete output of moon-jax evaluate; give a model, or such a folder"
+            f"{folder}: not a complete output of moon-jax evaluate, or of another version; evaluate the model again"
         ) from None
     return metrics, table
 

@@ -116,7 +116,7 @@ def encode(
     Raises:
         UserError: a vector is not finite.
     """
-    products = records.Chosen(prepared.products, prepared.val)
+    products = records.Subset(prepared.products, prepared.val)
     # Only a product without title matches itself: it gets a key of its own below -1, outside all groups.
     key = np.where(prepared.group >= 0, prepared.group, -2 - np.arange(len(prepared.group)))
     index = np.array(prepared.val, np.int32)
@@ -129,7 +129,7 @@ def encode(
         queries[name] = Queries(index, index, altered, plain, altered_present, present, relevance)
     if prepared.val_queries:
         own_index, targets = (np.array(column, np.int32) for column in zip(*prepared.val_queries, strict=True))
-        own_queries = records.Chosen(prepared.products, own_index)
+        own_queries = records.Subset(prepared.products, own_index)
         own, own_present = _finite(*embedder.encode_views(own_queries, advance=advance), own_queries)
         name, relevance = ("qrels", qrels) if qrels else ("queries", metrics.Keys(key[targets], key[index]))
         queries[name] = Queries(own_index, targets, own, own, own_present, own_present, relevance)

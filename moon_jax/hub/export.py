@@ -70,7 +70,7 @@ def export(
     Raises:
         UserError: the folder is not empty, or the model has parts that transformers does not support.
     """
-    refuse_taken(output)
+    require_empty(output)
     check_expressible(trained)
     part = output.absolute().with_name(f".{output.name}.{os.getpid()}.part")
     try:
@@ -114,7 +114,7 @@ def _write(trained: Trained, part: Path, track: Callable[[Iterable, int], Iterab
         shutil.copymode(part / "config.json", path)
 
 
-def refuse_taken(output: Path) -> None:
+def require_empty(output: Path) -> None:
     """
     Raises:
         UserError: the output is a file, or a folder that is not empty.

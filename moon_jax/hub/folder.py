@@ -51,7 +51,7 @@ OF_RUN = ("config.json", "tokenizer.json", "base.json", "metrics.json", "data/ma
 
 
 def run_at(model: str | Path) -> storage.Store | None:
-    """The workdir of a run of ours, with OF_RUN available locally; None for anything else.
+    """The workdir of a moon_jax run, with OF_RUN available locally; None for anything else.
 
     Raises:
         UserError: `model` is an address in a bucket, and there is no run there.
@@ -90,7 +90,7 @@ def locate(model: str | Path) -> Path:
     model = str(model)
     if not model.startswith(HUB):
         if not Path(model).is_dir():
-            raise UserError(f"{model}: {not_there(model)}")
+            raise UserError(f"{model}: {missing_model(model)}")
         return Path(model)
     name, _, revision = model.removeprefix(HUB).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -105,7 +105,7 @@ def locate(model: str | Path) -> Path:
         raise UserError(f"{model}: cannot be downloaded ({why}); without a network, give a folder") from None
 
 
-def not_there(model: str) -> str:
+def missing_model(model: str) -> str:
     """Why a model that is not a folder cannot be opened, with a suggestion."""
     if Path(model).is_file():
         return f"a file; give its folder, {Path(model).parent}"

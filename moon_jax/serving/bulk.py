@@ -134,7 +134,7 @@ def embed(
                 if note.is_file() and _is_intact(output, json.loads(note.read_text(encoding="utf-8"))):
                     advance(len(chosen))
                 else:
-                    table = _vectors(embedder, records.Chosen(prepared.products, chosen), options, advance)
+                    table = _vectors(embedder, records.Subset(prepared.products, chosen), options, advance)
                     table = table.replace_schema_metadata({"model": embedder.name})
                     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
                     pq.write_table(table, temporary)

@@ -366,14 +366,14 @@ def read(
     if str(model).startswith(folder_lib.HUB) or folder_lib.is_folder(Path(model)):
         return _from_folder(str(model), options or {}, track)
     if storage.is_address(model) and not storage.is_remote(model):
-        raise UserError(f"{model}: {folder_lib.not_there(str(model))}; give a workdir or a Hugging Face folder")
+        raise UserError(f"{model}: {folder_lib.missing_model(str(model))}; give a workdir or a Hugging Face folder")
     return _from_workdir(folder_lib.run_at(model) or storage.Store(model), options or {})
 
 
 def _from_workdir(store: storage.Store, options: dict[str, Any]) -> Trained:
     workdir = store.files
     if not workdir.is_dir():
-        raise UserError(f"{workdir}: {folder_lib.not_there(str(workdir))}; give a workdir or a Hugging Face folder")
+        raise UserError(f"{workdir}: {folder_lib.missing_model(str(workdir))}; give a workdir or a Hugging Face folder")
     missing = [name for name in ("config.json", "tokenizer.json") if not (workdir / name).is_file()]
     if missing:
         within = (workdir.parent / missing[0]).is_file()

@@ -27,8 +27,7 @@ from moon_jax.types import Product
 from tests.augment.server import free_port, served
 from tests.conftest import SCHEMA, prepared_from, random_params, records, tiny
 
-pytestmark = pytest.mark.slow  # a real server answers, on two cores in tens of seconds
-
+NOWHERE = "http://127.0.0.1:9/v1"  # never reached
 RETRY_AFTER, PRODUCTS = 0.3, 40
 WORDS = ["red", "green", "blue", "yellow", "shirt", "shoe", "bag", "hat", "watch", "plain"]
 TEMPLATE = """\
@@ -42,8 +41,6 @@ TEMPLATE = """\
 {% endif -%}"""
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed: pip install -e '.[openai]'")
-for part in ("torch", "transformers", "fastapi", "uvicorn"):
-    pytest.importorskip(part, reason=f"{part}, which transformers serve needs, is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +66,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
+    for part in ("torch", "transformers", "fastapi", "uvicorn"):
+        pytest.importorskip(part, reason=f"{part}, which transformers serve needs, is not installed")
     with served(model, free_port(), tmp_path_factory.mktemp("log") / "log") as url:
         yield url
 
@@ -156,6 +155,7 @@ def test_the_request_depends_on_the_product_alone():
     assert only["type"] == "text"
 
 
+@pytest.mark.slow
 def test_titles_come_from_the_server_and_pass_the_checks(data, model, server, tmp_path):
     prepared = augmented(data, tmp_path / "a", server, model)
     rows, direct = rows_of(prepared), chat.Chat(server, str(model))
@@ -173,6 +173,7 @@ def test_titles_come_from_the_server_and_pass_the_checks(data, model, server, tm
     assert len({row["seed"] for row in rows}) == len(rows)
 
 
+@pytest.mark.slow
 def test_no_answer_is_lost_if_the_server_dies(data, model, server, tmp_path):
     """The server fails after 12 answers and is back for the next run. No answered title is requested again, and the
     result equals that of a server that stayed up."""
@@ -194,6 +195,7 @@ def test_no_answer_is_lost_if_the_server_dies(data, model, server, tmp_path):
     assert [p.enriched_texts for p in prepared.products] == [p.enriched_texts for p in undisturbed.products]
 
 
+@pytest.mark.slow
 def test_a_rate_limit_delays_the_retry(data, model, server, tmp_path, monkeypatch):
     monkeypatch.setattr(chat.Chat.__init__, "__defaults__", (chat.SECONDS, 3))
     refuse = lambda number: (429, {"Retry-After": "1"}) if number in (1, 2) else None  # noqa: E731
@@ -204,6 +206,7 @@ def test_a_rate_limit_delays_the_retry(data, model, server, tmp_path, monkeypatc
     assert requests[0][1] == requests[1][1] == requests[2][1] and len(requests) == len(rows_of(prepared)) + 2
 
 
+@pytest.mark.slow
 def test_a_rejected_request_is_recorded_and_the_rest_continues(data, model, server, tmp_path):
     with between(server, lambda number: (400, {}) if number == 3 else None) as (url, _):
         rows = rows_of(augmented(data, tmp_path / "a", url, model))
@@ -219,17 +222,16 @@ def completion(choices):
     "content",
     [
         completion([{"index": 0}]),
-        pytest.param(completion([]), marks=pytest.mark.slow),
-        pytest.param(completion(None), marks=pytest.mark.slow),
-        pytest.param(
-            completion([{"index": 0, "message": {"role": "assistant", "content": ["a"]}}]), marks=pytest.mark.slow
-        ),
+        completion([]),
+        completion(None),
+        completion([{"index": 0, "message": {"role": "assistant", "content": ["a"]}}]),
         completion([{"index": 0, "message": {"role": "assistant", "content": "mug \ud800"}}]),
     ],
 )
-def test_a_malformed_answer_loses_one_title_only(data, model, server, tmp_path, content):
-    with between(server, lambda number: (200, {}, content) if number == 3 else None) as (url, _):
-        rows = rows_of(augmented(data, tmp_path / "a", url, model))
+def test_a_malformed_answer_loses_one_title_only(data, tmp_path, content):
+    good = completion([{"index": 0, "message": {"role": "assistant", "content": "plain red shirt"}}])
+    with between(NOWHERE, lambda number: (200, {}, content if number == 3 else good)) as (url, _):
+        rows = rows_of(augmented(data, tmp_path / "a", url, "m"))
     left = [row for row in rows if row["reason"] not in (None, *text.FLAWS)] or [
         row for row in rows if row["text"] == "mug ?"
     ]
@@ -237,14 +239,15 @@ def test_a_malformed_answer_loses_one_title_only(data, model, server, tmp_path, 
 
 
 @pytest.mark.parametrize(("content", "kind"), [(b"<html>", "text/html"), (b'{"a', "application/json")])
-def test_another_kind_of_server_is_an_error(data, model, server, tmp_path, content, kind):
+def test_another_kind_of_server_is_an_error(data, tmp_path, content, kind):
     with (
-        between(server, lambda number: (200, {"Content-Type": kind}, content)) as (url, _),
+        between(NOWHERE, lambda number: (200, {"Content-Type": kind}, content)) as (url, _),
         pytest.raises(UserError, match="does not answer in OpenAI's format"),
     ):
-        augmented(data, tmp_path / "a", url, model, connections=1)
+        augmented(data, tmp_path / "a", url, "m", connections=1)
 
 
+@pytest.mark.slow
 def test_a_key_repeated_by_the_server_is_not_stored(data, model, server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-mine")
     echo = b'{"error": {"message": "bad header Bearer sk-secret-of-mine"}}'
@@ -255,15 +258,17 @@ def test_a_key_repeated_by_the_server_is_not_stored(data, model, server, tmp_pat
 
 
 @pytest.mark.parametrize("status", [401, 404])
-def test_no_permission_or_no_such_model_fails_at_once(data, model, server, tmp_path, status):
+def test_no_permission_or_no_such_model_fails_at_once(data, tmp_path, status):
     with (
-        between(server, lambda number: (status, {})) as (url, requests),
+        between(NOWHERE, lambda number: (status, {})) as (url, requests),
         pytest.raises(UserError, match="--text-model") as caught,
     ):
-        augmented(data, tmp_path / "a", url, model, connections=1)
-    assert len(requests) <= 2 and not isinstance(caught.value, Unavailable) and "\n" not in str(caught.value)
+        augmented(data, tmp_path / "a", url, "m", connections=1)
+    # The thread that sends requests may send a few more until the main thread has seen the first error.
+    assert len(requests) < PRODUCTS / 4 and not isinstance(caught.value, Unavailable) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_key_is_sent_and_never_written(data, model, server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-mine")
     prepared = augmented(data, tmp_path / "a", server, model)

@@ -110,7 +110,7 @@ class Seen(protocol.ByItem):
 
 def test_queries_are_altered_with_the_random_draws_of_our_reader():
     seen, done = Seen(), []
-    products = records.Chosen(PRODUCTS, [3, 0])
+    products = records.Subset(PRODUCTS, [3, 0])
     seen.encode_views(products, retrieval.ALTERATION, 5, done.append)
     assert done == [2] and len(seen.items) == 6
     for number, product in enumerate(products):

@@ -121,6 +121,9 @@ def test_files_of_different_evaluations_are_not_mixed(first, prepared, tmp_path)
     (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"model": "beef"}))
     with pytest.raises(UserError, match="not a complete output of moon-jax evaluate"):
         report.compare(folder, tmp_path)
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"retrieval": {"judged": {}}}))
+    with pytest.raises(UserError, match="not a complete output of moon-jax evaluate, or of another version"):
+        report.compare(folder, tmp_path)
     (tmp_path / "metrics.json").write_text("{")
     with pytest.raises(UserError, match="not a complete output of moon-jax evaluate"):
         report.compare(folder, tmp_path)
@@ -234,7 +237,7 @@ def test_the_command_evaluates_and_compares(prepared, tmp_path, capsys):
 )
 def test_user_errors_are_one_line(prepared, tmp_path, capsys, flags, message):
     given = ["evaluate", "--data", str(prepared.folder), "--output", str(tmp_path / "o"), *flags]
-    assert cli.main(given) == cli.MISTAKE
+    assert cli.main(given) == cli.USER_ERROR
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
     assert "compare" in "".join(flags) or not (tmp_path / "o").exists()  # nothing was done
@@ -248,7 +251,7 @@ def test_an_output_contains_one_evaluation_and_nothing_else(prepared, tmp_path, 
         ("file/o", "Not a directory; give a folder that can be created"),
         (".", "contains other files (file)"),
     ):
-        assert cli.main([*given, str(tmp_path / output)]) == cli.MISTAKE
+        assert cli.main([*given, str(tmp_path / output)]) == cli.USER_ERROR
         error = capsys.readouterr().err
         assert message in error and "--output" in error and len(error.splitlines()) == 1
     output = tmp_path / "o"
@@ -274,7 +277,7 @@ def test_an_output_contains_one_evaluation_and_nothing_else(prepared, tmp_path, 
         pq.write_table(pa.table(rows), folder / "x.parquet")
         wrong.append((["--vectors", str(folder), "--probe-products", "0"], refused))
     for flags, refused in wrong:
-        assert cli.main(["evaluate", *flags, "--data", str(prepared.folder), "--output", str(output)]) == cli.MISTAKE
+        assert cli.main(["evaluate", *flags, "--data", str(prepared.folder), "--output", str(output)]) == cli.USER_ERROR
         assert refused in capsys.readouterr().err
         assert {path: path.read_bytes() for path in before} == before
     # A second evaluation without --compare removes the older comparison.

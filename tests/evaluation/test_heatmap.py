@@ -148,7 +148,7 @@ def test_the_command_draws_pairs_and_models(embedder, tmp_path, monkeypatch, cap
         (["--model", "m", "--item-image", "no.jpg", "--output", out], "--item-image no.jpg: No such file"),
         ([*flags, "--output", out, "--contributions", "--layer", "1"], "leave --layer and --head out"),
     ):
-        assert cli.main(["heatmap", *given]) == cli.MISTAKE
+        assert cli.main(["heatmap", *given]) == cli.USER_ERROR
         assert message in capsys.readouterr().err
 
 
@@ -168,9 +168,9 @@ def test_a_single_input_is_an_item_and_text_alone_makes_a_low_picture(embedder, 
 
 def test_third_party_models_are_refused_with_the_flag_in_the_error(tmp_path, capsys):
     flags = ["heatmap", "--text", "x", "--output", str(tmp_path / "o.png"), "--model"]
-    assert cli.main([*flags, "nowhere"]) == cli.MISTAKE
+    assert cli.main([*flags, "nowhere"]) == cli.USER_ERROR
     assert "--model nowhere: no such folder" in capsys.readouterr().err
-    assert cli.main([*flags, "bm25"]) == cli.MISTAKE
+    assert cli.main([*flags, "bm25"]) == cli.USER_ERROR
     assert "--model bm25: has no attention to draw" in capsys.readouterr().err
 
 

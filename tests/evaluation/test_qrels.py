@@ -225,9 +225,11 @@ def test_with_vectors_queries_and_products_must_not_share_ids(prepared, ids, tmp
     (tmp_path / "q.csv").write_text(f"query_id,title\n{ids[0]},some words")
     (tmp_path / "r.txt").write_text(f"{ids[0]} 0 {ids[1]} 1")
     given = command(prepared, tmp_path)
-    assert cli.main([*given, "--queries", str(tmp_path / "q.csv"), "--qrels", str(tmp_path / "r.txt")]) == cli.MISTAKE
+    assert (
+        cli.main([*given, "--queries", str(tmp_path / "q.csv"), "--qrels", str(tmp_path / "r.txt")]) == cli.USER_ERROR
+    )
     assert "is the id of a query and of a product" in capsys.readouterr().err
-    assert cli.main([*given, "--queries", str(tmp_path / "q.csv")]) == cli.MISTAKE
+    assert cli.main(given) == cli.USER_ERROR
     assert "--queries, --qrels: give both or neither" in capsys.readouterr().err
 
 
@@ -251,7 +253,7 @@ def test_the_command_applies_a_column_map_and_draws_a_single_direction(prepared,
     assert cli.main([*given, "--columns", "beir"]) == 0
     assert set(json.loads((tmp_path / "o" / "metrics.json").read_text())["retrieval"]["qrels"]) == {"mm→i"}
     assert (tmp_path / "o" / "pictures" / "gallery.png").is_file()
-    assert cli.main(given) == cli.MISTAKE
+    assert cli.main(given) == cli.USER_ERROR
 
 
 def test_queries_that_the_model_cannot_embed_are_counted(prepared, ids, tmp_path, capsys):
@@ -265,5 +267,5 @@ def test_both_files_are_read_before_a_model_is_opened(prepared, ids, tmp_path, c
     queries, qrels = written(tmp_path, ids, "txt")
     qrels.write_text("q1 0")
     given = ["evaluate", "--model", "nowhere", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
-    assert cli.main([*given, "--queries", str(queries), "--qrels", str(qrels)]) == cli.MISTAKE
+    assert cli.main([*given, "--queries", str(queries), "--qrels", str(qrels)]) == cli.USER_ERROR
     assert "qrels.txt 1: 2 fields" in capsys.readouterr().err

@@ -251,7 +251,7 @@ def test_an_evicted_pod_counts_as_failed_and_a_mistake_ends_the_job():
     assert {"name": cli.STOP_CODE, "value": "85"} in container["env"]
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob"
-    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [cli.MISTAKE]}
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [cli.USER_ERROR]}
 
 
 def test_gke_passes_the_manifest_to_kubectl(tmp_path):

@@ -393,7 +393,7 @@ def test_the_commands_embed_and_search(prepared, tmp_path, capsys):
         ("embed", "--model", "colours", "--data", str(tmp_path), "--output", output): "not prepared data",
         ("embed", "--model", "colours", "--data", "nowhere", "--output", output): "--data nowhere: no such folder",
     }.items():
-        assert cli.main([*flags]) == cli.MISTAKE, flags
+        assert cli.main([*flags]) == cli.USER_ERROR, flags
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1, error
 
