@@ -81,7 +81,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     for number, model in enumerate([parsed.model, parsed.compare] if parsed.compare else [parsed.model]):
         with terminal.busy(f"running {model}"):
             embedder = _ours("--compare" if number else "--model", model)
-            shown = heatmap.seen(embedder, items, parsed.layer, parsed.head, parsed.contributions)
+            shown = heatmap.maps(embedder, items, parsed.layer, parsed.head, parsed.contributions)
         arrays |= {f"{number}/{name}": entry for name, entry in zip(items, shown, strict=True)}
         columns.append((f"{Path(model).name}\nmodel {embedder.fingerprint}", shown))
     layer, head = ("mean" if number is None else number for number in (parsed.layer, parsed.head))

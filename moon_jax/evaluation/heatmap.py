@@ -38,7 +38,7 @@ UNFINISHED = "\ufffd"
 
 
 @dataclasses.dataclass(frozen=True)
-class Looked:
+class Attended:
     """A model's attention within one item. S counts the item's tokens, without padding."""
 
     attention: np.ndarray  # f32[L,H,S,S]: row i is the attention of token i to each token
@@ -73,7 +73,7 @@ class Looked:
         return self.hidden @ other / np.linalg.norm(self.hidden.sum(axis=0))
 
 
-def look(embedder: Embedder, item: Any) -> Looked:
+def attend(embedder: Embedder, item: Any) -> Attended:
     """The attention of one of our models within an item, embedded from its text and images.
 
     Args:
@@ -100,11 +100,11 @@ def look(embedder: Embedder, item: Any) -> Looked:
     hidden = np.asarray(states["hidden"][0][0, :length], np.float32)
     pooled = hidden[-1] if last else hidden.sum(axis=0)
     pieces, grid = _tokens(embedder, rows, length)
-    return Looked(whole, heat, hidden, pooled / np.linalg.norm(pooled), pieces, grid, last)
+    return Attended(whole, heat, hidden, pooled / np.linalg.norm(pooled), pieces, grid, last)
 
 
 def _tokens(embedder: Embedder, rows: Any, length: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """The text of each token and the grid positions of visual tokens; see Looked."""
+    """The text of each token and the grid positions of visual tokens; see Attended."""
     tokenizer, merge = embedder.reader.tokenizer, embedder.config.vision.merge
     frames = {tokenizer.vision_start, tokenizer.vision_end, tokenizer.image_pad}
     before, after = len(embedder.reader.template.prefix), len(embedder.reader.template.suffix)
@@ -127,36 +127,36 @@ def _tokens(embedder: Embedder, rows: Any, length: int) -> tuple[tuple[str, ...]
     return tuple(pieces), grid
 
 
-def seen(
+def maps(
     embedder: Embedder, items: dict[str, Any], layer: int | None, head: int | None, contributions: bool
-) -> list[tuple[str, Any, Looked, np.ndarray]]:
+) -> list[tuple[str, Any, Attended, np.ndarray]]:
     """One model's column for `draw`: for each item its title, the item, its attention, and its tokens' values f32[S].
 
     Args:
         items: by name; with `contributions`, a query and an item.
-        layer, head: see Looked.mean.
+        layer, head: see Attended.mean.
         contributions: use each token's contribution to the similarity of the two items, instead of attention.
 
     Raises:
-        UserError: see `look` and Looked.mean; or contributions of a model with pooling "last".
+        UserError: see `attend` and Attended.mean; or contributions of a model with pooling "last".
     """
-    looked = {name: look(embedder, item) for name, item in items.items()}
+    attended = {name: attend(embedder, item) for name, item in items.items()}
     if not contributions:
-        return [(name, items[name], one, one.mean(layer, head)) for name, one in looked.items()]
-    names, (first, second) = list(items), looked.values()
+        return [(name, items[name], one, one.mean(layer, head)) for name, one in attended.items()]
+    names, (first, second) = list(items), attended.values()
     if first.last:
         raise UserError("--contributions: the model pools the last token only, which contributes the whole similarity")
     titles = [f"{name}: contributions to the similarity {first.embedding @ second.embedding:.2f}" for name in names]
     values = first.contributions(second.embedding), second.contributions(first.embedding)
-    return list(zip(titles, items.values(), looked.values(), values, strict=True))
+    return list(zip(titles, items.values(), attended.values(), values, strict=True))
 
 
-def image(looked: Looked, values: np.ndarray, number: int = 0) -> np.ndarray:
+def image(attended: Attended, values: np.ndarray, number: int = 0) -> np.ndarray:
     """f32[rows,columns], the values f32[S] at the visual tokens of image `number`; empty if there is no such image."""
-    own = looked.grid[:, 0] == number
+    own = attended.grid[:, 0] == number
     if not own.any():
         return np.zeros((0, 0), np.float32)
-    cells = looked.grid[own, 1:]
+    cells = attended.grid[own, 1:]
     picture = np.zeros(cells.max(axis=0) + 1, np.float32)
     picture[tuple(cells.T)] = values[own]
     return picture
@@ -164,7 +164,7 @@ def image(looked: Looked, values: np.ndarray, number: int = 0) -> np.ndarray:
 
 def draw(
     path: Path,
-    columns: Sequence[tuple[str, Sequence[tuple[str, Product, Looked, np.ndarray]]]],
+    columns: Sequence[tuple[str, Sequence[tuple[str, Product, Attended, np.ndarray]]]],
     max_pixels: int,
     footer: str,
     contributions: bool = False,
@@ -174,7 +174,7 @@ def draw(
     Args:
         columns: for each model its name and, for each item: its title, the item, its attention, and the values f32[S]
             of its tokens. Image and title of one item share a colour scale, which spans the values drawn.
-        contributions: whether the values are from Looked.contributions, which may be negative.
+        contributions: whether the values are from Attended.contributions, which may be negative.
     """
     items = len(columns[0][1])
     parts = []  # height in inches of each item's image and title
@@ -190,10 +190,10 @@ def draw(
             cells = half.subplots(2 * items, 1, squeeze=False, height_ratios=parts)[:, 0]
             for axes in cells:
                 axes.axis("off")
-            for number, (name, item, looked, values) in enumerate(shown):
+            for number, (name, item, attended, values) in enumerate(shown):
                 over, below = cells[2 * number : 2 * number + 2]
                 over.set_title(name, fontsize=9)
-                heat, layout = image(looked, values), _layout(looked)
+                heat, layout = image(attended, values), _layout(attended)
                 words = values[[index for index, _, _ in layout]]
                 most = float(max(np.abs(heat).max(initial=0.0), np.abs(words).max(initial=0.0))) or 1.0
                 scale = Normalize(-most, most) if contributions else Normalize(0, most)
@@ -207,18 +207,18 @@ def draw(
                     bar.outline.set_visible(False)
                     bar.ax.tick_params(labelsize=8)
                     bar.set_label("contribution to the cosine" if contributions else "attention", fontsize=8)
-                _title(below, looked, layout, colours.to_rgba(words, alpha=0.6))
+                _title(below, attended, layout, colours.to_rgba(words, alpha=0.6))
 
 
 LINE, MOST = 64, 80
 """Characters per line of the title, and maximum number of title tokens shown."""
 
 
-def _layout(looked: Looked) -> list[tuple[int, float, int]]:
+def _layout(attended: Attended) -> list[tuple[int, float, int]]:
     """(index, first column in characters, line) of each title token that is shown."""
     found, across, line = [], 0.0, 0
-    for index in [index for index, piece in enumerate(looked.pieces) if piece.strip()][:MOST]:
-        piece = looked.pieces[index]
+    for index in [index for index, piece in enumerate(attended.pieces) if piece.strip()][:MOST]:
+        piece = attended.pieces[index]
         across += 1.0 if piece[0].isspace() and across else 0.3 if across else 0.0
         if across + len(piece.strip()) > LINE:
             across, line = 0.0, line + 1
@@ -227,19 +227,19 @@ def _layout(looked: Looked) -> list[tuple[int, float, int]]:
     return found
 
 
-def _title(axes: Axes, looked: Looked, layout: Sequence[tuple[int, float, int]], colours: np.ndarray) -> None:
+def _title(axes: Axes, attended: Attended, layout: Sequence[tuple[int, float, int]], colours: np.ndarray) -> None:
     """Writes the title's tokens in order, each on its colour."""
     axes.set_xlim(0, LINE)
     axes.set_ylim(layout[-1][2] + 1 if layout else 1, 0)
     for (index, across, line), colour in zip(layout, colours, strict=True):
-        axes.text(across, line + 0.5, printable(looked.pieces[index].strip()), fontsize=8, va="center",
+        axes.text(across, line + 0.5, printable(attended.pieces[index].strip()), fontsize=8, va="center",
                   family="monospace", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.0})  # fmt: skip
 
 
-def save(path: Path, shown: dict[str, tuple[str, Any, Looked, np.ndarray]]) -> None:
+def save(path: Path, shown: dict[str, tuple[str, Any, Attended, np.ndarray]]) -> None:
     """Writes an .npz with attention, heat, grid, pieces and the values drawn for each item, under NAME/."""
     arrays = {}
-    for name, (_, _, looked, values) in shown.items():
-        arrays |= {f"{name}/{part}": getattr(looked, part) for part in ("attention", "heat", "grid")}
-        arrays |= {f"{name}/pieces": np.array(looked.pieces), f"{name}/drawn": values}
+    for name, (_, _, attended, values) in shown.items():
+        arrays |= {f"{name}/{part}": getattr(attended, part) for part in ("attention", "heat", "grid")}
+        arrays |= {f"{name}/pieces": np.array(attended.pieces), f"{name}/drawn": values}
     np.savez_compressed(path, **arrays)

@@ -40,7 +40,7 @@ class Collection:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Both(collections.abc.Sequence):
+class _Concatenated(collections.abc.Sequence):
     """A catalogue's products followed by the queries."""
 
     products: Sequence[Product]
@@ -124,7 +124,7 @@ def collection(log: Log, prepared: Prepared) -> Collection:
     return Collection(
         dataclasses.replace(
             prepared,
-            products=_Both(prepared.products, [queries[query] for query in answered]),
+            products=_Concatenated(prepared.products, [queries[query] for query in answered]),
             val=range(count),
             val_queries=[(total + number, product) for number, product in enumerate(best)],
             manifest={**prepared.manifest, "fingerprint": f"{prepared.fingerprint} {digest.hexdigest()}"},

@@ -48,33 +48,33 @@ def test_attention_equals_that_of_transformers(case):  # noqa: F811
     for product in products:
         with torch.no_grad():
             theirs = model(**verify._inputs(product, tokenizer, images, template), output_attentions=True)
-        looked = heatmap.look(ours, product)
+        attended = heatmap.attend(ours, product)
         expected = np.stack([layer[0].numpy() for layer in theirs.attentions])
-        assert looked.attention.shape == expected.shape and expected.shape[-1] > 2
-        np.testing.assert_allclose(looked.attention, expected, atol=2e-6)
-        np.testing.assert_allclose(looked.hidden, theirs.last_hidden_state[0].numpy(), atol=2e-4)
-        np.testing.assert_allclose(looked.embedding, ours.encode([product])[0], atol=1e-6)
+        assert attended.attention.shape == expected.shape and expected.shape[-1] > 2
+        np.testing.assert_allclose(attended.attention, expected, atol=2e-6)
+        np.testing.assert_allclose(attended.hidden, theirs.last_hidden_state[0].numpy(), atol=2e-4)
+        np.testing.assert_allclose(attended.embedding, ours.encode([product])[0], atol=1e-6)
 
 
 def test_heat_is_the_mean_attention_to_a_token(embedder):
-    looked = heatmap.look(embedder, Product(text="red shirt", images=(PHOTO,)))
-    assert {looked.heat.dtype, looked.attention.dtype} == {np.dtype(np.float32)}
-    layers, heads, length, _ = looked.attention.shape
+    attended = heatmap.attend(embedder, Product(text="red shirt", images=(PHOTO,)))
+    assert {attended.heat.dtype, attended.attention.dtype} == {np.dtype(np.float32)}
+    layers, heads, length, _ = attended.attention.shape
     assert (layers, heads) == (embedder.config.language.layers, embedder.config.language.heads)
-    np.testing.assert_allclose(looked.attention.sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(attended.attention.sum(-1), 1, atol=1e-5)
     for layer, head, token in ((0, 0, 0), (1, 3, 2), (0, 2, length - 1)):
-        given = [looked.attention[layer, head, other, token] for other in range(token, length)]
-        assert looked.heat[layer, head, token] == pytest.approx(np.mean(given), abs=1e-6)
-        assert not looked.attention[layer, head, :token, token].any()  # earlier tokens do not attend to it
-    np.testing.assert_allclose(looked.mean(), looked.heat.mean((0, 1)))
-    np.testing.assert_allclose(looked.mean(1, 2), looked.heat[1, 2])
-    np.testing.assert_allclose(looked.mean(head=1), looked.heat[:, 1].mean(0))
+        given = [attended.attention[layer, head, other, token] for other in range(token, length)]
+        assert attended.heat[layer, head, token] == pytest.approx(np.mean(given), abs=1e-6)
+        assert not attended.attention[layer, head, :token, token].any()  # earlier tokens do not attend to it
+    np.testing.assert_allclose(attended.mean(), attended.heat.mean((0, 1)))
+    np.testing.assert_allclose(attended.mean(1, 2), attended.heat[1, 2])
+    np.testing.assert_allclose(attended.mean(head=1), attended.heat[:, 1].mean(0))
     with pytest.raises(UserError, match=r"--layer 2: the model has 2, counted from 0"):
-        looked.mean(2)
+        attended.mean(2)
 
 
 def test_contributions_sum_to_the_similarity(embedder):
-    query, item = (heatmap.look(embedder, x) for x in ("red shirt", Product(text="a bag", images=(PHOTO,))))
+    query, item = (heatmap.attend(embedder, x) for x in ("red shirt", Product(text="a bag", images=(PHOTO,))))
     similarity = query.embedding @ item.embedding
     for one, other in ((query, item), (item, query)):
         contributions = one.contributions(other.embedding)
@@ -85,30 +85,30 @@ def test_contributions_sum_to_the_similarity(embedder):
 def test_with_last_token_pooling_heat_is_that_token_s_attention(tokenizer):
     config = tiny(language__pooling="last")
     model = Embedder(config, random_params(config, tokenizer), tokenizer, "f00d", 1)
-    looked = heatmap.look(model, "red shirt")
-    np.testing.assert_array_equal(looked.heat, looked.attention[:, :, -1])
-    contributions = looked.contributions(heatmap.look(model, "blue bag").embedding)
+    attended = heatmap.attend(model, "red shirt")
+    np.testing.assert_array_equal(attended.heat, attended.attention[:, :, -1])
+    contributions = attended.contributions(heatmap.attend(model, "blue bag").embedding)
     assert not contributions[:-1].any() and contributions[-1]
     with pytest.raises(UserError, match="--contributions: the model pools the last token only"):
-        heatmap.seen(model, {"query": "red shirt", "item": "blue bag"}, None, None, True)
+        heatmap.maps(model, {"query": "red shirt", "item": "blue bag"}, None, None, True)
 
 
 def test_tokens_have_their_text_and_grid_positions(embedder):
-    looked = heatmap.look(embedder, Product(text="red shirt", images=(PHOTO, PHOTO)))
-    assert "".join(looked.pieces).split() == ["red", "shirt"]
-    values = np.arange(len(looked.pieces), dtype=np.float32)
+    attended = heatmap.attend(embedder, Product(text="red shirt", images=(PHOTO, PHOTO)))
+    assert "".join(attended.pieces).split() == ["red", "shirt"]
+    values = np.arange(len(attended.pieces), dtype=np.float32)
     high, wide = (size // 2 for size in embedder.reader.image(PHOTO, None, None).hw)
-    picture = heatmap.image(looked, values)
+    picture = heatmap.image(attended, values)
     assert picture.shape == (high, wide)
     # Visual tokens come row by row after the image's opening token.
     np.testing.assert_array_equal(picture.ravel(), 1 + np.arange(high * wide))
-    assert heatmap.image(looked, values, 1).size == 0  # only one image of a product is read
-    assert heatmap.image(heatmap.look(embedder, "red shirt"), values[:3]).size == 0
+    assert heatmap.image(attended, values, 1).size == 0  # only one image of a product is read
+    assert heatmap.image(heatmap.attend(embedder, "red shirt"), values[:3]).size == 0
 
 
 def test_characters_of_several_tokens_are_not_split(embedder):
     title = "红 ☕"
-    pieces = heatmap.look(embedder, title).pieces
+    pieces = heatmap.attend(embedder, title).pieces
     assert "".join(pieces).strip() == title and len(pieces) > len(title.split())
     assert embedder.reader.tokenizer.base.encode(title).ids != [] and not any("\ufffd" in piece for piece in pieces)
 
@@ -126,7 +126,7 @@ def test_the_command_draws_pairs_and_models(embedder, tmp_path, monkeypatch, cap
         arrays = np.load(path.with_suffix(".npz"), allow_pickle=False)
         assert arrays["0/query/attention"].shape[:2] == arrays["0/item/heat"].shape[:2] == (2, 4)
         assert ("1/item/grid" in arrays) == ("--compare" in more)
-        seen = {name: heatmap.look(embedder, item) for name, item in pair.items()}
+        seen = {name: heatmap.attend(embedder, item) for name, item in pair.items()}
         layers, heads = (1, 0) if "--layer" in more else (slice(None), slice(None))
         for name, other in (("query", "item"), ("item", "query")):
             drawn = seen[name].heat[layers, heads].reshape(-1, seen[name].heat.shape[-1]).mean(0)
@@ -179,15 +179,15 @@ def test_words_and_patches_share_a_scale_that_shows_negative_values(embedder, tm
     figures, save = [], pictures.Figure.savefig
     monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
     item = Product(text="red shirt", images=(PHOTO,))
-    looked = heatmap.look(embedder, item)
-    values = np.linspace(-0.5 if contributions else 0, 1, len(looked.pieces)).astype(np.float32)
-    heatmap.draw(tmp_path / "x.png", [("m", [("item", item, looked, values)])], 10**6, "", contributions)
+    attended = heatmap.attend(embedder, item)
+    values = np.linspace(-0.5 if contributions else 0, 1, len(attended.pieces)).astype(np.float32)
+    heatmap.draw(tmp_path / "x.png", [("m", [("item", item, attended, values)])], 10**6, "", contributions)
     over, below, bar = figures[-1].subfigs[0].axes
-    heat = heatmap.image(looked, values)
+    heat = heatmap.image(attended, values)
     # The colour of each patch and each word is that of its value on the common colour bar.
     least, most = (float(end) for end in bar.get_ylim())
     words = [text.get_bbox_patch().get_facecolor() for text in below.texts]
-    drawn = [value for value, piece in zip(values, looked.pieces, strict=True) if piece.strip()]
+    drawn = [value for value, piece in zip(values, attended.pieces, strict=True) if piece.strip()]
     assert len(words) == len(drawn) >= 2
     extreme = max(np.abs(heat).max(), np.abs(drawn).max())
     np.testing.assert_allclose((least, most), (-extreme if contributions else 0, extreme), rtol=1e-6)

@@ -61,7 +61,7 @@ def shared(name):
     return source
 
 
-def whole_way(source, folder, steps):
+def end_to_end(source, folder, steps):
     original = folder / "source"
     original.mkdir()
     config = overrides(tiny(training__steps=steps, training__save_every=steps, experts__dispatch="grouped"))
@@ -92,10 +92,10 @@ def whole_way(source, folder, steps):
 @pytest.mark.slow
 @pytest.mark.parametrize("source", [mbe, log])
 def test_end_to_end(source, tmp_path):
-    whole_way(source, tmp_path, 3)
+    end_to_end(source, tmp_path, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fashion", "grocery", "flipkart"])
 def test_end_to_end_on_real_products(name, tmp_path):
-    whole_way(shared(name), tmp_path, 3)
+    end_to_end(shared(name), tmp_path, 3)
