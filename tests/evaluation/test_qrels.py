@@ -224,12 +224,10 @@ def test_with_vectors_queries_and_products_must_not_share_ids(prepared, ids, tmp
     pq.write_table(pa.table(table), tmp_path / "v" / "all.parquet")
     (tmp_path / "q.csv").write_text(f"query_id,title\n{ids[0]},some words")
     (tmp_path / "r.txt").write_text(f"{ids[0]} 0 {ids[1]} 1")
-    given = command(prepared, tmp_path)
-    assert (
-        cli.main([*given, "--queries", str(tmp_path / "q.csv"), "--qrels", str(tmp_path / "r.txt")]) == cli.USER_ERROR
-    )
+    queries = [*command(prepared, tmp_path), "--queries", str(tmp_path / "q.csv")]
+    assert cli.main([*queries, "--qrels", str(tmp_path / "r.txt")]) == cli.USER_ERROR
     assert "is the id of a query and of a product" in capsys.readouterr().err
-    assert cli.main(given) == cli.USER_ERROR
+    assert cli.main(queries) == cli.USER_ERROR
     assert "--queries, --qrels: give both or neither" in capsys.readouterr().err
 
 
