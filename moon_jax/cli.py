@@ -19,7 +19,7 @@ MOON2.0 in JAX: one model embeds a product from its text, its image or both into
 examples:
   moon-jax quickstart                                              the whole method on a rendered catalogue
   moon-jax quickstart --data catalogue/ --workdir runs/first       on your own
-  moon-jax prepare --data catalogue/ --output prepared             any catalogue or log, into records
+  moon-jax prepare --data catalogue/ --output prepared             turn any catalogue or click log into records
   moon-jax augment --data prepared --output augmented              enriched titles and expanded images beside them
   moon-jax train --config moon2_qwen3vl_2b --init hf://Qwen/Qwen3-VL-2B-Instruct --data catalogue/ --workdir runs/2b
   moon-jax export --model runs/2b --output served --verify
@@ -57,15 +57,15 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     flags = re.findall(r"(?<![\w-])--?[\w-]+", subparsers.choices[parsed.command].format_usage())
     for argument in rest:
         if not argument.startswith("--config.") or "=" not in argument:
-            raise UserError(f"{argument}: not understood; {_hint(argument, flags, subparsers.choices)}")
+            given = argument.partition("=")[0]
+            if given in RENAMED:
+                raise UserError(f"{given}: this flag is now called {RENAMED[given]}")
+            raise UserError(f"{argument}: not understood; {_hint(given, flags, subparsers.choices)}")
     return parsed, rest
 
 
-def _hint(argument: str, flags: list[str], choices: dict[str, argparse.ArgumentParser]) -> str:
-    """What to write instead of an argument that the command does not have."""
-    given = argument.partition("=")[0]
-    if given in RENAMED:
-        return f"this flag is now called {RENAMED[given]}"
+def _hint(given: str, flags: list[str], choices: dict[str, argparse.ArgumentParser]) -> str:
+    """What to write instead of a flag that the command does not have."""
     close = difflib.get_close_matches(given, flags, n=1)
     others = [name for name, one in choices.items() if given in re.findall(r"--[\w-]+", one.format_usage())]
     if given.startswith("--") and others:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="prepared data")
     parser.add_argument("--output", required=True, help="a folder: new, empty, or left by an interrupted embed")
     parser.add_argument(
-        "--views", default="product", help="t, i, mm or several: t,mm; default: product, by all that a product has"
+        "--views", default="product", help="t, i, mm or several: t,mm; default: product (all that a product has)"
     )
     parser.add_argument("--dtype", default="float32", help="float32 (default), float16 or int8")
     parser.add_argument("--width", type=int, default=0, help="keep the first WIDTH dimensions (Matryoshka)")

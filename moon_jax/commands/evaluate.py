@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="a folder for scores, pictures and vectors")
     parser.add_argument("--compare", default="", help="another model, or the output of its evaluation")
     parser.add_argument("--queries", default="", metavar="FILE", help="your own queries, instead of generated ones")
-    parser.add_argument("--qrels", default="", metavar="FILE", help="their relevant products, optionally graded")
+    parser.add_argument(
+        "--qrels", default="", metavar="FILE", help="relevant products of the queries, optionally graded"
+    )
     parser.add_argument("--columns", default="own", help="column map of these two files: own (default), beir or a file")
     parser.add_argument(
         "--probe-products",

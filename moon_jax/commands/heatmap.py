@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a workdir, a Hugging Face folder or hf://owner/name")
     parser.add_argument("--compare", default="", help="a second model, drawn next to the first")
     parser.add_argument("--text", default="", help="text of the query, or of the only item")
-    parser.add_argument("--image", default="", help="its image")
+    parser.add_argument("--image", default="", help="image of the query, or of the only item")
     parser.add_argument("--item-text", default="", help="text of an item to compare the query with")
-    parser.add_argument("--item-image", default="", help="its image")
+    parser.add_argument("--item-image", default="", help="image of that item")
     parser.add_argument("--layer", type=int, help="one layer, counted from 0; default: the mean over all")
     parser.add_argument("--head", type=int, help="one head, counted from 0; default: the mean over all")
     parser.add_argument(

@@ -11,7 +11,7 @@ from pathlib import Path
 from moon_jax import config as config_lib
 from moon_jax.errors import UserError
 
-HELP = "report what a training step costs on hardware that is not here"
+HELP = "report what a training step costs, also on hardware that you do not have"
 
 DESCRIPTION = """\
 Compiles the real training step of a config ahead of time for a TPU slice, without a TPU, and reports per chip: memory

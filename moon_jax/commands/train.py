@@ -28,8 +28,8 @@ examples:
   moon-jax train --config quickstart --workdir runs/watched --config.evaluation.every=50 --profile 10:15
   moon-jax train --config quickstart --workdir gs://bucket/runs/first    in a bucket; needs pip install -e '.[gcs]'
 
---init takes a folder, gs://bucket/folder of another run, or hf://owner/name[@revision] on the Hugging Face hub. Apart
-from that, only the hosts of the run talk to each other.
+--init takes a folder, gs://bucket/folder of another run, or hf://owner/name[@revision] on the Hugging Face hub.
+Otherwise, the network is used only between the hosts of the run.
 --config.a.b=VALUE sets any option of the config; moon_jax/config.py documents them all.
 """
 
