@@ -120,7 +120,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     if other.resolve() != compared_before.resolve():
         shutil.rmtree(compared_before, ignore_errors=True)
     for table in (*tables.scores(metrics), *tables.details(metrics)):
-        terminal.console.print(table)
+        terminal.table(table)
     if parsed.compare:
         if not evaluated_before:
             theirs = opened("--compare", parsed.compare, config)
@@ -129,10 +129,10 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
             report_lib.evaluate(theirs, prepared, other, progress.Terminal(other), **options)
         terminal.line(f"scores of {parsed.compare}, {other}/{report_lib.METRICS}:")
         for table in tables.scores(report_lib.read(other)[0]):
-            terminal.console.print(table)
+            terminal.table(table)
         compared = report_lib.compare(output.files, other)
         for table in tables.differences(compared, parsed.model or parsed.vectors, parsed.compare):
-            terminal.console.print(table)
+            terminal.table(table)
         content = json.dumps(compared, indent=2, ensure_ascii=False) + "\n"
         (output.files / report_lib.COMPARED).write_text(content, encoding="utf-8")
         alone = tables.not_compared(compared, metrics)

@@ -68,7 +68,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
             refused.append(error)
     if not plans:
         raise refused[0]
-    terminal.console.print(plan.table(plans))
+    terminal.table(plan.table(plans))
     for error in refused:
         terminal.line(str(error))
     if parsed.json:

@@ -56,7 +56,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     terminal = progress.Terminal(workdir)
     metrics = report_lib.evaluate(serving.load(workdir), prepared, workdir, terminal)
     for table in tables.scores(metrics):
-        terminal.console.print(table)
+        terminal.table(table)
     given = {"--data": parsed.data, "--steps": parsed.steps, "--config": parsed.config}
     words = [str(word) for flag, value in given.items() if value for word in (flag, value)]
     again = ["moon-jax", "quickstart", *words, *overrides]

@@ -81,6 +81,7 @@ def _base_options(init: str, workdir: str) -> dict[str, object]:
 
 
 def process_count(parsed: argparse.Namespace) -> int:
+    """--processes, by default one for each core that this process may use. Raises UserError below 1."""
     processes = parsed.processes if parsed.processes is not None else len(os.sched_getaffinity(0))
     if processes < 1:
         raise UserError(f"--processes {processes}: give 1 or more")

@@ -30,6 +30,7 @@ SUFFIXES = {
     ".tar": "tar",
     ".arrow": "arrow",
 }
+"""File suffix → format."""
 
 
 @dataclasses.dataclass(frozen=True)
