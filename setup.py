@@ -18,7 +18,6 @@ LIGHT = [
     "kubeflow-trainer-api>=2.3",  # JobSet's schema
     "nbclient>=0.10",
     "openai>=2",
-    "opencv-python-headless>=4.10",
     "pytest>=8",
     "pytest-xdist>=3.8",
     "pytrec_eval-terrier>=0.5.7",
@@ -58,6 +57,7 @@ setup(
         "ml_dtypes>=0.5",
         "ml_collections>=1.1",
         "numpy>=2.0",
+        "opencv-python-headless>=4.10",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
@@ -74,7 +74,6 @@ setup(
         "cuda12": [f"jax[cuda12]{JAX}", TOKAMAX],
         "tpu": [f"jax[tpu]{JAX}"],
         "fetch": ["aiohttp>=3.11"],  # images by URL
-        "augment": ["opencv-python-headless>=4.10"],  # expanded images without a model
         "openai": ["openai>=2"],  # enriched titles by a server of that protocol
         "diffusers": ["diffusers>=0.42", "torch>=2.6", "transformers>=5.23,<6"],  # expanded images by a model
         "beam": ["apache-beam>=2.77"],  # co-augmentation on a cluster; it pins protobuf, pyarrow and pillow

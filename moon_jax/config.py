@@ -1,8 +1,7 @@
-"""All options, each with its default, type and one line of documentation. Defaults are defined nowhere else.
+"""Reads, changes and checks configs. All options and their defaults are in options.py.
 
-A file in `configs/` returns an `ml_collections.ConfigDict` of *differences* from these defaults. `resolve` applies it,
-and rejects unknown keys and values that equal the default. The defaults follow the paper's setting on a Qwen3-VL-2B
-backbone. Where the paper states no value, the choice is ours, and the option's doc says "ours".
+A file in `configs/` returns an `ml_collections.ConfigDict` of *differences* from the defaults. `resolve` applies it,
+and rejects unknown keys and values that equal the default.
 """
 
 from __future__ import annotations
@@ -17,200 +16,52 @@ from pathlib import Path
 from typing import Any
 
 from moon_jax.errors import UserError
+from moon_jax.options import (
+    FRAMES,
+    TEMPLATES,
+    Config,
+    Data,
+    Evaluation,
+    Experts,
+    Language,
+    Mesh,
+    Objective,
+    Prepare,
+    Training,
+    Vision,
+    batch_rows,
+    period,
+    sparse_layers,
+    warmup_steps,
+)
 
-FRAMES = 2  # that the patch kernel spans in all Qwen3-VL models; a still image is repeated
-
-TEMPLATES = {
-    "bare": "{}",
-    "qwen3_vl_embedding": (
-        "<|im_start|>system\nRepresent the user's input.<|im_end|>\n"
-        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    ),
-}
-"""Named values of `data.template`, the text around a view. The view's own tokens replace {}."""
-
-
-def option(default: Any, doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc})
-
-
-@dataclasses.dataclass(frozen=True)
-class Vision:
-    """The vision transformer and its mergers."""
-
-    depth: int = option(24, "layers")
-    width: int = option(1024, "width of a patch")
-    mlp_width: int = option(4096, "inner width of the feed-forward layer")
-    heads: int = option(16, "attention heads")
-    patch: int = option(16, "side of a patch in pixels")
-    merge: int = option(2, "side of a merged visual token in patches")
-    positions: int = option(2304, "learned positions: a square grid, interpolated to the image's size")
-    deepstack: tuple[int, ...] = option((5, 11, 17), "layers whose output is also added to the first language layers")
-
-
-@dataclasses.dataclass(frozen=True)
-class Language:
-    """The decoder."""
-
-    vocab: int = option(151936, "vocabulary size, the rows of the token embedding")
-    width: int = option(2048, "D, width of a token and of the embedding")
-    layers: int = option(28, "decoder layers")
-    heads: int = option(16, "query heads")
-    kv_heads: int = option(8, "key and value heads")
-    head_dim: int = option(128, "width of a head")
-    mlp_width: int = option(6144, "inner width of a dense feed-forward layer")
-    rope_theta: float = option(5_000_000.0, "base of the rotary frequencies")
-    rope_sections: tuple[int, ...] = option((24, 20, 20), "rotary frequencies for time, row and column")
-    norm_eps: float = option(1e-6, "epsilon of the RMS norms")
-    pooling: str = option("mean", "a view's embedding: mean (of its tokens) or last (token)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Experts:
-    """The modality-driven mixture of experts. The paper states no sizes: these are ours."""
-
-    count: int = option(8, "E, experts per layer; 0 makes every feed-forward layer dense")
-    per_token: int = option(2, "K, experts per token")
-    width: int = option(6144, "F, inner width of an expert")
-    every: int = option(1, "the last of every N layers has experts")
-    dense_layers: tuple[int, ...] = option((), "layers that stay dense even if `every` selects them")
-    dispatch: str = option("grouped", "grouped, expert_parallel, or dense (the reference); see model/experts.py")
-    capacity: float = option(1.25, "capacity factor of expert-parallel training (1 = even share); 0 drops no token")
-    router_term: str = option("none", "router bias for the token's view: none (paper), learned or hard")
-    router_init: float = option(0.02, "standard deviation of the router's initial weights; 0 would tie all experts")
-    reinitialized: float = option(0.0, "share of each expert's inner units that upcycling a dense model reinitializes")
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepare:
-    """How a source becomes prepared data. The split's seed is fixed: runs with different seeds share one test set."""
-
-    val_fraction: float = option(0.1, "held-out share of title groups (of a log's time), if no file defines the split")
-    longest_side: int = option(1024, "longest side of an image in pixels; larger images are downsized when written")
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """What training reads, and how a product becomes a row."""
-
-    path: str = option("", "prepared data, or a source to prepare (docs/data.md); empty renders a synthetic catalogue")
-    synthetic: int = option(4000, "products of the synthetic catalogue, if path is empty")
-    tokenizer: str = option("", "tokenizer.json; empty: that of training.init, or a new BPE of language.vocab tokens")
-    template: str = option("bare", "text around a view: bare, qwen3_vl_embedding, or any text with {} in it")
-    batch: int = option(256, "B, triplets per global batch")
-    images: int = option(1, "N, images per product in a row: random ones in training, the first in evaluation")
-    text_tokens: int = option(64, "longest text in tokens; longer texts are cut")
-    visual_tokens: int = option(256, "largest size of an image in merged visual tokens; larger images are downscaled")
-    min_visual_tokens: int = option(4, "smallest size of an image in merged visual tokens; smaller images are upscaled")
-    max_pixels: int = option(178_956_970, "images with more pixels are rejected before decoding")
-    keep_word: float = option(0.7, "probability that a training query keeps a word; at least two are kept")
-    crop: tuple[float, float] = option((0.7, 1.0), "range of the area that a crop of a training query's image keeps")
-    flip: float = option(0.5, "probability that a training query's image is flipped horizontally")
-    mixture: tuple[float, ...] = option(
-        (), "shares of t, i and mm: each query then has one view; empty: all its views (paper)"
-    )
-    augmented: str = option("drawn", "titles and images read: drawn, original, augmented or all (data/pipeline.py)")
-    threads: int = option(2, "reader threads")
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """Losses and their weights. All numbers are ours except the threshold 0.6, which is the paper's."""
-
-    temperature: tuple[float, float] = option((0.05, 0.05), "initial ε (inter-product) and ε̃ (intra-product)")
-    balance: float = option(0.01, "ρ, weight of L_aux")
-    router_z: float = option(0.0, "weight of the router z-loss")
-    sparsity: float = option(0.01, "ς, weight of L_sparsity; 0 during warm-up")
-    levels: str = option("dual", "alignment losses: dual (paper), inter (without intra-product ones) or mm→mm")
-    weighting: str = option("balanced", "of ω: balanced, product, stopped or counted (objectives/weighting.py)")
-    dual_init: float = option(0.02, "standard deviation of the initial W*")
-    phi_threshold: float = option(0.6, "φ below which a triplet is down-weighted (paper); 0 turns the filter off")
-    phi_slope: float = option(10.0, "κ, slope of φ")
-    margin: tuple[float, float] = option((0.1, -0.2), "m̄ at the first and the last step, a cosine between")
-    matryoshka: tuple[int, ...] = option((), "further widths below D for the losses and the evaluation")
-    chunk: int = option(4096, "candidates whose similarities are in memory at once")
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """The optimiser, the schedule, logging and checkpoints."""
-
-    init: str = option("", "initial weights: a workdir, a Hugging Face folder or hf://owner/name; empty: random")
-    steps: int = option(22500, "optimiser steps; the default is one epoch of MBE2.0 at batch 256 (paper)")
-    optimizer: str = option("adamw", "name of any optax optimiser that needs only gradients")
-    learning_rate: float = option(1e-5, "peak learning rate of backbone and experts (paper)")
-    router_learning_rate: float = option(1e-4, "peak learning rate of the router (ours)")
-    dual_learning_rate: float = option(1e-2, "peak learning rate of W* (ours)")
-    temperature_learning_rate: float = option(0.0, "the same for log temperatures; 0 keeps them fixed (paper)")
-    learning_rate_factors: tuple[str, ...] = option(
-        (), "PATTERN=FACTOR: scales learning rates by parameter path; the first match wins; 0 freezes"
-    )
-    warmup: float = option(0.03, "share of the steps spent in warm-up")
-    min_warmup: int = option(100, "minimum number of warm-up steps")
-    betas: tuple[float, float] = option((0.9, 0.98), "b1 and b2 of the optimiser, if it has them")
-    weight_decay: float = option(0.05, "decoupled weight decay, on matrices only")
-    clip: float = option(1.0, "gradients are clipped to this global norm")
-    param_dtype: str = option("float32", "dtype of the parameters")
-    dtype: str = option("float32", "dtype of the computation; norms, softmax, router and pooling stay float32")
-    remat: str = option("full", "recomputed for gradients: full (layers), selective (all but weight matmuls) or none")
-    log_every: int = option(10, "steps between metric lines")
-    max_bad_steps: int = option(20, "the run ends after this many non-finite steps in a row")
-    save_every: int = option(500, "steps between checkpoints")
-    keep: int = option(3, "number of newest checkpoints to keep")
-    keep_every: int = option(0, "also keep the checkpoints of every N-th step; 0: none")
-    keep_best: int = option(0, "also keep the N evaluated checkpoints with the highest mean R@10")
-
-
-@dataclasses.dataclass(frozen=True)
-class Mesh:
-    """Devices along each axis; -1 means all remaining devices."""
-
-    data: int = option(-1, "data parallel")
-    fsdp: int = option(1, "data parallel with sharded parameters")
-    expert: int = option(1, "expert parallel")
-    tensor: int = option(1, "tensor parallel: heads and feed-forward widths")
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """When the model is evaluated, and in what batches."""
-
-    every: int = option(0, "steps between evaluations during training; 0: not during training")
-    batch: int = option(64, "rows encoded per batch")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """All options of a run. They determine it completely."""
-
-    seed: int = option(0, "seed of initial parameters, data order and query alterations")
-    vision: Vision = Vision()
-    language: Language = Language()
-    experts: Experts = Experts()
-    prepare: Prepare = Prepare()
-    data: Data = Data()
-    objective: Objective = Objective()
-    training: Training = Training()
-    mesh: Mesh = Mesh()
-    evaluation: Evaluation = Evaluation()
-
-
-def sparse_layers(config: Config) -> tuple[bool, ...]:
-    """Which decoder layers have experts; as `decoder_sparse_step` and `mlp_only_layers` of transformers."""
-    experts = config.experts
-    return tuple(
-        experts.count > 0 and (layer + 1) % experts.every == 0 and layer not in experts.dense_layers
-        for layer in range(config.language.layers)
-    )
-
-
-def period(config: Config) -> int:
-    """The length of the shortest block of layers that repeats to form the decoder. Blocks are stacked and scanned.
-
-    If the pattern of layers does not repeat, the decoder is one block, and every layer is compiled separately.
-    """
-    sparse = sparse_layers(config)
-    return next(p for p in range(1, len(sparse) + 1) if sparse == sparse[:p] * (len(sparse) // p))
+__all__ = [
+    "FRAMES",
+    "TEMPLATES",
+    "Config",
+    "Data",
+    "Evaluation",
+    "Experts",
+    "Language",
+    "Mesh",
+    "Objective",
+    "Prepare",
+    "Training",
+    "Vision",
+    "batch_rows",
+    "check",
+    "leaves",
+    "load",
+    "override",
+    "period",
+    "read_json",
+    "replace",
+    "resolve",
+    "shipped_configs",
+    "sparse_layers",
+    "to_json",
+    "warmup_steps",
+]
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -241,9 +92,10 @@ CHOICES = {
     "data.augmented": ("drawn", "original", "augmented", "all"),
     "language.pooling": ("mean", "last"),
     "experts.dispatch": ("grouped", "expert_parallel", "dense"),
-    "experts.router_term": ("none", "learned", "hard"),
+    "experts.router_term": ("none", "learned", "hard", "token", "token_hard"),
     "objective.levels": ("dual", "inter", "mm→mm"),
-    "objective.weighting": ("balanced", "product", "stopped", "counted"),
+    "objective.weighting": ("uniform", "lagging", "routed", "product", "stopped", "counted"),
+    "objective.known": ("masked", "positive"),
     "training.dtype": ("float32", "bfloat16"),
     "training.param_dtype": ("float32", "bfloat16"),
     "training.remat": ("full", "selective", "none"),
@@ -258,6 +110,9 @@ RENAMED = {
     "training.rates": "training.learning_rate_factors",
 }
 """Former names of options."""
+
+RETIRED = {"objective.weighting": {"balanced": "uniform"}}
+"""Values that options no longer have, and what a saved config is read as. Only training uses this option."""
 
 
 def _coerce(name: str, value: Any, default: Any) -> Any:
@@ -312,7 +167,7 @@ def check(config: Config) -> Config:
     """Returns `config`; raises UserError for the first option or combination that cannot work."""
     language, vision, experts = config.language, config.vision, config.experts
     unbounded = ("vision.deepstack", "experts.dense_layers", "objective.margin")
-    may_be_zero = ("seed", "evaluation.every", "experts.count")
+    may_be_zero = ("seed", "evaluation.every", "experts.count", "data.known")
     may_be_zero += tuple(f"training.{name}" for name in ("min_warmup", "keep_every", "keep_best"))
     for name, value in leaves(config).items():
         if isinstance(value, bool) or name.startswith("mesh.") or name in unbounded:
@@ -367,6 +222,11 @@ def check(config: Config) -> Config:
             experts.router_term != "hard" or experts.per_token <= experts.count // 3,
             f"experts.router_term: hard divides {experts.count} experts among three views, and a token needs"
             f" {experts.per_token}; set experts.count to {3 * experts.per_token} or more, or lower experts.per_token",
+        ),
+        (
+            experts.router_term != "token_hard" or experts.per_token <= experts.count // 2,
+            f"experts.router_term: token_hard divides {experts.count} experts between text and image, and a token needs"
+            f" {experts.per_token}; set experts.count to {2 * experts.per_token} or more, or lower experts.per_token",
         ),
         (
             0 < config.data.min_visual_tokens <= config.data.visual_tokens,
@@ -490,11 +350,7 @@ def read_json(path: Path) -> Config:
     try:
         values = _flatten(json.loads(path.read_text(encoding="utf-8")))
         values = {RENAMED.get(name, name): value for name, value in values.items()}  # of an earlier version
+        values |= {name: RETIRED[name].get(values[name], values[name]) for name in RETIRED if name in values}
     except (ValueError, AttributeError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path}: not a config written by moon_jax ({error})") from None
     return replace(Config(), values)
-
-
-def warmup_steps(training: Training) -> int:
-    """The number of warm-up steps: a share of all steps, at least `min_warmup`, at most half of all steps."""
-    return min(max(round(training.warmup * training.steps), training.min_warmup), training.steps // 2)

@@ -46,42 +46,47 @@ def _chunks(candidates: Array, chunk: int) -> tuple[Array, Array]:
 
 
 def masked_logsumexp(
-    queries: Array, candidates: Array, keep: Callable[[Array], Array], scale: Array, chunk: int
-) -> tuple[Array, Array]:
+    queries: Array, candidates: Array, keep: Callable[[Array, Array], tuple[Array, Array]], scale: Array, chunk: int
+) -> tuple[Array, Array, Array]:
     """log Σ_c exp(scale · q·c) over the candidates that `keep` selects.
 
     Args:
         queries: f32[Q,D].
         candidates: f32[C,D].
-        keep: column indices i32[c] → bool[Q,c].
+        keep: column indices i32[c] and similarities f32[Q,c] (without gradient) → two masks bool[Q,c]: what is kept,
+            and what is only counted.
         scale: f32[], the inverse temperature.
         chunk: candidates whose similarities are in memory at once; the backward pass recomputes them.
 
     Returns:
-        f32[Q], -inf if no candidate is kept; and i32[Q], the number of candidates kept.
+        f32[Q], -inf if no candidate is kept; and i32[Q] twice, the number of candidates in each mask.
     """
     total = candidates.shape[0]
 
     @jax.checkpoint
-    def step(carry: tuple[Array, Array, Array], part: tuple[Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
-        largest, summed, kept = carry
+    def step(carry: tuple[Array, ...], part: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+        largest, summed, kept, counted = carry
         block, columns = part
-        mask = keep(columns) & (columns < total)
-        logits = jnp.einsum("qd,cd->qc", queries, block, precision=PRECISION) * scale
-        logits = jnp.where(mask, logits, -jnp.inf)
+        similar = jnp.einsum("qd,cd->qc", queries, block, precision=PRECISION)
+        mask, other = (chosen & (columns < total) for chosen in keep(columns, jax.lax.stop_gradient(similar)))
+        logits = jnp.where(mask, similar * scale, -jnp.inf)
         # The running maximum only prevents overflow: its gradient would cancel out, so none is computed.
         new = jnp.maximum(largest, jax.lax.stop_gradient(logits.max(axis=1)))
         base = jnp.where(jnp.isneginf(new), 0.0, new)
         # Mask before exp as well: exp(-inf) would give 0 · inf in the backward pass.
         terms = jnp.where(mask, jnp.exp(jnp.where(mask, logits, base[:, None]) - base[:, None]), 0.0)
         summed = summed * jnp.exp(largest - base) + terms.sum(axis=1)
-        return (new, summed, kept + mask.sum(axis=1, dtype=jnp.int32)), None
+        kept, counted = (
+            number + chosen.sum(axis=1, dtype=jnp.int32) for number, chosen in ((kept, mask), (counted, other))
+        )
+        return (new, summed, kept, counted), None
 
     size = queries.shape[0]
-    start = (jnp.full(size, -jnp.inf), jnp.zeros(size), jnp.zeros(size, jnp.int32))
-    (largest, summed, kept), _ = jax.lax.scan(step, start, _chunks(candidates, min(chunk, total)))
+    start = (jnp.full(size, -jnp.inf), jnp.zeros(size), *(jnp.zeros(size, jnp.int32) for _ in range(2)))
+    (largest, summed, kept, counted), _ = jax.lax.scan(step, start, _chunks(candidates, min(chunk, total)))
     some = kept > 0
-    return jnp.where(some, jnp.where(some, largest, 0.0) + jnp.log(jnp.where(some, summed, 1.0)), -jnp.inf), kept
+    value = jnp.where(some, jnp.where(some, largest, 0.0) + jnp.log(jnp.where(some, summed, 1.0)), -jnp.inf)
+    return value, kept, counted
 
 
 QUERIES, CHUNK, GROUP = 1024, 32768, 64

@@ -89,13 +89,17 @@ class Rows:
 
 @struct.dataclass
 class Batch:
-    """One training batch. The rows are all queries, then all positives, then all negatives: R = 3B, G = 3."""
+    """One training batch. The rows are all queries, then all positives, then all negatives: R = (2 + N) B, G = 3.
+
+    N is the number of negatives per triplet (`data.negatives`): first the first negative of every triplet, and so on.
+    """
 
     rows: Rows
     product: Array  # i32[R]: product index, -1 if there is none
     group: Array  # i32[R]: index of the title group, -1 if there is none
     weight: Array  # f32[B]
     triplet: Array  # i32[B]: index of the triplet in the training set
+    known: Array  # i32[B,W]: rows after the queries (positive b is b) that the query is known to want, -1 for none
 
 
 @struct.dataclass
@@ -127,6 +131,7 @@ class Objectives:
     sparsity: Array  # f32[]: L_sparsity
     phi: Array  # f32[B]: φ, NaN for a triplet without one
     negatives: Array  # i32[B]: number of unmasked negatives in the inter-product objectives
+    excluded: Array  # i32[B]: candidates that were too similar to count as negatives (`objective.similar_margin`)
 
 
 @struct.dataclass

@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 ORDER = [
     "types",
     "errors",
+    "options",
     "config",
     "interrupt",
     "backend",

@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moon_jax import interrupt
-from moon_jax.augment import chat, editor, images, text
+from moon_jax.augment import chat, editor, text
 from moon_jax.augment.options import Options
+from moon_jax.data import editing
 from moon_jax.data.images import BadImage, check_shape, decode
 from moon_jax.data.prepared import Prepared, open_prepared
 from moon_jax.errors import UserError
@@ -174,12 +175,12 @@ class Generate:
         if self.options.images == "none" or not product.images or not self.options.expansions:
             return []
         picture = decode(product.images[0], self.max_pixels)
-        if min(picture.size) < images.LEAST_SIDE:
+        if min(picture.size) < editing.LEAST_SIDE:
             return []
         seed, count = self._seed(product, "image"), self.options.expansions
         row = {"kind": "image", "backend": "classical", "model": "", "prompt": "", "seed": seed}
         if not self.options.uses_pipeline:
-            found = images.expand(picture, count, np.random.default_rng(seed))
+            found = editing.expand(picture, count, np.random.default_rng(seed))
             return [
                 row | {"number": number, "operation": operation, "image": image}
                 for number, (operation, image) in enumerate(found)
@@ -261,7 +262,5 @@ def check(options: Options) -> None:
         chat.check(options.text, options.text_model)
     elif options.text_model:
         raise UserError("--text-model: names a server's model; give the server's URL as --text")
-    if options.images == "classical":
-        images.check()
-    elif options.uses_pipeline:
+    if options.uses_pipeline:
         editor.check(options.images)

@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from moon_jax.augment.images import jpeg
 from moon_jax.config import Prepare
+from moon_jax.data.editing import jpeg
 from moon_jax.data.images import decode
 from moon_jax.errors import UserError
 from moon_jax.hub import folder as folder_lib

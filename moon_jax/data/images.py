@@ -7,6 +7,7 @@ import functools
 import io
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +141,19 @@ def crop_box(width: int, height: int, area: tuple[float, float], rng: np.random.
 
 
 def patchify(
-    image: Image.Image, rule: ResizeRule, box: tuple[float, ...] | None = None, flipped: bool = False
+    image: Image.Image,
+    rule: ResizeRule,
+    box: tuple[float, ...] | None = None,
+    edit: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
 ) -> Patches:
-    """Resizes the image, or the part in `box` (left, top, right, bottom), bicubically and cuts it into patches."""
+    """Resizes the image, or the part in `box` (left, top, right, bottom), bicubically and cuts it into patches.
+
+    Args:
+        edit: changes the resized pixels, u8[height,width,3], without changing their size.
+    """
     left, top, right, bottom = box or (0, 0, image.width, image.height)
     high, wide = rule.size(max(1, round(bottom - top)), max(1, round(right - left)))
-    pixels = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC, box=box))
-    if flipped:
-        pixels = pixels[:, ::-1]
+    pixels = edit(np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC, box=box)))
     merge, patch = rule.merge, rule.patch
     rows, columns = high // patch, wide // patch
     # (block row, merge, pixel row, block column, merge, pixel column, channel)

@@ -13,7 +13,8 @@ import grain
 import numpy as np
 
 from moon_jax import config as config_lib
-from moon_jax.data import records
+from moon_jax.data import editing, records
+from moon_jax.data import known as known_lib
 from moon_jax.data import rows as rows_lib
 from moon_jax.data.images import BadImage, Patches, ResizeRule, check_shape, crop_box, decode, patchify
 from moon_jax.data.prepared import Prepared
@@ -30,6 +31,7 @@ class Alteration:
     least_words: int  # words that are kept in any case
     crop: tuple[float, float]  # range of a crop's share of the image's area
     flip: float  # probability of flipping an image horizontally
+    background: float = 0.0  # probability of replacing a plain background
 
 
 class Reader:
@@ -53,7 +55,13 @@ class Reader:
         if alteration is None:
             return patchify(picture, self.rule)
         box = crop_box(picture.width, picture.height, alteration.crop, rng)
-        return patchify(picture, self.rule, box, flipped=rng.random() < alteration.flip)
+        flipped, replaced = rng.random() < alteration.flip, rng.random() < alteration.background
+
+        def edit(pixels: np.ndarray) -> np.ndarray:
+            pixels = editing.replace_background(pixels, rng) if replaced else pixels
+            return pixels[:, ::-1] if flipped else pixels
+
+        return patchify(picture, self.rule, box, edit)
 
     def read(
         self,
@@ -155,51 +163,58 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
     """
     config = reader.config
     layout = rows_lib.Layout.of(config, reader.template)
-    data, count = config.data, 3 * config.data.batch
+    data, count = config.data, config_lib.batch_rows(config)
     share = range(count) if share is None else share
-    query_alteration = Alteration(data.keep_word, 2, data.crop, data.flip)
+    query_alteration = Alteration(data.keep_word, data.least_words, data.crop, data.flip, data.background)
+    known = known_lib.Known(prepared.triplets, prepared.group)
     order = grain.MapDataset.range(len(prepared.triplets)).seed(config.seed).shuffle().repeat()
 
-    def read(product: Product, role: int, rng: np.random.Generator | None) -> list[rows_lib.Segment]:
+    def read(
+        product: Product, role: int, alteration: Alteration | None, rng: np.random.Generator | None
+    ) -> list[rows_lib.Segment]:
         try:
             # Shoppers do not write enriched titles, so queries are not augmented.
             titles, images = draw_content(product, data.augmented if role else "original", data.images, rng)
             views = VIEWS if role or not data.mixture else draw_view(bool(titles), bool(images), data.mixture, rng)
-            return reader.segments(titles, images, views, None if role else query_alteration, rng)
+            return reader.segments(titles, images, views, alteration, rng)
         except BadImage as error:
             raise UserError(
                 f"product {product.id}: image: {error}; it was readable when the data were prepared"
             ) from None
 
     # A row's number determines its random numbers. They cost as much as packing, so only rows that need them use them.
-    held: dict[int, tuple[Product, int]] = {}
+    held: dict[int, tuple[Product, int, Alteration | None]] = {}
     random_rows = grain.MapDataset.range(STEPS * count).seed(config.seed)
     random_rows = random_rows.random_map(lambda number, rng: read(*held.pop(number), rng))
 
-    def row(number: int, product: Product | None) -> list[rows_lib.Segment]:
+    def row(number: int, product: Product | None, made: bool) -> list[rows_lib.Segment]:
+        """`made`: the query is the product itself. Queries that people wrote or photographed stay as they are."""
         if product is None:
             return []
         role = number % count // data.batch
-        if role and not needs_rng(product, data.augmented, data.images):
-            return read(product, role, None)
-        held[number] = product, role
+        alteration = query_alteration if made and not role else None
+        content = data.augmented if role else "original"
+        if alteration is None and not (data.mixture and not role) and not needs_rng(product, content, data.images):
+            return read(product, role, None, None)
+        held[number] = product, role, alteration
         return random_rows[number]
 
     def batch(step: int) -> Batch:
         indices = [int(order[step * data.batch + offset]) for offset in range(data.batch)]
         chosen = [prepared.triplets[index] for index in indices]
-        members = np.array(
-            [-1 if triplet[role] is None else triplet[role] for role in range(3) for triplet in chosen], np.int32
-        )
+        members = prepared.members(indices, data.negatives)
+        made = members[: data.batch] == members[data.batch : 2 * data.batch]
+        candidates = known_lib.keys(prepared.group, members[data.batch :])
         needed = np.unique([members[r] for r in share if members[r] >= 0]).tolist()
         products = dict(zip(needed, records.read_many(prepared.products, needed), strict=True))
-        segments = [row(step * count + r, products.get(int(members[r]))) for r in share]
+        segments = [row(step * count + r, products.get(int(members[r])), r < data.batch and made[r]) for r in share]
         return Batch(
             rows=rows_lib.pack([[parts] for parts in segments], layout, reader.tokenizer.pad),
             product=members,
             group=np.where(members >= 0, prepared.group[members], -1).astype(np.int32),
             weight=np.array([triplet.weight for triplet in chosen], np.float32),
             triplet=np.array(indices, np.int32),
+            known=known.among(members[: data.batch], candidates[: data.batch], candidates, data.known),
         )
 
     return grain.MapDataset.range(STEPS).map(batch)

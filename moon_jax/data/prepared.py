@@ -38,6 +38,24 @@ class Prepared:
     val_queries: Sequence[tuple[int, int]]  # query, its target product
     manifest: Mapping[str, Any]  # described in docs/data.md
     folder: Path | None = None  # None for data in memory
+    negatives: np.ndarray | None = None  # i32[len(triplets),K]: further negatives of each triplet, -1 for none
+
+    def members(self, triplets: Sequence[int], negatives: int) -> np.ndarray:
+        """The records of some triplets: all queries, all positives, then all first negatives, all second ones, ….
+
+        Args:
+            triplets: indices.
+            negatives: N.
+
+        Returns:
+            i32[(2+N)·len(triplets)], -1 where there is no record.
+        """
+        chosen = [self.triplets[index] for index in triplets]
+        roles = [[-1 if t[role] is None else t[role] for t in chosen] for role in range(3)]
+        columns = 0 if self.negatives is None else self.negatives.shape[1]
+        for column in range(negatives - 1):
+            roles.append(self.negatives[list(triplets), column] if column < columns else [-1] * len(chosen))
+        return np.concatenate([np.asarray(role, np.int32) for role in roles])
 
     @property
     def synthetic(self) -> bool:

@@ -37,7 +37,7 @@ class Segment:
 
 def prefix_is_view(template: Template, router_term: str) -> bool:
     """Whether view `i` is a prefix of `mm`, so that one segment gives both views."""
-    return not len(template.suffix) and router_term == "none"
+    return not len(template.suffix) and router_term not in ("learned", "hard")
 
 
 def row_text(config: config_lib.Config) -> int:

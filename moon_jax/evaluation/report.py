@@ -61,10 +61,11 @@ def evaluate(
     # Labels are compared by dot product; an embedder with its own `rank` has none.
     evaluated = [] if hasattr(embedder, "rank") or qrels is not None else tasks
     fitted_on = fitted_on if evaluated else []
+    photos = retrieval.photo_sets(embedder)
     with terminal.progress(
-        "embedding", retrieval.count(prepared, qrels) + labels.count(evaluated, fitted_on)
+        "embedding", retrieval.count(prepared, qrels, photos) + labels.count(evaluated, fitted_on)
     ) as advance:
-        encoded = retrieval.encode(embedder, prepared, advance, qrels)
+        encoded = retrieval.encode(embedder, prepared, advance, qrels, photos)
         answers = labels.encode(embedder, prepared, encoded, evaluated, fitted_on, prompts, advance)
     covered = int(encoded.present.any(axis=1).sum())
     if not covered:

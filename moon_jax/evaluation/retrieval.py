@@ -5,6 +5,11 @@ repeat. A query counts in a direction if it has the query view and some hit has 
 number of queries. If query and candidate share a modality, the query is altered (a cropped image, a partial title):
 otherwise a product would only have to find an exact copy of itself. Candidates are never altered, nor are the
 catalogue's own queries.
+
+A crop shares its pixels with the photo that is sought; a colour histogram finds nearly all. So the directions from
+image to image are also scored with changed photos, each change in a set of its own (PHOTOS): the product before another
+background, from another viewpoint, a detail of it, and a whole scene with it as the candidate. data/editing.py makes
+them with SEED, so no photo that a run was trained on equals them.
 """
 
 from __future__ import annotations
@@ -16,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from moon_jax import similarity
-from moon_jax.data import records
+from moon_jax import options, similarity
+from moon_jax.data import editing, images, records
 from moon_jax.data.pipeline import Alteration
 from moon_jax.data.prepared import Prepared
 from moon_jax.embedders.protocol import Embedder
@@ -29,6 +34,10 @@ QUERY_SETS = {
     "products": "products as queries, altered if they share a modality with the candidates",
     "products_trained_on": "products as queries, altered if they share a modality; seen in training",
     "queries": "the catalogue's own queries",
+    "photos_background": "products as queries, their photos before another background",
+    "photos_viewpoint": "products as queries, their photos from another viewpoint",
+    "photos_detail": "products as queries, a detail of their photos",
+    "photos_scene": "product photos as queries, whole scenes as candidates",
     "qrels": "your queries, evaluated by your qrels on the whole catalogue",
 }
 """Sets of queries: their names in metrics.json, and their descriptions in tables and pictures."""
@@ -36,12 +45,54 @@ SEED = 0
 ALTERATION = Alteration(keep_word=0.5, least_words=1, crop=(0.6, 0.9), flip=0.0)
 """How queries are altered, with SEED; fixed, so that every evaluation uses the same queries."""
 
+PHOTOS = {f"photos_{edit}": edit for edit in editing.EDITS}
+"""The sets of queries with changed photos, and the edit of each."""
+
+MOST_PHOTOS = 5000
+"""Products whose photos are changed; a larger catalogue is sampled."""
+
+MAX_PIXELS = options.Data().max_pixels
+
+TEXT_ALTERATION = dataclasses.replace(ALTERATION, crop=(1.0, 1.0))
+"""Of queries whose photo is changed already."""
+
 DIRECTIONS = tuple((query, candidate) for query in VIEWS for candidate in VIEWS)
 
 
 def shares_modality(query: str, candidate: str) -> bool:
     """Whether two views both contain text, or both contain an image: true for all pairs but t→i and i→t."""
     return {query, candidate} != {"t", "i"}
+
+
+class Photos(Sequence[Product]):
+    """Products with their first photo changed; without a photo where that is not possible."""
+
+    def __init__(self, products: Sequence[Product], edit: str, max_pixels: int):
+        """`edit` is one of editing.EDITS."""
+        self._products, self._edit, self._max_pixels = products, edit, max_pixels
+
+    def __len__(self) -> int:
+        return len(self._products)
+
+    def __getitem__(self, index: int) -> Product:
+        product = self._products[index]
+        if not product.images:
+            return product
+        rng = np.random.default_rng((SEED, index, *self._edit.encode()))
+        try:
+            changed = editing.edited(images.decode(product.images[0], self._max_pixels), self._edit, rng)
+        except images.BadImage as error:
+            raise UserError(f"product {product.id}: image: {error}") from None
+        return dataclasses.replace(product, images=() if changed is None else (changed,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """What is searched, embedded."""
+
+    product: np.ndarray  # i32[C], product indices
+    vectors: np.ndarray  # [C,3,…]
+    present: np.ndarray  # bool[C,3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +106,7 @@ class Queries:
     altered_present: np.ndarray  # bool[Q,3], which altered views exist
     plain_present: np.ndarray  # bool[Q,3]
     relevance: metrics.Relevance  # for all candidates
+    candidates: Candidates | None = None  # if other than those of Encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +129,10 @@ class Encoded:
         def cut(vectors: np.ndarray) -> np.ndarray:
             return np.asarray(similarity.truncate(vectors, width))
 
-        queries = {
-            name: dataclasses.replace(part, altered=cut(part.altered), plain=cut(part.plain))
-            for name, part in self.queries.items()
-        }
+        queries = {}
+        for name, part in self.queries.items():
+            own = part.candidates and dataclasses.replace(part.candidates, vectors=cut(part.candidates.vectors))
+            queries[name] = dataclasses.replace(part, altered=cut(part.altered), plain=cut(part.plain), candidates=own)
         return dataclasses.replace(self, candidates=cut(self.candidates), queries=queries)
 
 
@@ -101,17 +153,31 @@ class Search:
         return self.rank(self.queries, self.candidates, min(depth, len(self.candidates)))[1]
 
 
+def photo_sets(embedder: Embedder) -> tuple[str, ...]:
+    """The sets of PHOTOS that the embedder can be evaluated on: all, or none without images or with fixed vectors."""
+    able = "i" in getattr(embedder, "sees", VIEWS) and not getattr(embedder, "fixed", False)
+    return tuple(PHOTOS) if able else ()
+
+
+def _changed(prepared: Prepared) -> np.ndarray:
+    """i32: positions in prepared.val of the products whose photos are changed: all, or MOST_PHOTOS drawn by SEED."""
+    count = len(prepared.val)
+    return np.sort(np.random.default_rng(SEED).permutation(count)[:MOST_PHOTOS]).astype(np.int32)
+
+
 def encode(
     embedder: Embedder,
     prepared: Prepared,
     advance: Callable[[int], None] = lambda count: None,
     qrels: metrics.Qrels | None = None,
+    photos: Sequence[str] = (),
 ) -> Encoded:
     """Embeds candidates and queries.
 
     Args:
-        advance: called with numbers of embedded items, in total `count(prepared, qrels)`.
+        advance: called with numbers of embedded items, in total `count(prepared, qrels, photos)`.
         qrels: indices into prepared.val_queries and prepared.val; if given, only these queries are evaluated.
+        photos: the sets of changed photos to evaluate, of PHOTOS.
 
     Raises:
         UserError: a vector is not finite.
@@ -127,6 +193,20 @@ def encode(
         name = "products_trained_on" if prepared.val == prepared.train else "products"
         relevance = metrics.Keys(key[index], key[index])
         queries[name] = Queries(index, index, altered, plain, altered_present, present, relevance)
+        chosen = _changed(prepared)
+        mine = key[index[chosen]]
+        for name in photos:
+            scenes = PHOTOS[name] == "scene"
+            changed = Photos(records.Subset(prepared.products, index[chosen]), PHOTOS[name], MAX_PIXELS)
+            alteration = None if scenes else TEXT_ALTERATION
+            found, there = _finite(*embedder.encode_views(changed, alteration, SEED, advance), changed)
+            if scenes:
+                vectors, have = altered[chosen], altered_present[chosen]
+                relevance = metrics.Keys(mine, mine)
+                other = Candidates(index[chosen], found, there)
+            else:
+                vectors, have, relevance, other = found, there, metrics.Keys(mine, key[index]), None
+            queries[name] = Queries(index[chosen], index[chosen], vectors, vectors, have, have, relevance, other)
     if prepared.val_queries:
         own_index, targets = (np.array(column, np.int32) for column in zip(*prepared.val_queries, strict=True))
         own_queries = records.Subset(prepared.products, own_index)
@@ -145,26 +225,28 @@ def _finite(vectors: np.ndarray, present: np.ndarray, products: Sequence[Product
     return vectors, present
 
 
-def count(prepared: Prepared, qrels: metrics.Qrels | None = None) -> int:
+def count(prepared: Prepared, qrels: metrics.Qrels | None = None, photos: Sequence[str] = ()) -> int:
     """The number of products and queries that `encode` embeds."""
-    return (2 if qrels is None else 1) * len(prepared.val) + len(prepared.val_queries)
+    changed = len(photos) * len(_changed(prepared)) if qrels is None else 0
+    return (2 if qrels is None else 1) * len(prepared.val) + len(prepared.val_queries) + changed
 
 
 def search(encoded: Encoded, name: str, query: str, candidate: str) -> Search:
     """The direction query → candidate for the set of queries `name`, without queries that no candidate answers."""
     queries = encoded.queries[name]
     q, c = VIEWS.index(query), VIEWS.index(candidate)
-    offered = encoded.present[:, c]
+    pool = queries.candidates or Candidates(encoded.product, encoded.candidates, encoded.present)
+    offered = pool.present[:, c]
     altered = shares_modality(query, candidate)
     vectors, present = (queries.altered, queries.altered_present) if altered else (queries.plain, queries.plain_present)
     # A query without a relevant candidate in this view says nothing about the model.
     chosen = present[:, q] & (queries.relevance.take(metrics.ALL, offered).number > 0)
     return Search(
         queries=vectors[chosen, q],
-        candidates=encoded.candidates[offered, c],
+        candidates=pool.vectors[offered, c],
         query_product=queries.product[chosen],
         target=queries.target[chosen],
-        candidate_product=encoded.product[offered],
+        candidate_product=pool.product[offered],
         relevance=queries.relevance.take(chosen, offered),
         rank=encoded.rank,
     )
@@ -178,6 +260,8 @@ def directions(encoded: Encoded) -> Iterator[tuple[str, str, Search, dict[str, n
     """
     for name in encoded.queries:
         for query, candidate in DIRECTIONS:
+            if name in PHOTOS and "t" in (query, candidate):
+                continue
             task = search(encoded, name, query, candidate)
             if len(task.query_product):
                 yield name, f"{query}→{candidate}", task, metrics.by_query(task.found(), task.relevance)

@@ -18,12 +18,13 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401  bfloat16 for numpy
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 
 from moon_jax import config as config_lib
 from moon_jax.errors import UserError
 from moon_jax.hub import keys
-from moon_jax.types import VIEWS
+from moon_jax.model import router
 
 Region = tuple[slice, ...]
 Normal = Callable[[], tuple[float, float]]
@@ -133,6 +134,34 @@ def statistics(source: Lazy) -> tuple[float, float]:
     return float(array.mean()), float(array.std())
 
 
+class Held:
+    """The tensors of a model in memory, by name, like Files."""
+
+    def __init__(self, folder: Path, config: config_lib.Config, params: Any):
+        """
+        Args:
+            folder: where the model is from, for messages.
+            params: the encoder's parameters. Every process must call this; each gets all of them.
+        """
+        self.folder = folder
+        leaves = {}
+        for path, leaf in keys.flatten(params).items():
+            whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+            leaves[path] = np.asarray(whole)
+        self._arrays = {}
+        for row in keys.table(config):
+            leaf = leaves[row.ours]
+            array = leaf if row.stack_index is None else leaf[row.stack_index]
+            self._arrays[row.theirs] = keys.to_theirs(array, row.transform)
+
+    def names(self) -> set[str]:
+        return set(self._arrays)
+
+    def __getitem__(self, name: str) -> Lazy:
+        array = self._arrays[name]
+        return Lazy(array.shape, array.__getitem__)
+
+
 class Files:
     """The tensors of a folder's safetensors files by name, without the prefix `model.`. Nothing is unpickled."""
 
@@ -193,13 +222,18 @@ def is_upcycled(config: config_lib.Config, names: set[str]) -> bool:
     return config.experts.count > 0 and not any(".mlp.experts." in name for name in names)
 
 
-def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
+def sources(config: config_lib.Config, files: Files | Held) -> dict[str, Lazy]:
     """Path → leaf of the encoder's parameters, from a folder's weights; dense weights are upcycled.
 
     Upcycling (arXiv 2212.05055) copies the dense feed-forward into every expert. The gates of a token add up to one, so
     the function is unchanged for any router. The router starts from N(0, `experts.router_init`), because a zero router
     would send every token to the first K experts. `experts.reinitialized` draws part of each expert again (arXiv
     2502.19261), with the mean and standard deviation of its matrix.
+
+    If `experts.width` is 1/K of the dense feed-forward, experts are slices of it, and the FLOPs stay those of the dense
+    model ("virtual groups", arXiv 2410.07524): K consecutive experts hold the K slices, their outputs scaled by K, and
+    share a column of the router. Their logits tie, so a token starts with one whole group, each slice weighing 1/K: the
+    function is unchanged.
 
     Raises:
         UserError: a weight is missing, left over, or does not have the config's shape; names it.
@@ -222,16 +256,29 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
         """A leaf of one layer's experts, built from the dense feed-forward."""
         layer = int(row.theirs.split(".")[2])
         if row.ours.endswith("router"):
-            shape = (config.language.width, config.experts.count)
+            shape = (config.language.width, config.experts.count // slices)
             rng = np.random.default_rng((config.seed, layer))
-            kernel = rng.normal(0.0, config.experts.router_init, shape).astype(np.float32)
-            return Lazy(shape, kernel.__getitem__)
+            kernel = rng.normal(0.0, config.experts.router_init, shape).astype(np.float32).repeat(slices, axis=1)
+            return Lazy(kernel.shape, kernel.__getitem__)
         names = ("gate_proj", "up_proj") if row.ours.endswith("gate_up") else ("down_proj",)
         names = [f"language_model.layers.{layer}.mlp.{name}.weight" for name in names]
         parts = [take(name, 2) for name in names]
         if len({part.shape for part in parts}) > 1:
             raise UserError(f"{files.folder}: gate and up of layer {layer} differ in shape")
         inner = 1 if row.ours.endswith("gate_up") else 0  # the axis of F after transposing
+
+        def slice_of(matrix: Lazy, number: int) -> Lazy:
+            """The slice of expert `number` of a matrix [D,F], or of [F,D], scaled."""
+            first = number % slices * config.experts.width
+            shape = list(matrix.shape)
+            shape[inner] = config.experts.width
+
+            def read(region: Region) -> np.ndarray:
+                moved = [*region]
+                moved[inner] = slice(first + region[inner].start, first + region[inner].stop)
+                return matrix.read(tuple(moved)) * (1 if inner else slices)
+
+            return Lazy(tuple(shape), read)
 
         def joined(matrices: list[Lazy]) -> Lazy:
             return stacked(matrices) if len(matrices) > 1 else matrices[0]
@@ -241,7 +288,7 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             return joined(
                 [
                     reinitialized(
-                        transposed(part),
+                        slice_of(transposed(part), number) if slices > 1 else transposed(part),
                         inner,
                         config.experts.reinitialized,
                         (*units, *name.encode()),
@@ -252,7 +299,7 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
                 ]
             )
 
-        if not config.experts.reinitialized:
+        if not config.experts.reinitialized and slices == 1:
             return _repeated(joined([transposed(part) for part in parts]), config.experts.count)
         return stacked([expert(number) for number in range(config.experts.count)])
 
@@ -261,10 +308,13 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             f"config.experts.reinitialized: {files.folder} has experts already, so none are created by upcycling;"
             " leave this out"
         )
-    if upcycled and config.experts.width != config.language.mlp_width:
+    whole, part = config.language.mlp_width, config.experts.per_token
+    slices = part if upcycled and config.experts.width * part == whole else 1
+    if upcycled and (config.experts.width * slices != whole or config.experts.count % slices):
         raise UserError(
             f"config.experts.width: {config.experts.width}, but upcycling copies the dense feed-forward of"
-            f" {files.folder}; give --config.experts.width={config.language.mlp_width}"
+            f" {files.folder}; give --config.experts.width={whole}, or {whole // part} and a multiple of {part} experts"
+            " for slices of it"
         )
     transforms = {
         keys.KEEP: (None, lambda lazy: lazy),
@@ -286,11 +336,11 @@ def sources(config: config_lib.Config, files: Files) -> dict[str, Lazy]:
             if layers and layers[0].shape != lazy.shape:
                 raise UserError(f"{files.folder}: {row.theirs} has shape {lazy.shape}, other layers {layers[0].shape}")
             layers.append(lazy)
-    if config.experts.router_term == "learned":  # no folder has it; it starts at zero, which changes nothing
-        shape = (len(VIEWS), config.experts.count)
+    if config.experts.router_term in ("learned", "token"):  # no folder has it
+        own = router.own_experts(router.TERMS[config.experts.router_term], config.experts.count)
+        term = (config.experts.term_init * own).astype(np.float32)
         for path in [path for path in leaves if path.endswith("experts/router")]:
-            zeros = Lazy(shape, np.zeros(shape, np.float32).__getitem__)
-            leaves[f"{path}_term"] = [zeros] * len(leaves[path])
+            leaves[f"{path}_term"] = [Lazy(term.shape, term.__getitem__)] * len(leaves[path])
     left = sorted(held - used - {LM_HEAD})
     if left:
         more = f", and {len(left) - 1} more" if left[1:] else ""
@@ -381,13 +431,22 @@ def load(
     Raises:
         UserError: a weight is missing, left over or of the wrong shape.
     """
-    targets = keys.flatten(like)
     with contextlib.ExitStack() as stack:
-        found = sources(config, Files(folder, stack))
-        for path, target in targets.items():
-            if found[path].shape != target.shape:
-                theirs = next(row.theirs for row in keys.table(config) if row.ours == path)
-                raise UserError(
-                    f"{folder}: {theirs} gives {path} shape {found[path].shape}, but the config needs {target.shape}"
-                )
-        return keys.unflatten({path: place(found[path], targets[path]) for path in track(targets, len(targets))})
+        return placed(Files(folder, stack), config, like, track)
+
+
+def placed(
+    files: Files | Held,
+    config: config_lib.Config,
+    like: Any,
+    track: Callable[[Iterable, int], Iterable] = lambda work, total: work,
+) -> Any:
+    """Like `load`, for opened files or a model in memory."""
+    targets, found = keys.flatten(like), sources(config, files)
+    for path, target in targets.items():
+        if found[path].shape != target.shape:
+            theirs = next(row.theirs for row in keys.table(config) if row.ours == path)
+            raise UserError(
+                f"{files.folder}: {theirs} gives {path} shape {found[path].shape}, but the config needs {target.shape}"
+            )
+    return keys.unflatten({path: place(found[path], targets[path]) for path in track(targets, len(targets))})

@@ -56,6 +56,13 @@ def composition(rows: Rows) -> Array:
     return (span_mask(rows) * rows.view[..., None]).max(axis=1).astype(jnp.int32)
 
 
+def token_kind(rows: Rows, router_term: str) -> Array:
+    """The kind of each token for the router's term (router.TERMS), from 1; 0 for padding. i32[R,S]."""
+    if router_term in ("token", "token_hard"):
+        return jnp.where(rows.segment > 0, jnp.where(rows.visual >= 0, 2, 1), 0)
+    return composition(rows)
+
+
 class Encoder(nn.Module):
     """Rows → EncoderOutput. Layers are rematerialized, and experts may drop tokens, only in `training`."""
 
@@ -66,7 +73,8 @@ class Encoder(nn.Module):
     def __call__(self, rows: Rows) -> EncoderOutput:
         c, rows = self.config, jax.tree.map(jnp.asarray, rows)
         dtype, param_dtype = jnp.dtype(c.training.dtype), jnp.dtype(c.training.param_dtype)
-        init = partitioned(("vocab", "embed"), nn.initializers.normal(0.02))
+        # Of the scale of the visual tokens and of what the layers add: at 0.02, mm would begin as the image alone.
+        init = partitioned(("vocab", "embed"), nn.initializers.normal(1.0))
         table = self.param("token_embedding", init, (c.language.vocab, c.language.width), param_dtype)
         x = sharding.by_rows(sharding.lookup(table, rows.tokens)).astype(dtype)
         if rows.patches.shape[1]:
@@ -78,7 +86,8 @@ class Encoder(nn.Module):
             deepstack = jnp.zeros((0, rows.tokens.shape[0], 0, c.language.width), dtype)
         mask = span_mask(rows)
         decoder = Decoder(c, self.training, name="decoder")
-        x, sums = decoder(x, rows.segment, rows.position, mask, composition(rows), rows.visual, deepstack)
+        kind = token_kind(rows, c.experts.router_term)
+        x, sums = decoder(x, rows.segment, rows.position, mask, kind, rows.visual, deepstack)
         self.sow("intermediates", "hidden", x)
         shape = (0, c.experts.count)
         return EncoderOutput(

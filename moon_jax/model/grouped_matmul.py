@@ -90,7 +90,18 @@ def _tokamax() -> Callable[..., Array]:
         raise UserError(
             "config.experts.dispatch: on a GPU the grouped matmul needs tokamax; pip install -e '.[cuda]'"
         ) from None
-    return lambda x, matrices, sizes: tokamax.ragged_dot(x, matrices, sizes, implementation="triton")
+
+    def dot(x: Array, matrices: Array, sizes: Array) -> Array:
+        try:
+            return tokamax.ragged_dot(x, matrices, sizes, implementation="triton")
+        except ValueError as error:  # newer versions of tokamax leave Triton to an extra
+            if "implementation" not in str(error):
+                raise
+            raise UserError(
+                "config.experts.dispatch: on a GPU tokamax needs triton and jax-triton; pip install -e '.[cuda]'"
+            ) from None
+
+    return dot
 
 
 def ragged(x: Array, gate_up: Array, down: Array, sizes: Array, dot: Callable[..., Array]) -> Array:

@@ -17,7 +17,7 @@ from moon_jax import sharding
 from moon_jax.model import experts as experts_lib
 from moon_jax.model import router as router_lib
 from moon_jax.model.attention import Dense, RMSNorm, attention, partitioned, rematerialized, rotate
-from moon_jax.types import VIEWS, Array
+from moon_jax.types import Array
 
 
 def rotary_angles(position: Array, config: config_lib.Language) -> Array:
@@ -93,8 +93,8 @@ class FeedForward(nn.Module):
 class MixtureOfExperts(nn.Module):
     """The modality-driven mixture of experts. [R,S,D] → [R,S,D] and the router's sums.
 
-    `pool` f32[R,G,S] marks the tokens of each span. `composition` i32[R,S] is the view that a token's segment forms
-    (1 to 3), or 0 for padding. Experts may drop tokens only in `training`.
+    `pool` f32[R,G,S] marks the tokens of each span. `kind` i32[R,S] is the kind of each token for the router's term
+    (from 1), or 0 for padding. Experts may drop tokens only in `training`.
     """
 
     config: config_lib.Experts
@@ -103,7 +103,7 @@ class MixtureOfExperts(nn.Module):
     training: bool
 
     @nn.compact
-    def __call__(self, x: Array, pool: Array, composition: Array) -> tuple[Array, RouterSums]:
+    def __call__(self, x: Array, pool: Array, kind: Array) -> tuple[Array, RouterSums]:
         c, width = self.config, x.shape[-1]
         init = partitioned(("embed", None), nn.initializers.normal(c.router_init))
         router = self.param("router", init, (width, c.count), self.param_dtype)
@@ -114,16 +114,17 @@ class MixtureOfExperts(nn.Module):
         shape = (c.count, c.width, width)
         down = self.param("down", partitioned(("experts", "mlp", "embed"), kernel), shape, self.param_dtype)
 
-        tokens, composition = x.reshape(-1, width), composition.reshape(-1)
+        tokens, kind = x.reshape(-1, width), kind.reshape(-1)
         term = None
-        if c.router_term == "learned":
-            init = partitioned((None, None), nn.initializers.zeros)
-            term = self.param("router_term", init, (len(VIEWS), c.count), self.param_dtype)
-        elif c.router_term == "hard":
-            term = jnp.asarray(router_lib.hard_term(c.count))
+        if c.router_term in ("learned", "token"):
+            own = c.term_init * router_lib.own_experts(router_lib.TERMS[c.router_term], c.count)
+            init = partitioned((None, None), lambda key, shape, dtype: jnp.asarray(own, dtype))
+            term = self.param("router_term", init, own.shape, self.param_dtype)
+        elif c.router_term != "none":
+            term = jnp.asarray(router_lib.hard_term(router_lib.TERMS[c.router_term], c.count))
         if term is not None:
-            term = term.astype(jnp.float32)[jnp.maximum(composition, 1) - 1]
-        valid = composition > 0
+            term = term.astype(jnp.float32)[jnp.maximum(kind, 1) - 1]
+        valid = kind > 0
         routing = router_lib.route(tokens, router, c.per_token, term)
 
         exchanged = c.dispatch == "expert_parallel"
@@ -163,7 +164,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, segment: Array, cos: Array, sin: Array, pool: Array, composition: Array
+        self, x: Array, segment: Array, cos: Array, sin: Array, pool: Array, kind: Array
     ) -> tuple[Array, RouterSums | None]:
         c = self.config.language
         x = sharding.by_rows(x)
@@ -176,7 +177,7 @@ class Layer(nn.Module):
         h = RMSNorm(c.norm_eps, dtypes["param_dtype"], name="post_attention_norm")(x)
         if self.sparse:
             moe = MixtureOfExperts(self.config.experts, training=self.training, name="experts", **dtypes)
-            y, sums = moe(h, pool, composition)
+            y, sums = moe(h, pool, kind)
             return x + y, sums
         return x + FeedForward(c, name="mlp", **dtypes)(h), None
 
@@ -196,7 +197,7 @@ class Period(nn.Module):
         cos: Array,
         sin: Array,
         pool: Array,
-        composition: Array,
+        kind: Array,
         visual: Array,
         deepstack: Array,
     ) -> tuple[Array, RouterSums | None]:
@@ -204,7 +205,7 @@ class Period(nn.Module):
         layer = rematerialized(Layer, c.training.remat if self.training else "none")
         period, found = config_lib.period(c), []
         for position, sparse in enumerate(config_lib.sparse_layers(c)[:period]):
-            x, sums = layer(c, sparse, self.training, name=f"layer_{position}")(x, segment, cos, sin, pool, composition)
+            x, sums = layer(c, sparse, self.training, name=f"layer_{position}")(x, segment, cos, sin, pool, kind)
             found += [sums] if sparse else []
             if deepstack.shape[0]:
                 number = index * period + position
@@ -241,7 +242,7 @@ class Decoder(nn.Module):
         segment: Array,
         position: Array,
         pool: Array,
-        composition: Array,
+        kind: Array,
         visual: Array,
         deepstack: Array,
     ) -> tuple[Array, RouterSums | None]:
@@ -257,7 +258,7 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.training, name="periods")
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        x, sums = scanned(x, jnp.arange(periods), segment, cos, sin, pool, composition, visual, deepstack)
+        x, sums = scanned(x, jnp.arange(periods), segment, cos, sin, pool, kind, visual, deepstack)
         # [periods, layers with experts in one, …] → [L, …]
         sums = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), sums)
         return RMSNorm(c.language.norm_eps, jnp.dtype(c.training.param_dtype), name="norm")(x), sums

@@ -2,8 +2,9 @@
 
 G = softmax(W_g h + term),  G̃ = the K largest, renormalised to sum 1,  y = Σ_e G̃_e f_e(h)
 
-The term is our option: the paper's router sees h alone. It depends on the token's *composition*, the view that its
-segment forms. `hard` reserves experts for each composition (−inf for all others); `learned` is trained.
+The term is our option: the paper's router sees h alone. It depends on what a token is: with `learned` and `hard` its
+*composition*, the view that its segment forms; with `token` and `token_hard` its modality, text or image. The hard ones
+reserve experts (−inf for all others), the others are trained.
 """
 
 from __future__ import annotations
@@ -26,10 +27,20 @@ class Routing:
     logsumexp: Array  # f32[T]
 
 
-def hard_term(experts: int) -> np.ndarray:
-    """f32[3,E]: 0 if the composition may use the expert, else −inf. Expert e serves view e mod 3."""
-    own = np.arange(experts) % len(VIEWS) == np.arange(len(VIEWS))[:, None]
-    return np.where(own, 0.0, -np.inf).astype(np.float32)
+TERMS = {"learned": len(VIEWS), "hard": len(VIEWS), "token": 2, "token_hard": 2}
+"""The router terms, and how many kinds of token each distinguishes: the views, or text (0) and image (1)."""
+
+
+def own_experts(kinds: int, experts: int) -> np.ndarray:
+    """bool[kinds,E]: which experts belong to which kind of token: e mod 3 for views, halves for text and image."""
+    number = np.arange(experts)
+    kind = number % kinds if kinds == len(VIEWS) else number * kinds // experts
+    return kind == np.arange(kinds)[:, None]
+
+
+def hard_term(kinds: int, experts: int) -> np.ndarray:
+    """f32[kinds,E]: 0 if the kind of token may use the expert, else −inf."""
+    return np.where(own_experts(kinds, experts), 0.0, -np.inf).astype(np.float32)
 
 
 def route(hidden: Array, kernel: Array, per_token: int, term: Array | None = None) -> Routing:

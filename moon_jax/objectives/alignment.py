@@ -6,11 +6,15 @@
 
 Both are one contrastive loss: an anchor, its own candidate, all other candidates of the global batch. Ours, because
 the paper leaves it open: the negatives are all other p and n of the batch, except those of the same product or with
-an equal title; φ weights the inter objectives only; ω also multiplies the intra objectives (M = 5); by default there
-are no Matryoshka widths, and φ uses the whole vector.
+an equal title, and those that the query is known to want; φ weights the inter objectives only; ω also multiplies the
+intra objectives (M = 5). Off by default: the second direction of each loss (`symmetric`), known positives that count as
+positives, a limit on the similarity of negatives, Matryoshka widths (φ always uses the whole vector).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,9 @@ from moon_jax.objectives import balance, filtering, weighting
 from moon_jax.types import OBJECTIVES, VIEWS, Array, Batch, EncoderOutput, Objectives
 
 T, I, MM = range(len(VIEWS))
+
+LEAST_CHANCE = 0.6
+"""The loss by chance of an objective, for its progress, is at least that of one negative, log 2, or nearly."""
 
 INTER = (0, 1, 2)
 """The indices of the inter-product OBJECTIVES."""
@@ -40,7 +47,10 @@ def contrastive_loss(
     temperature: Array,
     chunk: int,
     widths: tuple[int, ...] = (),
-) -> tuple[Array, Array]:
+    known: Callable[[Array], Array] | None = None,
+    further: Array | None = None,
+    margin: float = 0.0,
+) -> tuple[Array, Array, Array]:
     """−log softmax probability of each anchor's own candidate, averaged over D and the Matryoshka `widths`.
 
     Args:
@@ -53,26 +63,46 @@ def contrastive_loss(
         temperature: f32[].
         chunk: number of candidates with similarities in memory at once.
         widths: widths below D at which the vectors are also compared (arXiv 2205.13147).
+        known: column indices i32[c] → bool[B,c], further candidates that are not negatives.
+        further: i32[B,W], indices of candidates that are positives like the own one, -1 for none; the loss is then the
+            mean over all positives, each against the negatives alone. `known` must exclude them from the negatives.
+        margin: if positive, a candidate more similar to the anchor than its own one by more than this is not a negative
+            (Qwen3-VL-Embedding, eq. 1). No gradient flows through the comparison.
 
     Returns:
-        f32[B], and i32[B], the negatives of each anchor. Both are meaningless if the own candidate is absent.
+        f32[B]; i32[B], the negatives of each anchor; and i32[B], the candidates that `margin` excluded. All are
+        meaningless if the own candidate is absent.
     """
 
-    def keep(columns: Array) -> Array:
+    def negative(columns: Array) -> Array:
         def differs(key: Array) -> Array:
             mine, theirs = key[own][:, None], jnp.take(key, columns, mode="fill", fill_value=-1)[None]
             return (mine != theirs) | (mine < 0)
 
-        exists = jnp.take(present, columns, mode="fill", fill_value=False)
-        return (columns == own[:, None]) | (exists & differs(product) & differs(group))
+        found = jnp.take(present, columns, mode="fill", fill_value=False) & differs(product) & differs(group)
+        found &= columns != own[:, None]
+        return found if known is None else found & ~known(columns)
 
+    positives = own[:, None] if further is None else jnp.concatenate([own[:, None], further], axis=1)
+    real = (positives >= 0) & present[jnp.maximum(positives, 0)]
+    real = real.at[:, 0].set(True)
     losses = []
     for width in (*widths, anchors.shape[-1]):
         query, candidate = similarity.truncate(anchors, width), similarity.truncate(candidates, width)
-        own_logit = (query * candidate[own]).sum(-1) / temperature
-        normaliser, kept = similarity.masked_logsumexp(query, candidate, keep, 1.0 / temperature, chunk)
-        losses.append(normaliser - own_logit)
-    return sum(losses) / len(losses), kept - 1
+        own_similarity = jnp.einsum(
+            "bd,bwd->bw", query, candidate[jnp.maximum(positives, 0)], precision=similarity.PRECISION
+        )
+        limit = jax.lax.stop_gradient(own_similarity[:, :1]) + margin if margin else jnp.inf
+
+        def keep(columns: Array, similar: Array, limit: Array = limit) -> tuple[Array, Array]:
+            others, suspect = negative(columns), similar > limit
+            return others & ~suspect, others & suspect
+
+        normaliser, kept, excluded = similarity.masked_logsumexp(query, candidate, keep, 1.0 / temperature, chunk)
+        logit = own_similarity / temperature
+        each = jnp.logaddexp(normaliser[:, None], logit) - logit
+        losses.append(jnp.where(real, each, 0.0).sum(1) / real.sum(1))
+    return sum(losses) / len(losses), kept, excluded
 
 
 def _mean(values: Array, weight: Array) -> Array:
@@ -87,7 +117,7 @@ def objectives(
     """All losses of a batch.
 
     Args:
-        output: for the batch's rows, R = 3B.
+        output: for the batch's rows, R = (2 + N) B with N negatives per triplet.
         alignment: {"dual": W* f32[L,E,M], absent if no layer has experts, "log_temperature": f32[2], for ε and ε̃}.
         batch: for identities and weights.
         config: uses `objective`, `experts` and the steps and warm-up of `training`.
@@ -95,74 +125,116 @@ def objectives(
     """
     options = config.objective
     size = batch.weight.shape[0]
-    q, p, n = range(3)
-    embedding = output.embedding.reshape(3, size, len(VIEWS), -1)
-    present = (batch.rows.view > 0).reshape(3, size, len(VIEWS))
-    # Candidates are all positives, then all negatives: p_b has index b, n_b has index B + b.
-    items = embedding[p:].reshape(2 * size, len(VIEWS), -1)
-    items_present = present[p:].reshape(2 * size, len(VIEWS))
+    q, p = 0, 1
+    embedding = output.embedding.reshape(-1, size, len(VIEWS), output.embedding.shape[-1])
+    present = (batch.rows.view > 0).reshape(-1, size, len(VIEWS))
+    # Candidates are all positives, then all negatives: p_b has index b, the k-th negative n_b has index k B + b.
+    items = embedding[p:].reshape(-1, *embedding.shape[2:])
+    items_present = present[p:].reshape(-1, len(VIEWS))
     product, group = batch.product[size:], batch.group[size:]
-    first = jnp.arange(size)
+    first, every = jnp.arange(size), jnp.arange(len(items))
     temperature, intra_temperature = jnp.exp(alignment["log_temperature"])
 
-    # φ compares the query's richest view with the items' mm. NaN if one of the three is missing.
+    # φ compares the query's richest view with the items' mm: the positive, and the most similar of its negatives. NaN
+    # if one of the three is missing.
     richest = jnp.where(present[q, :, MM], MM, jnp.where(present[q, :, I], I, T))
     query = jnp.take_along_axis(embedding[q], richest[:, None, None], axis=1)[:, 0]
     margin = filtering.margin_at(options.margin, step / config.training.steps)
-    phi = filtering.phi(query, embedding[p, :, MM], embedding[n, :, MM], options.phi_slope, margin)
-    phi = jnp.where(present[q].any(-1) & present[p, :, MM] & present[n, :, MM], phi, jnp.nan)
+    similar = jnp.einsum("bd,nbd->nb", query, embedding[p + 1 :, :, MM])
+    hardest = jnp.where(present[p + 1 :, :, MM], similar, -jnp.inf).argmax(0)
+    negative = jnp.take_along_axis(embedding[p + 1 :, :, MM], hardest[None, :, None], axis=0)[0]
+    phi = filtering.phi(query, embedding[p, :, MM], negative, options.phi_slope, margin)
+    known_phi = present[q].any(-1) & present[p, :, MM] & present[p + 1 :, :, MM].any(0)
+    phi = jnp.where(known_phi, phi, jnp.nan)
     weight = batch.weight * filtering.sample_weight(phi, options.phi_threshold)
 
-    # G̃ averaged over each span's tokens: f32[L,3,B,G,E].
-    routing = output.gate / jnp.maximum(output.tokens, 1)[None, :, :, None]
-    routing = routing.reshape(routing.shape[0], 3, size, *routing.shape[2:])
-
-    losses, counts, served, negatives = [], [], [], jnp.zeros(size, jnp.int32)
-    for view in (T, I, MM):
-        loss, others = contrastive_loss(
-            embedding[q, :, view],
-            items[:, MM],
-            first,
-            items_present[:, MM],
-            product,
-            group,
-            temperature,
+    def compare(
+        anchors: Array,
+        anchor_view: int,
+        candidates: Array,
+        view: int,
+        own: Array,
+        keys: slice,
+        scale: Array,
+        **more: Any,
+    ) -> tuple[Array, Array, Array]:
+        """contrastive_loss between two views; `keys` selects the products that the candidates stand for."""
+        return contrastive_loss(
+            anchors[:, anchor_view],
+            candidates[0][:, view],
+            own,
+            candidates[1][:, view],
+            product[keys],
+            group[keys],
+            scale,
             options.chunk,
             options.matryoshka,
+            **more,
         )
+
+    def wanted(columns: Array) -> Array:
+        """bool[B,c]: the query is known to want the candidate."""
+        return (batch.known[:, :, None] == columns).any(1)
+
+    def wanting(columns: Array) -> Array:
+        """bool[B,c]: the query of that triplet is known to want the positive of this one."""
+        return (jnp.take(batch.known, columns, axis=0, mode="clip") == first[:, None, None]).any(-1)
+
+    # G̃ averaged over each span's tokens: f32[L,2+N,B,G,E].
+    routing = output.gate / jnp.maximum(output.tokens, 1)[None, :, :, None]
+    routing = routing.reshape(routing.shape[0], -1, size, *routing.shape[2:])
+
+    losses, counts, served, chances = [], [], [], []
+    negatives, excluded = jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.int32)
+    further = batch.known if options.known == "positive" else None
+    whole = (items, items_present)
+    for view in (T, I, MM):
         exists = present[q, :, view] & present[p, :, MM]
+        options_of = dict(known=wanted, further=further, margin=options.similar_margin)
+        loss, others, out = compare(embedding[q], view, whole, MM, first, slice(None), temperature, **options_of)
+        if options.symmetric:
+            queries = (embedding[q], present[q])
+            back, _, _ = compare(
+                embedding[p],
+                MM,
+                queries,
+                view,
+                first,
+                slice(size),
+                temperature,
+                known=wanting,
+                margin=options.similar_margin,
+            )
+            loss = (loss + back) / 2
         losses.append(_mean(loss, weight * exists))
         counts.append(exists.sum())
+        chances.append(_mean(jnp.log1p(others), exists))
         served.append((routing[:, q, :, view] * exists[:, None]).sum(1) / jnp.maximum(exists.sum(), 1))
-        negatives = jnp.where(exists, others, negatives)
-    for item in (p, n):
-        own = first + (item - p) * size
-        loss, _ = contrastive_loss(
-            embedding[item, :, I],
-            items[:, T],
-            own,
-            items_present[:, T],
-            product,
-            group,
-            intra_temperature,
-            options.chunk,
-            options.matryoshka,
-        )
-        exists = present[item, :, I] & present[item, :, T]
+        negatives, excluded = jnp.where(exists, others, negatives), jnp.where(exists, out, excluded)
+    paired = items_present[:, I] & items_present[:, T]
+    for part in (slice(size), slice(size, None)):
+        own, exists = every[part], paired[part]
+        loss, others, _ = compare(items[part], I, whole, T, own, slice(None), intra_temperature)
+        if options.symmetric:
+            loss = (loss + compare(items[part], T, whole, I, own, slice(None), intra_temperature)[0]) / 2
         losses.append(_mean(loss, exists.astype(jnp.float32)))
         counts.append(exists.sum())
-        pair = 0.5 * (routing[:, item, :, I] + routing[:, item, :, T])
+        chances.append(_mean(jnp.log1p(others), exists))
+        pair = 0.5 * (routing[:, p:, :, I] + routing[:, p:, :, T])
+        pair = pair.reshape(pair.shape[0], -1, pair.shape[-1])[:, part]
         served.append((pair * exists[:, None]).sum(1) / jnp.maximum(exists.sum(), 1))
 
     # Objectives that do not train are left out: M and the columns of W* shrink.
     kept = np.array(LEVELS[options.levels])
-    loss, count = jnp.stack(losses)[kept], jnp.stack(counts)[kept]
+    loss, count, chance = (jnp.stack(values)[kept] for values in (losses, counts, chances))
     dual = alignment.get("dual", jnp.zeros((0, config.experts.count, len(OBJECTIVES))))[..., kept]
     inter = sum(number in INTER for number in LEVELS[options.levels])
     routed = jnp.stack(served, axis=1)[:, kept]
-    value, weights = weighting.weighted_sum(dual, routed, loss, count, options.weighting, inter)
+    value, weights = weighting.weighted_sum(
+        dual, routed, loss, count, jnp.maximum(chance, LEAST_CHANCE), options.weighting, inter
+    )
     balanced = balance.load_balance(output.load, output.prob, output.valid, config.experts.per_token)
-    sparsity = weighting.sparsity(dual)
+    sparsity = weighting.sparsity(dual, count > 0)
     # During the warm-up the entropy of p reflects only W*'s initial noise.
     warm = step >= config_lib.warmup_steps(config.training)
     total = value + options.balance * balanced + jnp.where(warm, options.sparsity, 0.0) * sparsity
@@ -177,4 +249,5 @@ def objectives(
         sparsity=sparsity,
         phi=jax.lax.stop_gradient(phi),
         negatives=negatives,
+        excluded=excluded,
     )

@@ -1,10 +1,11 @@
 """The weights ω of the objectives, from the dual-alignment matrix W* and the routing of the tokens they pool.
 
-    p_{e,m} = exp(W*_{e,m}) / Σ_k exp(W*_{e,k})
-    ω_m     = (1/|B_m|) Σ_{b∈B_m} Σ_e p_{e,m} G̃_{e,b}          (mean over the layers with experts)
+    p_{e,m} = exp(W*_{e,m}) / Σ_k exp(W*_{e,k})                 (k: objectives that have samples)
+    ω_m     ∝ (1/|B_m|) Σ_{b∈B_m} Σ_e p_{e,m} G̃_{e,b}          (mean over the layers with experts), Σ_m ω_m = 1
     L_sparsity = (1/E) Σ_e ( −Σ_m p_{e,m} log p_{e,m} )         (mean over the same layers)
 
-Ours, because the paper leaves it open: one W* per layer, and the gradient of ω (`weighted_sum`).
+Ours, because the paper leaves it open: one W* per layer; objectives without samples take no part; ω is divided by its
+sum, which is 1 anyway if all objectives are routed alike; and the gradient of ω (`weighted_sum`).
 """
 
 from __future__ import annotations
@@ -14,68 +15,126 @@ import jax.numpy as jnp
 
 from moon_jax.types import Array
 
-
-def affinity(dual: Array) -> Array:
-    """p: softmax of W* over the objectives. f32[L,E,M]."""
-    return jax.nn.softmax(dual, axis=-1)
+ITERATIONS = 60
+"""Bisections for μ in `fixed_point`: float32 cannot resolve more."""
 
 
-def omega(dual: Array, routing: Array) -> Array:
-    """ω. Sums to about 1 over the objectives; 1/M each if no layer has experts.
+def affinity(dual: Array, active: Array) -> Array:
+    """p: softmax of W* over the active objectives, 0 for the others. f32[L,E,M] from f32[L,E,M] and bool[M]."""
+    return jnp.where(active, jax.nn.softmax(jnp.where(active, dual, -1e30), axis=-1), 0.0)
+
+
+def uniform(active: Array) -> Array:
+    """The same weight for every active objective, 0 for the others. f32[M]."""
+    return active / jnp.maximum(active.sum(), 1)
+
+
+def omega(dual: Array, routing: Array, active: Array) -> Array:
+    """ω. Sums to 1 over the active objectives; uniform if no layer has experts.
 
     Args:
         dual: W*, f32[L,E,M].
         routing: f32[L,M,E], G̃ averaged over each span's tokens and then over B_m.
+        active: bool[M], objectives that have samples.
 
     Returns:
         f32[M].
     """
     if dual.shape[0] == 0:
-        return jnp.full(dual.shape[-1], 1.0 / dual.shape[-1])
-    return jnp.einsum("lem,lme->m", affinity(dual), routing) / dual.shape[0]
+        return uniform(active)
+    served = jnp.where(active, jnp.einsum("lem,lme->m", affinity(dual, active), routing), 0.0)
+    return served / jnp.maximum(served.sum(), 1e-9)
 
 
-def sparsity(dual: Array) -> Array:
+def sparsity(dual: Array, active: Array) -> Array:
     """L_sparsity, in nats: at most log M, 0 when every expert has settled on one objective. f32[]."""
     if dual.shape[0] == 0:
         return jnp.zeros(())
-    entropy = -(affinity(dual) * jax.nn.log_softmax(dual, axis=-1)).sum(-1)
+    share = affinity(dual, active)
+    entropy = -(share * jnp.log(jnp.where(share > 0, share, 1.0))).sum(-1)
     return entropy.mean()
 
 
-def weighted_sum(dual: Array, routing: Array, loss: Array, count: Array, mode: str, inter: int) -> tuple[Array, Array]:
-    """Σ_m ω_m L_m and ω. `mode` determines the gradients; in all modes but `counted` the value is the paper's.
+def fixed_point(relative: Array, active: Array) -> Array:
+    """The ω that maximises Σ_m ω_m ℓ_m + (1/M) Σ_m log(M ω_m) over the simplex: ω_m = 1 / (M (μ − ℓ_m)).
 
-    product: the plain product. ω drifts to the easiest objective.
+    Proof. The function is strictly concave, and −∞ on the boundary, so its only maximum is inside. There the gradient
+    ℓ_m + 1/(M ω_m) is the same μ for every m (Lagrange), hence the formula; μ > max ℓ since ω > 0, and Σ ω = 1
+    determines it, because each term falls as μ grows. So ω rises with ℓ: the objective that lags most weighs most. And
+    none starves: at μ = max ℓ + 1 every term is at most 1/M, so μ ≤ max ℓ + 1 and ω_m ≥ 1 / (M (1 + max ℓ − ℓ_m)).
+
+    Args:
+        relative: ℓ, f32[M].
+        active: bool[M]; M counts these.
+
+    Returns:
+        f32[M], 0 for objectives that are not active.
+    """
+    count = jnp.maximum(active.sum(), 1)
+    top = jnp.max(jnp.where(active, relative, -jnp.inf), initial=-jnp.inf)
+    gap = jnp.where(active, top - relative, jnp.inf)  # of each objective to the one that lags most
+
+    def weights(excess: Array) -> Array:
+        return jnp.where(active, 1 / (count * (excess + gap)), 0.0)
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        over = weights(middle).sum() > 1
+        return jnp.where(over, middle, low), jnp.where(over, high, middle)
+
+    # μ − max ℓ lies in [1/M, 1]: at 1/M the largest weight alone is 1, at 1 all weights are at most 1/M.
+    low, high = jax.lax.fori_loop(0, ITERATIONS, halve, (1 / count, jnp.ones(())))
+    return weights((low + high) / 2)
+
+
+def weighted_sum(
+    dual: Array, routing: Array, loss: Array, count: Array, chance: Array, mode: str, inter: int
+) -> tuple[Array, Array]:
+    """Σ_m ω_m L_m and ω. `mode` determines ω and its gradients.
+
+    uniform: ω_m = 1/M over the objectives that have samples. Experts and W* have no influence.
+    product: the paper's formula, a plain product. ω drifts to the easiest objective.
     stopped: ω has no gradient; only L_sparsity changes W*.
-    balanced: the network's gradient is that of Σ sg(ω_m) L_m; the gradient of W* is that of
-        Σ ω_m sg(L_m) − (1/M) Σ log(M ω_m), a barrier that keeps every objective active. ω passes no gradient to the
-        router.
+    lagging: more weight to the objectives that lag. The network's gradient is that of Σ sg(ω_m) L_m; W* ascends
+        Σ ω_m ℓ_m + (1/M) Σ log(M ω_m), where ℓ_m = sg(L_m / chance_m) is the loss relative to that of a model that
+        knows nothing. `fixed_point` proves where it ends. A dense model has no W* and uses the fixed point itself.
+    routed: like lagging, and the router follows: it, too, ascends that function, so that tokens go to the experts that
+        serve what lags.
     counted: ω_m = (I/M) |B_m| / Σ_k |B_k| over the I inter-product objectives: a plain mean over queries, as when they
         are mixed at a fixed ratio. Intra-product objectives weigh 1/M. Experts and W* have no influence.
 
     Args:
         dual, routing: as in `omega`.
         loss: f32[M].
-        count: i32[M], |B_m|; an objective without samples is ignored.
-        inter: I, the number of inter-product objectives; these come first.
+        count: i32[M], |B_m|; an objective without samples has no weight.
+        chance: f32[M], positive: the loss of a model for which all candidates are equally similar.
+        mode: see above.
+        inter: number of inter-product objectives; these come first. I is this number if any of them has samples.
 
     Returns:
         f32[], and f32[M].
     """
     stop = jax.lax.stop_gradient
-    if mode == "counted":
-        queries = count[:inter] / jnp.maximum(count[:inter].sum(), 1)
-        weight = jnp.concatenate([queries * inter, jnp.ones(loss.size - inter)]) / loss.size
+    active = count > 0
+    if mode == "uniform":
+        weight = uniform(active)
         return (weight * loss).sum(), weight
-    weight = omega(dual, routing)
+    if mode == "counted":
+        queries = inter * count[:inter] / jnp.maximum(count[:inter].sum(), 1)
+        weight = jnp.concatenate([queries, active[inter:].astype(jnp.float32)])
+        weight = weight / jnp.maximum(weight.sum(), 1)
+        return (weight * loss).sum(), weight
+    if mode in ("lagging", "routed"):
+        relative = stop(loss / chance)
+        if dual.shape[0] == 0:
+            weight = fixed_point(relative, active)
+            return (weight * loss).sum(), weight
+        learned = omega(dual, routing if mode == "routed" else stop(routing), active)
+        barrier = jnp.where(active, jnp.log(jnp.where(active, learned, 1.0)), 0.0)
+        gain = (learned * relative).sum() + barrier.sum() / jnp.maximum(active.sum(), 1)
+        return (stop(learned) * loss).sum() + stop(gain) - gain, learned
+    weight = omega(dual, routing, active)
     if mode == "product":
         return (weight * loss).sum(), weight
-    value = (stop(weight) * loss).sum()
-    if mode == "balanced":
-        learned = omega(dual, stop(routing))
-        served = (count > 0) & (learned > 0)
-        barrier = jnp.where(served, jnp.log(loss.size * jnp.where(served, learned, 1.0)), 0.0)
-        surrogate = (learned * stop(loss)).sum() - barrier.sum() / loss.size
-        value = value + surrogate - stop(surrogate)
-    return value, weight
+    return (stop(weight) * loss).sum(), weight

@@ -82,4 +82,4 @@ def model_flops(config: config_lib.Config) -> float:
         pairs += alone**2
     total += 4.0 * language.layers * language.heads * language.head_dim * pairs
     total += 4.0 * vision.depth * vision.width * layout.images * (layout.patches // max(layout.images, 1)) ** 2
-    return 3 * 3 * config.data.batch * total
+    return 3 * config_lib.batch_rows(config) * total

@@ -40,7 +40,7 @@ MakeEvaluate = Callable[[config_lib.Config, Prepared, text.Tokenizer, jax.shardi
 
 def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh, template: text.Template = text.BARE) -> Batch:
     """Shapes, dtypes and shardings of a training batch."""
-    size = config.data.batch
+    size, count = config.data.batch, config_lib.batch_rows(config)
     placed = sharding.rows(mesh)
     one = rows_lib.pack([[]], rows_lib.Layout.of(config, template), 0)
 
@@ -48,11 +48,12 @@ def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh, template:
         return jax.ShapeDtypeStruct((count, *(like.shape[1:] if like is not None else ())), dtype, sharding=placed)
 
     return Batch(
-        rows=jax.tree.map(lambda array: of(3 * size, array, array.dtype), one),
-        product=of(3 * size, None, jnp.int32),
-        group=of(3 * size, None, jnp.int32),
+        rows=jax.tree.map(lambda array: of(count, array, array.dtype), one),
+        product=of(count, None, jnp.int32),
+        group=of(count, None, jnp.int32),
         weight=of(size, None, jnp.float32),
         triplet=of(size, None, jnp.int32),
+        known=of(size, np.empty((1, config.data.known)), jnp.int32),
     )
 
 
@@ -104,13 +105,24 @@ def _initialize(
     params: dict[str, Any] = {}
     init = config.training.init
     if opened.base and opened.base.checkpoints:
+        theirs = config_lib.read_json(opened.base.files / "config.json")
+        # Experts that a dense run starts are copies of its feed-forward.
+        upcycled = config.experts.count > 0 and theirs.experts.count == 0
+        dense = {"experts.count": 0, "experts.router_term": "none", "language.mlp_width": theirs.language.mlp_width}
+        saved_config = config_lib.replace(config, dense) if upcycled else config
+        mesh = abstract.step.sharding.mesh
+        like = abstract_state(saved_config, rows, mesh).params if upcycled else abstract.params
         with terminal.busy(f"loading {init}"):
             saved = checkpoints_lib.Checkpoints(opened.base.checkpoints)
-            found = saved.restore_params(abstract.params, terminal.line)
+            found = saved.restore_params(like, terminal.line)
             saved.close()
         if not found:
             raise UserError(f"--init {init}: no checkpoint was saved yet; train it for longer, or give another model")
         params = found[1]
+        if upcycled:
+            held = weights.Held(Path(init), saved_config, params["encoder"])
+            config = config_lib.replace(config, {"language.mlp_width": theirs.language.mlp_width})
+            params = params | {"encoder": weights.placed(held, config, abstract.params["encoder"])}
     elif opened.base:
         track = functools.partial(terminal.track, f"loading {init}")
         params = {"encoder": weights.load(opened.base.files, config, abstract.params["encoder"], track)}
@@ -171,7 +183,7 @@ def _train(
         with distributed.fail_together():
             workdir_lib.check(config, store)
             sharding.check(config, mesh)
-            held = sharding.share(mesh, 3 * config.data.batch)
+            held = sharding.share(mesh, config_lib.batch_rows(config))
             # Parameters do not depend on the template, which needs the tokenizer, opened later.
             abstract = abstract_state(config, abstract_batch(config, mesh).rows, mesh)
             optimizer.check(options, abstract.params)

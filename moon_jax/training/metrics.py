@@ -191,11 +191,25 @@ def _round(value: Any) -> Any:
     return float(f"{float(value):.6g}") if np.isfinite(value) else None
 
 
+def mutual_information(weight: np.ndarray) -> float:
+    """The mutual information of a token's modality and its expert, in bits: 0 if the experts do not specialise, and at
+    most 1, if text and image tokens share no expert. Both modalities count equally.
+
+    Args:
+        weight: f32[2,E], the routing weight that each expert gets from text and from image tokens.
+    """
+    joint = weight / np.maximum(weight.sum(1, keepdims=True), 1e-30) / 2
+    either = joint.sum(0)
+    ratio = np.where(joint > 0, joint / np.maximum(either / 2, 1e-30), 1.0)
+    return float((joint * np.log2(ratio)).sum())
+
+
 def line(step: int, metrics: dict[str, Any], config: config_lib.Config) -> dict[str, Any]:
     """The metrics of a step (training/step.py) as one JSON line.
 
     `experts` holds, per layer and expert, its share of the routing weight of text tokens and of image tokens; within a
-    layer each modality adds up to 1. `dropped` is the share of a layer's routes dropped for lack of capacity.
+    layer each modality adds up to 1. `modality_information` is the mutual information of a token's modality and its
+    expert in each layer, in bits. `dropped` is the share of a layer's routes dropped for lack of capacity.
     `phi_histogram` counts triplets in PHI_BINS equal bins over [0, 1].
     """
     result, modality = metrics["objectives"], metrics["modality"]
@@ -224,10 +238,12 @@ def line(step: int, metrics: dict[str, Any], config: config_lib.Config) -> dict[
         "phi_histogram": np.histogram(phi, PHI_BINS, (0, 1))[0].tolist() if phi.size else None,
         "negatives_mean": _round(negatives.mean()) if negatives.size else None,
         "negatives_min": int(negatives.min()) if negatives.size else None,
+        "negatives_excluded": _round(result.excluded[result.negatives > 0].mean()) if negatives.size else None,
         "experts": [
             [{"text": _round(text), "image": _round(image)} for text, image in zip(*layer, strict=True)]
             for layer in shares
         ],
+        "modality_information": [_round(mutual_information(layer)) for layer in modality],
         "dropped": [_round(share) for share in metrics["dropped"]],
         "grad_norm": _round(metrics["grad_norm"]),
         "finite": bool(metrics["finite"]),

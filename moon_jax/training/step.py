@@ -20,15 +20,14 @@ def initial_state(config: config_lib.Config, rows: Rows, encoder: Any = None, al
 
     Args:
         rows: any rows of the training layout; only their shapes matter.
-        encoder, alignment: parameters to start from; by default random ones.
+        encoder, alignment: parameters to start from; by default random ones. W* may be missing from `alignment`.
     """
     encoder_rng, dual_rng = jax.random.split(jax.random.key(config.seed))
-    if alignment is None:
-        alignment = {"log_temperature": jnp.log(jnp.array(config.objective.temperature))}
-        layers = sum(config_lib.sparse_layers(config))
-        if layers:
-            shape = (layers, config.experts.count, len(OBJECTIVES))
-            alignment["dual"] = config.objective.dual_init * jax.random.normal(dual_rng, shape)
+    alignment = alignment or {"log_temperature": jnp.log(jnp.array(config.objective.temperature))}
+    layers = sum(config_lib.sparse_layers(config))
+    if layers and "dual" not in alignment:  # a dense model, which gets experts, has none
+        shape = (layers, config.experts.count, len(OBJECTIVES))
+        alignment = alignment | {"dual": config.objective.dual_init * jax.random.normal(dual_rng, shape)}
     encoder = initialize(config, encoder_rng, rows) if encoder is None else encoder
     params = {"encoder": encoder, "alignment": alignment}
     opt_state = optimizer.make_optimizer(config.training).init(optimizer.trained(config.training, params))

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from moon_jax import outputs
-from moon_jax.augment import candidates, engines, images, pipeline, text
+from moon_jax.augment import candidates, engines, pipeline, text
+from moon_jax.data import editing
 from moon_jax.augment.options import Options
 from moon_jax.data import prepared as prepared_lib
 from moon_jax.data.images import decode
@@ -88,7 +89,7 @@ def test_only_training_products_change(data, plain):
         if index in before.train:
             expected = text.enriched(old) if old.text else ""
             assert new.enriched_texts == ((expected,) if expected else ())
-            large = old.images and min(decode(old.images[0], PIXELS).size) >= images.LEAST_SIDE
+            large = old.images and min(decode(old.images[0], PIXELS).size) >= editing.LEAST_SIDE
             assert len(new.expanded_images) == (2 if large else 0)
             gained += bool(new.expanded_images)
         else:
@@ -113,8 +114,8 @@ def test_each_result_has_its_origin(plain):
         if row["kind"] == "text":
             assert product.enriched_texts == (row["text"],) and row["backend"] == "rules"
         else:
-            assert row["backend"] == "classical" and row["operation"] in images.OPERATIONS
-            made = images.expand(decode(product.images[0], PIXELS), 2, np.random.default_rng(row["seed"]))
+            assert row["backend"] == "classical" and row["operation"] in editing.OPERATIONS
+            made = editing.expand(decode(product.images[0], PIXELS), 2, np.random.default_rng(row["seed"]))
             assert product.expanded_images[row["number"]] == made[row["number"]][1]
     assert (plain.folder / pipeline.PICTURE).read_bytes().startswith(b"\x89PNG")
 
@@ -317,7 +318,7 @@ def test_a_stop_request_keeps_finished_work(data, plain, tmp_path, monkeypatch):
         runs.append(engines.Beam(()))
     for number, engine in enumerate(runs):
         output, calls = tmp_path / str(number), []
-        make = images.expand
+        make = editing.expand
 
         def stop(*arguments, calls=calls, make=make):
             calls.append(0)
@@ -325,11 +326,11 @@ def test_a_stop_request_keeps_finished_work(data, plain, tmp_path, monkeypatch):
                 interrupt.REQUESTED.set()
             return make(*arguments)
 
-        monkeypatch.setattr(images, "expand", stop)
+        monkeypatch.setattr(editing, "expand", stop)
         with pytest.raises(KeyboardInterrupt):
             augmented(data, output, engine)
         interrupt.forget()
-        monkeypatch.setattr(images, "expand", make)
+        monkeypatch.setattr(editing, "expand", make)
         assert 0 < len(list((output / ".work" / "units").iterdir())) < 7 and not prepared_lib.is_prepared(output)
         augmented(data, output, engine)
         for path in plain.folder.iterdir():

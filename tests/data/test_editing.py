@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from moon_jax.augment import images
+from moon_jax.data import editing
 from moon_jax.data.images import decode
 
 SIZE = (120, 90)
@@ -36,7 +36,7 @@ def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
 @pytest.mark.parametrize("badge", [False, True])
 def test_the_subject_is_found_without_the_badge(badge):
     shown, truth = picture(badge)
-    subject = images.subject_of(shown)
+    subject = editing.subject_of(shown)
     assert overlap(subject.mask > 0.5, truth) > 0.9
     assert subject.mask[:14, :20].max() == 0
     left, top, right, bottom = subject.box
@@ -50,26 +50,26 @@ def test_a_white_subject_on_white_is_kept_whole():
     shown = Image.new("RGB", SIZE, (255, 255, 255))
     draw = ImageDraw.Draw(shown)
     draw.ellipse((30, 15, 90, 75), fill=(255, 255, 255), outline=(150, 150, 150), width=3)
-    mask = images.subject_of(shown).mask
+    mask = editing.subject_of(shown).mask
     assert mask[45, 60] == 1 and mask[:8].max() == 0
 
 
 def test_the_subject_is_found_on_a_varied_wall_but_not_in_noise():
     noise = np.random.default_rng(1).integers(0, 255, (90, 120, 3), dtype=np.uint8)
-    assert images.subject_of(Image.fromarray(noise)).mask is None
-    assert images.subject_of(Image.new("RGB", SIZE, "teal")).mask is None
-    assert images.subject_of(Image.new("RGB", (12, 300), "teal")).mask is None
+    assert editing.subject_of(Image.fromarray(noise)).mask is None
+    assert editing.subject_of(Image.new("RGB", SIZE, "teal")).mask is None
+    assert editing.subject_of(Image.new("RGB", (12, 300), "teal")).mask is None
     wall = np.zeros((90, 120, 3))
     wall[..., 1] = np.linspace(60, 200, 120)
     wall[..., 2] = np.linspace(60, 200, 90)[:, None]
     shown, truth = picture(noise=0)
     pixels = np.where(truth[..., None], np.asarray(shown), wall) + np.random.default_rng(2).normal(0, 2, wall.shape)
     shown_again = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    mask = images.subject_of(shown_again).mask
+    mask = editing.subject_of(shown_again).mask
     assert overlap(mask > 0.5, truth) > 0.85
     # GrabCut uses random numbers; the state of OpenCV's generator must not matter.
     cv2.setRNGSeed(12345)
-    np.testing.assert_array_equal(images.subject_of(shown_again).mask, mask)
+    np.testing.assert_array_equal(editing.subject_of(shown_again).mask, mask)
 
 
 def red(pixels: np.ndarray) -> np.ndarray:
@@ -82,7 +82,7 @@ def dark(pixels: np.ndarray) -> np.ndarray:
 
 def test_another_background_keeps_the_subject():
     shown, truth = picture()
-    made = [images.background(images.subject_of(shown), np.random.default_rng(seed)) for seed in range(12)]
+    made = [editing.background(editing.subject_of(shown), np.random.default_rng(seed)) for seed in range(12)]
     for pixels in made:
         assert pixels.shape == (90, 120, 3)
         corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
@@ -94,7 +94,7 @@ def test_another_background_keeps_the_subject():
 def test_another_viewpoint_shows_the_whole_subject_unmirrored():
     shown, truth = picture()
     for seed in range(12):
-        pixels = images.viewpoint(images.subject_of(shown), np.random.default_rng(seed))
+        pixels = editing.viewpoint(editing.subject_of(shown), np.random.default_rng(seed))
         assert 0.55 * truth.sum() < (red(pixels) | dark(pixels)).sum() < 1.8 * truth.sum()
         # The mark is still left of the middle.
         assert np.nonzero(dark(pixels))[1].mean() < np.nonzero(red(pixels))[1].mean() - 2
@@ -105,21 +105,21 @@ def test_another_viewpoint_shows_the_whole_subject_unmirrored():
 def test_a_detail_is_an_enlarged_part_of_the_subject():
     shown, _ = picture()
     for seed in range(12):
-        pixels = images.detail(images.subject_of(shown), np.random.default_rng(seed))
+        pixels = editing.detail(editing.subject_of(shown), np.random.default_rng(seed))
         assert pixels.shape == (90, 120, 3) and (red(pixels) | dark(pixels)).mean() > 0.45
         assert dark(pixels).sum() > 1.5 * dark(np.asarray(shown)).sum()
 
 
 def test_expansions_depend_on_the_seed_and_alternate():
     shown, _ = picture()
-    first, again = (images.expand(shown, 5, np.random.default_rng(7)) for _ in range(2))
-    assert first == again and first != images.expand(shown, 5, np.random.default_rng(8))
+    first, again = (editing.expand(shown, 5, np.random.default_rng(7)) for _ in range(2))
+    assert first == again and first != editing.expand(shown, 5, np.random.default_rng(8))
     names = [name for name, _ in first]
-    assert set(names[:3]) == set(images.OPERATIONS) and names[3:] == names[:2]
+    assert set(names[:3]) == set(editing.OPERATIONS) and names[3:] == names[:2]
     assert len({image for _, image in first}) == 5
     for _, image in first:
         assert decode(image, 10**6).size == SIZE and Image.open(io.BytesIO(image)).format == "JPEG"
-    plain = images.expand(Image.new("RGB", SIZE, "teal"), 4, np.random.default_rng(0))
+    plain = editing.expand(Image.new("RGB", SIZE, "teal"), 4, np.random.default_rng(0))
     assert [name for name, _ in plain].count("background") == 0
 
 
@@ -127,5 +127,5 @@ def test_expansions_depend_on_the_seed_and_alternate():
 def test_images_of_any_size_are_expanded(size):
     noise = np.random.default_rng(3).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     for shown in (Image.fromarray(noise), Image.new("RGB", size, "white"), picture()[0].resize(size)):
-        for _, image in images.expand(shown, 3, np.random.default_rng(0)):
+        for _, image in editing.expand(shown, 3, np.random.default_rng(0)):
             assert decode(image, 10**7).size == size

@@ -1,0 +1,61 @@
+"""What each query is known to want: all its training positives. None of them is a negative for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moon_jax.data.records import Triplets
+from moon_jax.types import Triplet
+
+
+def keys(group: np.ndarray, products: np.ndarray) -> np.ndarray:
+    """A number for each product that is shared by products with an equal title. i64 from indices of products."""
+    products = np.asarray(products, np.int64)
+    found = np.asarray(group)[np.maximum(products, 0)].astype(np.int64)
+    return np.where(products < 0, -1, np.where(found >= 0, found, -2 - products))
+
+
+class Known:
+    """The positives of each query in the training triplets, by title."""
+
+    def __init__(self, triplets: Sequence[Triplet], group: np.ndarray):
+        """`group` as in Prepared."""
+        array = (triplets if isinstance(triplets, Triplets) else Triplets.of(triplets)).array
+        pairs = np.stack([array["query"].astype(np.int64), keys(group, array["positive"])], axis=1)
+        pairs = np.unique(pairs, axis=0) if len(pairs) else pairs
+        query = pairs[:, 0]
+        # A query with one positive has nothing that its own triplet does not say.
+        several = (np.append(query[1:], -1) == query) | (np.append(-1, query[:-1]) == query)
+        self._query, self._keys = query[several].copy(), pairs[several, 1].copy()
+
+    def of(self, query: int) -> np.ndarray:
+        """The keys of its positives, ascending; empty if it has only one."""
+        first, last = np.searchsorted(self._query, [query, query + 1])
+        return self._keys[first:last]
+
+    def among(self, queries: np.ndarray, positives: np.ndarray, candidates: np.ndarray, most: int) -> np.ndarray:
+        """Which candidates each query is known to want, besides those with the title of its own positive.
+
+        Args:
+            queries: i32[B], record indices.
+            positives: i64[B], keys of their own positives.
+            candidates: i64[C], keys; -1 for none.
+            most: W.
+
+        Returns:
+            i32[B,W], ascending indices of candidates, then -1.
+        """
+        found = np.full((len(queries), most), -1, np.int32)
+        if not most or not len(self._query):
+            return found
+        wanted: dict[int, np.ndarray] = {}
+        for row, query in enumerate(np.asarray(queries).tolist()):
+            if query not in wanted:
+                mine = self.of(query)
+                wanted[query] = np.flatnonzero(np.isin(candidates, mine)) if len(mine) else mine
+            hits = wanted[query]
+            hits = hits[candidates[hits] != positives[row]][:most]
+            found[row, : len(hits)] = hits
+        return found
