@@ -24,10 +24,14 @@ def test_logsumexp_equals_the_full_one_in_values_and_gradients(chunk):
     mask[:, 3] = True
 
     def chunked(q, c, scale):
-        keep = lambda columns: jnp.take(mask, columns, axis=1, mode="fill", fill_value=False)  # noqa: E731
+        def keep(columns, similar):
+            kept = jnp.take(mask, columns, axis=1, mode="fill", fill_value=False)
+            return kept, ~kept & (similar > 0.5)
+
         return similarity.masked_logsumexp(q, c, keep, scale, chunk)
 
-    value, kept = chunked(queries, candidates, 20.0)
+    value, kept, counted = chunked(queries, candidates, 20.0)
+    np.testing.assert_array_equal(counted, (~mask & (queries @ candidates.T > 0.5)).sum(1))
     np.testing.assert_allclose(value, full_logsumexp(queries, candidates, mask, 20.0), rtol=1e-6)
     np.testing.assert_array_equal(kept, mask.sum(1))
 
@@ -40,12 +44,12 @@ def test_logsumexp_equals_the_full_one_in_values_and_gradients(chunk):
 
 def test_logsumexp_of_nothing_is_minus_infinity_with_zero_gradient():
     queries, candidates = random((2, 3), 0), random((5, 3), 1)
-    nothing = lambda columns: jnp.zeros((2, columns.shape[0]), bool)  # noqa: E731
-    value, kept = similarity.masked_logsumexp(queries, candidates, nothing, 1.0, 2)
+    nothing = lambda columns, similar: (similar > jnp.inf,) * 2  # noqa: E731
+    value, kept, _ = similarity.masked_logsumexp(queries, candidates, nothing, 1.0, 2)
     assert np.isneginf(value).all() and (kept == 0).all()
 
     def finite(q):
-        value, kept = similarity.masked_logsumexp(q, candidates, nothing, 1.0, 2)
+        value, kept, _ = similarity.masked_logsumexp(q, candidates, nothing, 1.0, 2)
         return jnp.where(kept > 0, value, 0.0).sum()
 
     np.testing.assert_array_equal(jax.grad(finite)(queries), np.zeros((2, 3)))
@@ -54,8 +58,8 @@ def test_logsumexp_of_nothing_is_minus_infinity_with_zero_gradient():
 def test_logsumexp_does_not_overflow():
     queries = np.array([[1000.0]], np.float32)
     candidates = np.array([[1.0], [2.0], [-3.0]], np.float32)
-    everything = lambda columns: jnp.ones((1, columns.shape[0]), bool)  # noqa: E731
-    value, _ = similarity.masked_logsumexp(queries, candidates, everything, 1.0, 1)
+    everything = lambda columns, similar: (similar < jnp.inf,) * 2  # noqa: E731
+    value, _, _ = similarity.masked_logsumexp(queries, candidates, everything, 1.0, 1)
     np.testing.assert_allclose(value, [2000.0])
 
 

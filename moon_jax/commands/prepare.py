@@ -62,7 +62,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     terminal.line(prepared.summary() or "0 left out")
     terminal.line(
         f"{manifest['splits']['train']:,} training products, {len(prepared.val):,} held out;"
-        f" {len(prepared.triplets):,} triplets, {len(prepared.val_queries):,} evaluation queries"
+        f" {len(prepared.triplets):,} triplets, {prepared.manifest['val_queries']:,} evaluation queries"
     )
     train = shlex.join(
         ["moon-jax", "train", "--config", "quickstart", "--data", parsed.output, "--workdir", "runs/first"]

@@ -302,7 +302,7 @@ def detail(subject: Subject, rng: np.random.Generator) -> np.ndarray:
 
 
 def scene(subject: Subject, rng: np.random.Generator) -> np.ndarray:
-    """The subject as one of several things in a room: at a third to a half of the image's sides, beside other shapes."""
+    """The subject in a room among other shapes, at about a third to a half of the image's sides."""
     height, width = subject.pixels.shape[:2]
     room = np.ascontiguousarray(_scene((width, height), (_pale(rng), _pale(rng)), rng), np.float32)
     for _ in range(int(rng.integers(2, 5))):

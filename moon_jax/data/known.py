@@ -23,15 +23,12 @@ class Known:
     def __init__(self, triplets: Sequence[Triplet], group: np.ndarray):
         """`group` as in Prepared."""
         array = (triplets if isinstance(triplets, Triplets) else Triplets.of(triplets)).array
-        pairs = np.stack([array["query"].astype(np.int64), keys(group, array["positive"])], axis=1)
-        pairs = np.unique(pairs, axis=0) if len(pairs) else pairs
-        query = pairs[:, 0]
-        # A query with one positive has nothing that its own triplet does not say.
-        several = (np.append(query[1:], -1) == query) | (np.append(-1, query[:-1]) == query)
-        self._query, self._keys = query[several].copy(), pairs[several, 1].copy()
+        query, key = array["query"].astype(np.int64), keys(group, array["positive"])
+        order = np.lexsort((key, query))
+        self._query, self._keys = query[order], key[order]
 
     def of(self, query: int) -> np.ndarray:
-        """The keys of its positives, ascending; empty if it has only one."""
+        """The keys of its positives, ascending; some may repeat."""
         first, last = np.searchsorted(self._query, [query, query + 1])
         return self._keys[first:last]
 

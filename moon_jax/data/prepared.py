@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from moon_jax.data.records import PAIR, TRIPLET, Records, Shard, Triplets
+from moon_jax.data.records import JUDGEMENT, TRIPLET, Records, Shard, Triplets
 from moon_jax.errors import UserError, printable
 from moon_jax.types import Product, Triplet
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the folder's format."""
 
 MANIFEST, QUARANTINE, TRIPLETS, VAL_QUERIES, GROUPS = (
@@ -35,7 +35,7 @@ class Prepared:
     triplets: Sequence[Triplet]  # training
     train: Sequence[int]  # training products
     val: Sequence[int]  # candidates of the evaluation: held-out products, or `train` if there are none
-    val_queries: Sequence[tuple[int, int]]  # query, its target product
+    val_queries: Sequence[tuple[int, int, float]]  # query, a relevant product, its grade; one entry per such product
     manifest: Mapping[str, Any]  # described in docs/data.md
     folder: Path | None = None  # None for data in memory
     negatives: np.ndarray | None = None  # i32[len(triplets),K]: further negatives of each triplet, -1 for none
@@ -112,7 +112,7 @@ def open_prepared(folder: str | Path) -> Prepared:
     shards = [Shard(**shard) for shard in manifest["shards"]]
     counts = manifest["splits"]
     train, val = range(counts["train"]), range(counts["train"], counts["train"] + counts["val"])
-    pairs = _array(folder / VAL_QUERIES, PAIR)
+    pairs = _array(folder / VAL_QUERIES, JUDGEMENT)
     return Prepared(
         products=Records(folder, shards),
         group=_array(folder / GROUPS, np.dtype("<i4")),

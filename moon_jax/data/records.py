@@ -30,8 +30,8 @@ SHARD_OPTIONS = "group_size:1,uncompressed"
 TRIPLET = np.dtype([("query", "<i4"), ("positive", "<i4"), ("negative", "<i4"), ("weight", "<f4")])
 """A triplet on disk; negative is −1 if there is none."""
 
-PAIR = np.dtype([("query", "<i4"), ("positive", "<i4")])
-"""An evaluation query and a target product."""
+JUDGEMENT = np.dtype([("query", "<i4"), ("positive", "<i4"), ("weight", "<f4")])
+"""An evaluation query, a relevant product, and its grade."""
 
 
 def _example_class() -> Any:

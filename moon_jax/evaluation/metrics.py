@@ -89,6 +89,29 @@ class Qrels:
         candidate = np.array([pair[1] for pair, _ in kept], np.int64)
         return cls(query, candidate, np.array([grade for _, grade in kept], np.float64), queries, candidates)
 
+    @classmethod
+    def by_key(
+        cls, query: np.ndarray, key: np.ndarray, grade: np.ndarray, candidates: np.ndarray, queries: int
+    ) -> Qrels:
+        """From pairs of a query and a key, such as a title group, that stands for all candidates which have it.
+
+        Args:
+            query, key, grade: i64, i64 and f64[pairs]; of repeated pairs the highest grade counts.
+            candidates: i64[C], the candidates' keys.
+            queries: Q.
+        """
+        order = np.argsort(candidates, kind="stable")
+        first, last = (np.searchsorted(candidates[order], key, side) for side in ("left", "right"))
+        count = last - first
+        query, grade = np.repeat(query, count), np.repeat(grade, count)
+        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        candidate = order[np.repeat(first, count) + within]
+        order = np.lexsort((-grade, candidate, query))
+        query, candidate, grade = query[order], candidate[order], grade[order]
+        kept = np.ones(len(query), bool)
+        kept[1:] = (query[1:] != query[:-1]) | (candidate[1:] != candidate[:-1])
+        return cls(query[kept], candidate[kept], grade[kept], queries, len(candidates))
+
     @property
     def number(self) -> np.ndarray:
         return np.bincount(self.query, minlength=self.queries)

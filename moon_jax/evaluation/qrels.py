@@ -126,7 +126,7 @@ def collection(log: Log, prepared: Prepared) -> Collection:
             prepared,
             products=_Concatenated(prepared.products, [queries[query] for query in answered]),
             val=range(count),
-            val_queries=[(total + number, product) for number, product in enumerate(best)],
+            val_queries=[(total + number, product, 1.0) for number, product in enumerate(best)],
             manifest={**prepared.manifest, "fingerprint": f"{prepared.fingerprint} {digest.hexdigest()}"},
         ),
         Qrels.of(

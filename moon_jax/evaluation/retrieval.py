@@ -23,6 +23,7 @@ import numpy as np
 
 from moon_jax import options, similarity
 from moon_jax.data import editing, images, records
+from moon_jax.data import known as known_lib
 from moon_jax.data.pipeline import Alteration
 from moon_jax.data.prepared import Prepared
 from moon_jax.embedders.protocol import Embedder
@@ -107,6 +108,7 @@ class Queries:
     plain_present: np.ndarray  # bool[Q,3]
     relevance: metrics.Relevance  # for all candidates
     candidates: Candidates | None = None  # if other than those of Encoded
+    excluded: metrics.Qrels | None = None  # candidates that are left out of a query's ranking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +149,27 @@ class Search:
     candidate_product: np.ndarray  # i32[C], product indices
     relevance: metrics.Relevance
     rank: Callable[[Any, Any, int], tuple[np.ndarray, np.ndarray]]
+    excluded: metrics.Qrels | None = None  # see Queries
 
     def found(self, depth: int = metrics.DEPTH) -> np.ndarray:
-        """The top `depth` candidates i32[Q,k] of each query by descending similarity; ties go to the lower index."""
-        return self.rank(self.queries, self.candidates, min(depth, len(self.candidates)))[1]
+        """The top `depth` candidates i32[Q,k] of each query by descending similarity; ties go to the lower index.
+
+        Candidates that are excluded for a query come last.
+        """
+        depth = min(depth, len(self.candidates))
+        if self.excluded is None or not len(self.excluded.query):
+            return self.rank(self.queries, self.candidates, depth)[1]
+        number = self.excluded.number
+        found = np.zeros((len(self.queries), depth), np.int32)
+        # Queries that exclude about equally many are searched together.
+        for size in np.unique(_power(number)):
+            rows = np.flatnonzero(_power(number) == size)
+            deep = min(depth + int(number[rows].max()), len(self.candidates))
+            ranked = self.rank(self.queries[rows], self.candidates, deep)[1]
+            out = self.excluded.take(rows).gains(ranked) > 0
+            order = np.argsort(out, axis=1, kind="stable")[:, :depth]
+            found[rows] = np.take_along_axis(ranked, order, axis=1)
+        return found
 
 
 def photo_sets(embedder: Embedder) -> tuple[str, ...]:
@@ -183,8 +202,7 @@ def encode(
         UserError: a vector is not finite.
     """
     products = records.Subset(prepared.products, prepared.val)
-    # Only a product without title matches itself: it gets a key of its own below -1, outside all groups.
-    key = np.where(prepared.group >= 0, prepared.group, -2 - np.arange(len(prepared.group)))
+    key = known_lib.keys(prepared.group, np.arange(len(prepared.group)))
     index = np.array(prepared.val, np.int32)
     plain, present = _finite(*embedder.encode_views(products, advance=advance), products)
     queries = {}
@@ -208,12 +226,55 @@ def encode(
                 vectors, have, relevance, other = found, there, metrics.Keys(mine, key[index]), None
             queries[name] = Queries(index[chosen], index[chosen], vectors, vectors, have, have, relevance, other)
     if prepared.val_queries:
-        own_index, targets = (np.array(column, np.int32) for column in zip(*prepared.val_queries, strict=True))
+        own_index, targets, found = judgements(prepared)
         own_queries = records.Subset(prepared.products, own_index)
         own, own_present = _finite(*embedder.encode_views(own_queries, advance=advance), own_queries)
-        name, relevance = ("qrels", qrels) if qrels else ("queries", metrics.Keys(key[targets], key[index]))
-        queries[name] = Queries(own_index, targets, own, own, own_present, own_present, relevance)
+        if qrels is None:
+            name, excluded = "queries", bought(prepared, own_index, found)
+        else:
+            name, found, excluded = "qrels", qrels, None
+        queries[name] = Queries(own_index, targets, own, own, own_present, own_present, found, excluded=excluded)
     return Encoded(index, plain, present, queries, getattr(embedder, "rank", similarity.top_k))
+
+
+def judgements(prepared: Prepared) -> tuple[np.ndarray, np.ndarray, metrics.Qrels]:
+    """The catalogue's own evaluation queries, each once, with all products that are relevant to it.
+
+    Returns:
+        i32[Q], record indices of the queries; i32[Q], a product of the highest grade of each; and the relevant
+        candidates: those with the title of such a product, in the order of prepared.val.
+    """
+    query, positive, grade = (np.array(column) for column in zip(*prepared.val_queries, strict=True))
+    order = np.lexsort((-grade, query))
+    own, first, number = np.unique(query[order], return_index=True, return_inverse=True)
+    candidates = known_lib.keys(prepared.group, np.array(prepared.val))
+    key = known_lib.keys(prepared.group, positive[order])
+    found = metrics.Qrels.by_key(number, key, grade[order].astype(np.float64), candidates, len(own))
+    return own.astype(np.int32), positive[order][first].astype(np.int32), found
+
+
+def bought(prepared: Prepared, queries: np.ndarray, relevant: metrics.Qrels) -> metrics.Qrels:
+    """The candidates that the queries are known to want from training, unless they are relevant in the evaluation, too.
+    They are left out of the rankings: a model that was trained to find them is not wrong when it does.
+
+    Args:
+        queries: i32[Q], record indices.
+        relevant: as `judgements` returns it.
+    """
+    known = known_lib.Known(prepared.triplets, prepared.group)
+    parts = [known.of(query) for query in queries.tolist()]
+    number = np.repeat(np.arange(len(queries)), [len(part) for part in parts])
+    key = np.concatenate([*parts, np.zeros(0, np.int64)]).astype(np.int64)
+    candidates = known_lib.keys(prepared.group, np.array(prepared.val))
+    found = metrics.Qrels.by_key(number, key, np.ones(len(key)), candidates, len(queries))
+    pair = found.query * found.candidates + found.candidate
+    kept = ~np.isin(pair, relevant.query * relevant.candidates + relevant.candidate)
+    return dataclasses.replace(found, query=found.query[kept], candidate=found.candidate[kept], grade=found.grade[kept])
+
+
+def _power(number: np.ndarray) -> np.ndarray:
+    """The smallest power of two that is at least each number; 0 for 0."""
+    return np.where(number > 0, 2 ** np.ceil(np.log2(np.maximum(number, 1))), 0).astype(np.int64)
 
 
 def _finite(vectors: np.ndarray, present: np.ndarray, products: Sequence[Product]) -> tuple[np.ndarray, np.ndarray]:
@@ -228,7 +289,8 @@ def _finite(vectors: np.ndarray, present: np.ndarray, products: Sequence[Product
 def count(prepared: Prepared, qrels: metrics.Qrels | None = None, photos: Sequence[str] = ()) -> int:
     """The number of products and queries that `encode` embeds."""
     changed = len(photos) * len(_changed(prepared)) if qrels is None else 0
-    return (2 if qrels is None else 1) * len(prepared.val) + len(prepared.val_queries) + changed
+    own = len({query for query, *_ in prepared.val_queries})
+    return (2 if qrels is None else 1) * len(prepared.val) + own + changed
 
 
 def search(encoded: Encoded, name: str, query: str, candidate: str) -> Search:
@@ -249,6 +311,7 @@ def search(encoded: Encoded, name: str, query: str, candidate: str) -> Search:
         candidate_product=pool.product[offered],
         relevance=queries.relevance.take(chosen, offered),
         rank=encoded.rank,
+        excluded=queries.excluded and queries.excluded.take(chosen, offered),
     )
 
 

@@ -334,8 +334,11 @@ def _describe(tables: Tables, output: Path) -> dict[str, Any]:
         output / lib.TRIPLETS,
         records.TRIPLET,
     )
-    query_count = _write_array(
-        tables, "SELECT query, positive FROM val_pair ORDER BY query, positive", output / lib.VAL_QUERIES, records.PAIR
+    _write_array(
+        tables,
+        "SELECT query, positive, weight FROM val_pair ORDER BY query, positive",
+        output / lib.VAL_QUERIES,
+        records.JUDGEMENT,
     )
     counts, first = _quarantined(tables, output / f"{lib.QUARANTINE}.tmp")
     (output / f"{lib.QUARANTINE}.tmp").replace(output / lib.QUARANTINE)
@@ -361,7 +364,7 @@ def _describe(tables: Tables, output: Path) -> dict[str, Any]:
         "triplets": triplet_count,
         "triplets_without_negative": tables.one("SELECT count(*) FROM triplet WHERE negative IS NULL"),
         "negatives_skipped_above": tables.one("SELECT count(*) FROM skipped"),
-        "val_queries": query_count,
+        "val_queries": tables.one("SELECT count(DISTINCT query) FROM val_pair"),
     }
 
 

@@ -8,6 +8,9 @@ With a log, a query and a product chosen for it form a triplet with weight log2(
 negative is a product that was shown above the chosen one on the same page and not chosen ("skip above": Joachims, KDD
 2002), or, if there is none, one of the same category. A page is all rows of one query in one session, or all rows of
 one query if the log has no sessions.
+
+A negative never has the title of a product that its query is known to want. What is held out decides nothing here: a
+product that a query wants only later may be its negative, as it would have been at the time.
 """
 
 from __future__ import annotations
@@ -17,9 +20,14 @@ from moon_jax.ingest.tables import TRAIN, TRAIN_QUERIES, VAL, VAL_QUERIES, Table
 MAX_DEPTH = 16
 """Maximum levels of a category path in the search for a negative."""
 
+PROBES = 64
+"""Products of a category that are tried for a negative, one after the other from a random one, before the search goes
+on in the next broader category. A category of that size is thus searched completely.
+"""
+
 
 def from_catalogue(tables: Tables) -> None:
-    """Creates `triplet(query, positive, negative, weight, sort_key)` and `val_pair(query, positive)`.
+    """Creates `triplet(query, positive, negative, weight, sort_key)` and `val_pair(query, positive, weight)`.
 
     `triplet` has one row for each training product (as its own query) and one for each training query.
     """
@@ -32,7 +40,9 @@ def from_catalogue(tables: Tables) -> None:
     """)
     tables.run("CREATE TABLE skipped (query BIGINT, positive BIGINT, negative BIGINT)")
     _with_negatives(tables)
-    tables.run(f"CREATE TABLE val_pair AS SELECT index AS query, positive FROM query WHERE side = {VAL_QUERIES}")
+    tables.run(f"""
+        CREATE TABLE val_pair AS SELECT index AS query, positive, 1.0 AS weight FROM query WHERE side = {VAL_QUERIES}
+    """)
 
 
 def from_log(tables: Tables, fraction: float) -> None:
@@ -89,10 +99,10 @@ def from_log(tables: Tables, fraction: float) -> None:
     _with_negatives(tables)
     tables.run(f"""
         CREATE TABLE val_pair AS
-        SELECT query.index AS query, held_out.positive
+        SELECT query.index AS query, held_out.positive, weight
         FROM held_out JOIN query ON query.id = held_out.query AND query.positive < 0
         UNION ALL
-        SELECT index, positive FROM query WHERE side = {VAL_QUERIES} AND positive >= 0
+        SELECT index, positive, 1.0 FROM query WHERE side = {VAL_QUERIES} AND positive >= 0
     """)
 
 
@@ -107,8 +117,8 @@ def _log_queries(tables: Tables) -> None:
                 UNION ALL SELECT query, {VAL_QUERIES} FROM held_out
             ) GROUP BY query
         ), numbered AS (
-            SELECT *, row_number() OVER (PARTITION BY query ORDER BY unit, row) AS nth
-            FROM shown SEMI JOIN used USING (query)
+            SELECT *, row_number() OVER (PARTITION BY query ORDER BY late, unit, row) AS nth
+            FROM dated SEMI JOIN used USING (query)
         )
         SELECT row_number() OVER (ORDER BY used.side, unit, row) - 1 + {first},
             query, used.side, -1, unit, row, size, title, draw, has_text, has_image
@@ -124,12 +134,19 @@ def _skipped_above(tables: Tables) -> None:
             min(position) FILTER (weight > 0) AS chosen_at
         FROM dated WHERE NOT late AND side = {TRAIN} AND position IS NOT NULL GROUP BY query, session, positive
     """)
+    tables.run("""
+        CREATE TABLE bought AS
+        SELECT DISTINCT training_pair.query, coalesce(title, index::UBIGINT) AS title_key
+        FROM training_pair JOIN product ON product.index = training_pair.positive
+    """)
     # Of several products at one position, keeps the first in catalogue order.
     tables.run("""
         CREATE TABLE passed AS
-        SELECT query, session, top, min(item) AS negative
-        FROM page ANTI JOIN chosen ON chosen.query = page.query AND chosen.positive = page.item
-        WHERE NOT taken GROUP BY query, session, top
+        SELECT page.query, session, top, min(item) AS negative
+        FROM page JOIN product ON product.index = page.item
+        ANTI JOIN bought
+        ON bought.query = page.query AND bought.title_key = coalesce(product.title, product.index::UBIGINT)
+        WHERE NOT taken GROUP BY page.query, session, top
     """)
     tables.run("CREATE TABLE near (query VARCHAR, session VARCHAR, positive BIGINT, gap INT, negative BIGINT)")
     tables.run("CREATE TABLE seek AS SELECT query, session, item, chosen_at, chosen_at AS below FROM page WHERE taken")
@@ -160,11 +177,16 @@ def _skipped_above(tables: Tables) -> None:
 
 
 def _with_negatives(tables: Tables) -> None:
-    """Creates `triplet` from `wanted` and `skipped`. Missing negatives are drawn uniformly from the products with
-    another title in the narrowest category of the positive that has any.
+    """Creates `triplet` from `wanted` and `skipped`. Missing negatives are drawn at random from the products of the
+    narrowest category of the positive in which one has a title that the query is not known to want.
 
     Categories are ordered by title, so products with the positive's title are adjacent and the draw skips them.
     """
+    tables.run("""
+        CREATE TABLE known AS
+        SELECT DISTINCT query, coalesce(title, index::UBIGINT) AS title_key
+        FROM wanted JOIN product ON product.index = wanted.positive
+    """)
     tables.run("CREATE TABLE missing AS SELECT * FROM wanted ANTI JOIN skipped USING (query, positive)")
     tables.run("CREATE TABLE drawn (query BIGINT, positive BIGINT, negative BIGINT)")
     depth = tables.one(f"SELECT coalesce(max(len(categories)), 0) FROM product WHERE side = {TRAIN}")
@@ -180,21 +202,29 @@ def _with_negatives(tables: Tables) -> None:
                     count(*) OVER (PARTITION BY category) AS count
                 FROM member
             )
-            SELECT index, category, slot, count, min(slot) OVER same AS first, count(*) OVER same AS equal
+            SELECT index, category, slot, count, title_key, min(slot) OVER same AS first, count(*) OVER same AS equal
             FROM placed WINDOW same AS (PARTITION BY category, untitled, title_key)
         """)
         tables.run("""
-            INSERT INTO drawn
-            WITH turn AS (
-                SELECT query, positive, category, first, equal, (draw % (count - equal)::UBIGINT)::BIGINT AS number
-                FROM missing JOIN pool ON pool.index = missing.positive ANTI JOIN drawn USING (query, positive)
-                WHERE count > equal
-            )
-            SELECT turn.query, turn.positive, pool.index
-            FROM turn JOIN pool
-            ON pool.category = turn.category
-            AND pool.slot = CASE WHEN number < turn.first THEN number ELSE number + turn.equal END
+            CREATE OR REPLACE TABLE turn AS
+            SELECT query, positive, category, first, equal, count - equal AS size,
+                (draw % (count - equal)::UBIGINT)::BIGINT AS start
+            FROM missing JOIN pool ON pool.index = missing.positive ANTI JOIN drawn USING (query, positive)
+            WHERE count > equal
         """)
+        for probe in range(PROBES):
+            if not tables.one("SELECT count(*) FROM turn"):
+                break
+            tables.run(f"""
+                INSERT INTO drawn
+                WITH tried AS (SELECT *, (start + {probe}) % size AS number FROM turn WHERE size > {probe})
+                SELECT tried.query, tried.positive, pool.index
+                FROM tried JOIN pool
+                ON pool.category = tried.category
+                AND pool.slot = CASE WHEN number < tried.first THEN number ELSE number + tried.equal END
+                ANTI JOIN known ON known.query = tried.query AND known.title_key = pool.title_key
+            """)
+            tables.run("CREATE OR REPLACE TABLE turn AS SELECT * FROM turn ANTI JOIN drawn USING (query, positive)")
     tables.run("""
         CREATE TABLE triplet AS
         SELECT wanted.query, wanted.positive, negative, wanted.weight, wanted.sort_key FROM wanted

@@ -148,12 +148,13 @@ class Dense(nn.Module):
     features: int
     names: tuple[str | None, str | None]
     bias: bool = False
+    scale: float = 1.0  # of the initial kernel
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = partitioned(self.names, nn.initializers.lecun_normal())
+        init = partitioned(self.names, nn.initializers.variance_scaling(self.scale**2, "fan_in", "truncated_normal"))
         kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
         y = x.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.bias:

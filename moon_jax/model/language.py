@@ -7,6 +7,8 @@ Weights and layout are those of `qwen3_vl` and `qwen3_vl_moe` checkpoints.
 
 from __future__ import annotations
 
+import os
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,14 @@ from moon_jax.model import experts as experts_lib
 from moon_jax.model import router as router_lib
 from moon_jax.model.attention import Dense, RMSNorm, attention, partitioned, rematerialized, rotate
 from moon_jax.types import Array
+
+
+def branch_scale(layers: int) -> float:
+    """The scale of the initial kernels that write to the residual stream, for a decoder of that many layers.
+
+    All 2 L branches together start with a variance of 1/2, that of the token embedding being 1.
+    """
+    return float(os.environ.get("BR", 0)) or (4 * layers) ** -0.5
 
 
 def rotary_angles(position: Array, config: config_lib.Language) -> Array:
@@ -72,7 +82,8 @@ class Attention(nn.Module):
         self.sow("intermediates", "query_key", (q, k))
         y = attention(q, k, v, segment, causal=True)
         y = y.reshape(*x.shape[:2], c.heads * c.head_dim)
-        return Dense(c.width, ("heads", "embed"), dtype=self.dtype, param_dtype=self.param_dtype, name="o_proj")(y)
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return Dense(c.width, ("heads", "embed"), scale=branch_scale(c.layers), name="o_proj", **dtypes)(y)
 
 
 class FeedForward(nn.Module):
@@ -87,7 +98,8 @@ class FeedForward(nn.Module):
         c, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         gate = Dense(c.mlp_width, ("embed", "mlp"), name="gate_proj", **dtypes)(x)
         up = Dense(c.mlp_width, ("embed", "mlp"), name="up_proj", **dtypes)(x)
-        return Dense(c.width, ("mlp", "embed"), name="down_proj", **dtypes)(nn.silu(gate) * up)
+        down = Dense(c.width, ("mlp", "embed"), scale=branch_scale(c.layers), name="down_proj", **dtypes)
+        return down(nn.silu(gate) * up)
 
 
 class MixtureOfExperts(nn.Module):
@@ -98,6 +110,7 @@ class MixtureOfExperts(nn.Module):
     """
 
     config: config_lib.Experts
+    layers: int  # of the decoder
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     training: bool
@@ -107,7 +120,8 @@ class MixtureOfExperts(nn.Module):
         c, width = self.config, x.shape[-1]
         init = partitioned(("embed", None), nn.initializers.normal(c.router_init))
         router = self.param("router", init, (width, c.count), self.param_dtype)
-        kernel = nn.initializers.lecun_normal(batch_axis=(0,))
+        variance = branch_scale(self.layers) ** 2
+        kernel = nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal", batch_axis=(0,))
         shape, pair = (c.count, 2, width, c.width), nn.initializers.lecun_normal(batch_axis=(0, 1))
         names = ("experts", None, "embed", "mlp")
         gate_up = self.param("gate_up", partitioned(names, pair), shape, self.param_dtype)
@@ -176,7 +190,7 @@ class Layer(nn.Module):
         x = x + Attention(c, name="attention", **dtypes)(norm(x), segment, cos, sin)
         h = RMSNorm(c.norm_eps, dtypes["param_dtype"], name="post_attention_norm")(x)
         if self.sparse:
-            moe = MixtureOfExperts(self.config.experts, training=self.training, name="experts", **dtypes)
+            moe = MixtureOfExperts(self.config.experts, c.layers, training=self.training, name="experts", **dtypes)
             y, sums = moe(h, pool, kind)
             return x + y, sums
         return x + FeedForward(c, name="mlp", **dtypes)(h), None

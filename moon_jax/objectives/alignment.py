@@ -169,6 +169,7 @@ def objectives(
             scale,
             options.chunk,
             options.matryoshka,
+            margin=options.similar_margin,
             **more,
         )
 
@@ -182,7 +183,7 @@ def objectives(
 
     # G̃ averaged over each span's tokens: f32[L,2+N,B,G,E].
     routing = output.gate / jnp.maximum(output.tokens, 1)[None, :, :, None]
-    routing = routing.reshape(routing.shape[0], -1, size, *routing.shape[2:])
+    routing = routing.reshape(routing.shape[0], len(embedding), size, *routing.shape[2:])
 
     losses, counts, served, chances = [], [], [], []
     negatives, excluded = jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.int32)
@@ -190,21 +191,12 @@ def objectives(
     whole = (items, items_present)
     for view in (T, I, MM):
         exists = present[q, :, view] & present[p, :, MM]
-        options_of = dict(known=wanted, further=further, margin=options.similar_margin)
-        loss, others, out = compare(embedding[q], view, whole, MM, first, slice(None), temperature, **options_of)
+        loss, others, out = compare(
+            embedding[q], view, whole, MM, first, slice(None), temperature, known=wanted, further=further
+        )
         if options.symmetric:
             queries = (embedding[q], present[q])
-            back, _, _ = compare(
-                embedding[p],
-                MM,
-                queries,
-                view,
-                first,
-                slice(size),
-                temperature,
-                known=wanting,
-                margin=options.similar_margin,
-            )
+            back, _, _ = compare(embedding[p], MM, queries, view, first, slice(size), temperature, known=wanting)
             loss = (loss + back) / 2
         losses.append(_mean(loss, weight * exists))
         counts.append(exists.sum())
@@ -221,7 +213,7 @@ def objectives(
         counts.append(exists.sum())
         chances.append(_mean(jnp.log1p(others), exists))
         pair = 0.5 * (routing[:, p:, :, I] + routing[:, p:, :, T])
-        pair = pair.reshape(pair.shape[0], -1, pair.shape[-1])[:, part]
+        pair = pair.reshape(pair.shape[0], len(items), pair.shape[-1])[:, part]
         served.append((pair * exists[:, None]).sum(1) / jnp.maximum(exists.sum(), 1))
 
     # Objectives that do not train are left out: M and the columns of W* shrink.

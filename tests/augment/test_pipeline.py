@@ -14,8 +14,8 @@ import pytest
 
 from moon_jax import outputs
 from moon_jax.augment import candidates, engines, pipeline, text
-from moon_jax.data import editing
 from moon_jax.augment.options import Options
+from moon_jax.data import editing
 from moon_jax.data import prepared as prepared_lib
 from moon_jax.data.images import decode
 from moon_jax.errors import Unavailable, UserError

@@ -129,3 +129,41 @@ def test_images_of_any_size_are_expanded(size):
     for shown in (Image.fromarray(noise), Image.new("RGB", size, "white"), picture()[0].resize(size)):
         for _, image in editing.expand(shown, 3, np.random.default_rng(0)):
             assert decode(image, 10**7).size == size
+
+
+def test_a_plain_background_is_replaced_and_the_subject_stays():
+    shown, truth = picture()
+    pixels = np.asarray(shown)
+    rng, changed, kept = np.random.default_rng(0), [], []
+    for _ in range(20):
+        found = editing.replace_background(pixels, rng)
+        assert found.shape == pixels.shape and found.dtype == np.uint8
+        changed.append(np.abs(found[:4].astype(int) - pixels[:4]).mean())
+        kept.append((np.abs(found.astype(int) - INK).max(2) < 25).sum() / truth.sum())
+    assert np.mean(np.array(changed) > 20) > 0.8
+    # At 75% to 100% of the sides, so 56% to 100% of the area, less the dark mark on the jug.
+    assert min(kept) > 0.45 and max(kept) < 1.05
+    again = editing.replace_background(pixels, np.random.default_rng(3))
+    np.testing.assert_array_equal(again, editing.replace_background(pixels, np.random.default_rng(3)))
+
+
+def test_an_image_without_a_plain_background_or_without_a_subject_stays():
+    noise = np.random.default_rng(1).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    empty = np.full((30, 40, 3), 200, np.uint8)
+    for pixels in (noise, empty):
+        assert editing.replace_background(pixels, np.random.default_rng(0)) is pixels
+
+
+def test_a_scene_shows_the_subject_smaller_among_other_things():
+    shown, truth = picture()
+    found = np.asarray(editing.edited(shown, "scene", np.random.default_rng(5)))
+    red = np.abs(found.astype(int) - INK).max(2) < 30
+    assert 0.05 * truth.sum() < red.sum() < 0.5 * truth.sum()
+    assert np.abs(found[:, 0].astype(int) - PAPER).mean() > 5
+
+
+def test_an_edit_that_needs_a_subject_gives_nothing_without_one():
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 255, (90, 120, 3), dtype=np.uint8))
+    for name in editing.EDITS:
+        assert (editing.edited(noise, name, np.random.default_rng(0)) is None) == (name in ("background", "scene"))
+    assert editing.edited(noise.resize((12, 12)), "detail", np.random.default_rng(0)) is None

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moon_jax.data import pipeline, records
+from moon_jax.data import pipeline, records, rows
 from moon_jax.errors import UserError
 from moon_jax.ingest import prepare
-from moon_jax.types import Product, Triplet
+from moon_jax.types import VIEWS, Product, Triplet
 from tests.conftest import prepared_from, tiny
 
 
@@ -57,12 +57,12 @@ def test_rows_hold_queries_then_positives_then_negatives(prepared, tokenizer):
 def test_a_template_surrounds_every_view_of_a_batch(prepared, tokenizer):
     config = tiny(data__template="<|image_pad|>{}<|vision_end|>")
     batch = pipeline.batches(prepared, pipeline.Reader(config, tokenizer))[0]
-    rows, ends = batch.rows, (tokenizer.image_pad, tokenizer.vision_end)
-    for r, slot in zip(*np.nonzero(rows.view), strict=True):
-        first, stop = rows.span[r, slot]
-        assert (rows.tokens[r, first], rows.tokens[r, stop - 1]) == ends
-        assert rows.visual[r, first] == -1
-    assert (rows.view > 0).sum() > 3 * config.data.batch
+    packed, ends = batch.rows, (tokenizer.image_pad, tokenizer.vision_end)
+    for r, slot in zip(*np.nonzero(packed.view), strict=True):
+        first, stop = packed.span[r, slot]
+        assert (packed.tokens[r, first], packed.tokens[r, stop - 1]) == ends
+        assert packed.visual[r, first] == -1
+    assert (packed.view > 0).sum() > 3 * config.data.batch
 
 
 def test_queries_are_altered_and_products_are_not(prepared, tokenizer):
@@ -87,6 +87,60 @@ def test_queries_are_altered_and_products_are_not(prepared, tokenizer):
     assert shorter  # words were dropped
 
 
+def test_queries_of_people_are_left_as_they_are(prepared, tokenizer):
+    """In a batch where half of the queries are products and half were written or photographed for one."""
+    product = next(t.positive for t in prepared.triplets if prepared.products[t.positive].text)
+    query = next(
+        t.positive for t in prepared.triplets if t.positive != product and prepared.products[t.positive].images
+    )
+    both = [Triplet(query, product, None), Triplet(product, product, None)]
+    config = tiny(data__batch=8, data__keep_word=0.1, data__crop=(0.3, 0.5), data__flip=1.0)
+    reader = pipeline.Reader(config, tokenizer)
+    batch = pipeline.batches(dataclasses.replace(prepared, triplets=both), reader)[0]
+    plain = rows.pack([[reader.read(prepared.products[query], VIEWS)]], rows.Layout.of(config), tokenizer.pad)
+    own = batch.product[:8] == query
+    assert own.sum() == 4
+    for row in range(8):
+        same = np.array_equal(batch.rows.tokens[row], plain.tokens[0])
+        same &= np.array_equal(batch.rows.patches[row], plain.patches[0])
+        assert same == own[row]
+
+
+def test_known_positives_of_a_query_are_listed(prepared, tokenizer):
+    """By title, without those that the own positive masks anyway; a list that is full is cut."""
+    titled = [n for n in prepared.train if prepared.group[n] >= 0]
+    a, b, c, d = [titled[n] for n in np.unique(prepared.group[titled], return_index=True)[1]][:4]
+    wanted = [Triplet(a, b, d), Triplet(a, c, d), Triplet(d, c, a), Triplet(d, b, None)]
+    data = dataclasses.replace(prepared, triplets=wanted)
+    size = 8
+    batch = pipeline.batches(data, pipeline.Reader(tiny(data__batch=size), tokenizer))[0]
+    items = batch.product[size:]
+    for row in range(size):
+        query, own = batch.product[row], items[row]
+        further = {a: {b, c}, d: {b, c}}[query] - {own}
+        expected = [n for n, item in enumerate(items) if item in further]
+        assert expected and batch.known[row].tolist() == expected + [-1] * (32 - len(expected))
+    short = pipeline.batches(data, pipeline.Reader(tiny(data__batch=size, data__known=1), tokenizer))[0]
+    np.testing.assert_array_equal(short.known, batch.known[:, :1])
+    none = pipeline.batches(prepared, pipeline.Reader(tiny(), tokenizer))[0]
+    assert (none.known == -1).all()  # each product is the query of itself alone
+
+
+def test_further_negatives_follow_the_first(prepared, tokenizer):
+    more = np.arange(2 * len(prepared.triplets), dtype=np.int32).reshape(-1, 2) % len(prepared.train)
+    more[::3, 1] = -1
+    config = tiny(data__negatives=4)
+    size = config.data.batch
+    data = dataclasses.replace(prepared, negatives=more)
+    batch = pipeline.batches(data, pipeline.Reader(config, tokenizer))[0]
+    assert batch.rows.view.shape[0] == len(batch.product) == 6 * size
+    for b in range(size):
+        found = batch.product[b::size].tolist()
+        first = prepared.triplets[batch.triplet[b]].negative
+        assert found[2:] == [first, *more[batch.triplet[b]].tolist(), -1]
+        assert (batch.rows.view[b::size].any(1) == (np.array(found) >= 0)).all()
+
+
 def test_flipping_image_sampling_and_weights(prepared, tokenizer):
     """Each of a product's three images is drawn, half of the query images are flipped, and weights reach the batch."""
     picture = np.zeros((32, 32, 3), np.uint8)  # a size that is not resized
@@ -98,7 +152,7 @@ def test_flipping_image_sampling_and_weights(prepared, tokenizer):
         group=np.array([0]),
         triplets=[Triplet(0, 0, None, 0.25)],
     )
-    config = tiny(data__batch=64)
+    config = tiny(data__batch=64, data__flip=0.5, data__background=0.0)
     batch = pipeline.batches(lone, pipeline.Reader(config, tokenizer))[0]
     np.testing.assert_array_equal(batch.weight, np.full(64, 0.25))
     brightest = batch.rows.patches[64:128].reshape(64, -1).max(1)

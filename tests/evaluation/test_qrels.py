@@ -84,7 +84,7 @@ def test_qrels_are_the_same_in_every_format(prepared, ids, tmp_path, format):
     )
     total, count = len(prepared.products), len(ids)
     assert list(found.prepared.val) == list(range(count))
-    assert found.prepared.val_queries == [(total, 0), (total + 1, 5)]
+    assert found.prepared.val_queries == [(total, 0, 1.0), (total + 1, 5, 1.0)]
     first, second = found.prepared.products[total], found.prepared.products[total + 1]
     assert (first.id, first.text, first.images) == ("q1", "red mug", ())
     assert (second.id, second.text, second.images) == ("2", None, ((tmp_path / "photo.jpg").read_bytes(),))
@@ -99,7 +99,7 @@ def test_the_beir_column_map(prepared, ids, tmp_path):
     _, qrels = written(tmp_path, ids, "tsv")
     (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q1", "text": "red mug"}))
     found = read(tmp_path / "queries.jsonl", qrels, prepared, "beir")
-    assert found.prepared.val_queries == [(len(prepared.products), 0)] and list(found.qrels.grade) == [3, 1]
+    assert found.prepared.val_queries == [(len(prepared.products), 0, 1.0)] and list(found.qrels.grade) == [3, 1]
 
 
 def test_queries_and_qrels_change_the_fingerprint(prepared, ids, tmp_path):

@@ -68,7 +68,7 @@ def test_weights_negatives_and_the_split_by_time(tmp_path):
     assert made["mug", "p8"] == ("p7", pytest.approx(math.log2(1 + 2 + 3)))
     assert made["mug", "p0"][1] == 1.0
     assert ("late", "p6") not in made and len(made) == 4 + 14
-    evaluated = [(found.products[q].text, found.products[p].id) for q, p in found.val_queries]
+    evaluated = [(found.products[q].text, found.products[p].id) for q, p, _ in found.val_queries]
     assert evaluated == [("late", "p6")]
     assert found.manifest["read"]["log"] == found.manifest["kept"]["log"] == len(rows)
     assert found.manifest["negatives_skipped_above"] == 2
@@ -95,11 +95,9 @@ def test_a_large_log_equals_a_plain_implementation(tmp_path):
 
     times = sorted(row["time"] for row in rows if WEIGHTS[row["event"]])
     cut = times[round(0.9 * len(times))]
-    weight, pages, chosen, late = defaultdict(float), defaultdict(dict), set(), set()
+    weight, pages, late = defaultdict(float), defaultdict(dict), set()
     for row in rows:
         pair = row["query"], row["product_id"]
-        if WEIGHTS[row["event"]]:
-            chosen.add(pair)
         if row["time"] >= cut:
             if WEIGHTS[row["event"]]:
                 late.add(pair)
@@ -112,11 +110,14 @@ def test_a_large_log_equals_a_plain_implementation(tmp_path):
         page[row["product_id"]] = min(top, row["position"]), taken + gained
     skipped = defaultdict(list)
     title = {product["product_id"]: product["title"] for product in products}
+    bought = defaultdict(set)
+    for query, product in weight:
+        bought[query].add(title[product])
     for (query, session), page in pages.items():
         for product, (position, taken) in page.items():
             for other, (above, other_taken) in page.items():
                 good = taken and not other_taken and above < position and title[product] != title[other]
-                if good and (query, other) not in chosen:
+                if good and title[other] not in bought[query]:
                     skipped[query, product].append((position - above, session, other))
     made = triplets(found)
     assert set(made) == set(weight)
@@ -128,10 +129,80 @@ def test_a_large_log_equals_a_plain_implementation(tmp_path):
             assert negative in near
             direct += 1
         else:
-            assert title[negative] != title[product] and int(negative[1:]) % 4 == int(product[1:]) % 4
+            assert title[negative] not in bought[query] and int(negative[1:]) % 4 == int(product[1:]) % 4
     assert direct > 50 and direct == found.manifest["negatives_skipped_above"]
-    evaluated = {(found.products[q].text, found.products[p].id) for q, p in found.val_queries}
+    evaluated = {(found.products[q].text, found.products[p].id) for q, p, _ in found.val_queries}
     assert evaluated == late - set(weight)
+
+
+def purchases(count, queries, products, seed=0):
+    """A made log: queries and products are drawn by Zipf's law, at rising times."""
+    rng = np.random.default_rng(seed)
+    draw = lambda size: int((rng.zipf(1.3, 1) - 1)[0] % size)  # noqa: E731
+    return [
+        {"query": f"query {draw(queries)}", "product_id": f"p{draw(products)}", "event": "purchase", "time": number}
+        for number in range(count)
+    ]
+
+
+def test_no_negative_is_something_that_the_query_wants(tmp_path):
+    """Nor has its title. A quarter of the drawn negatives were other purchases of the same query."""
+    products, rows = catalogue(60, 4), purchases(2000, 50, 60)
+    found = prepared_from(write(tmp_path / "data", products, rows), tmp_path / "p")
+    wants, full = defaultdict(set), set()
+    for triplet in found.triplets:
+        wants[triplet.query].add(found.products[triplet.positive].text)
+    assert max(map(len, wants.values())) > 10
+    for triplet in found.triplets:
+        if triplet.negative is None:
+            full.add(triplet.query)
+        else:
+            assert found.products[triplet.negative].text not in wants[triplet.query]
+    assert all(len(wants[query]) == 30 for query in full)  # only a query that wants all titles has no negative
+
+
+def test_the_one_product_that_a_query_does_not_want_is_found(tmp_path):
+    """In another category than the positives, whose categories the query wants completely."""
+    rows = [{"query": "all but one", "product_id": f"p{n}", "event": "click", "time": n} for n in range(38)]
+    products = catalogue(40, 4)
+    rows += [{"query": "late", "product_id": "p0", "event": "click", "time": 100 + n} for n in range(3)]
+    found = prepared_from(write(tmp_path / "data", products, rows), tmp_path / "p")
+    negatives = {found.products[t.negative].text for t in found.triplets if found.products[t.query].text != "late"}
+    assert negatives == {"thing 19"}
+
+
+def test_what_is_held_out_decides_nothing_in_training(tmp_path):
+    """Other late purchases of the same queries at the same times leave the training data as they are."""
+    rows = []
+    for number, row in enumerate(purchases(600, 20, 40)):
+        shown = [f"p{(7 * number + k) % 40}" for k in range(4)]
+        common = {"query": row["query"], "session": str(number), "time": row["time"]}
+        rows += [common | {"product_id": p, "event": "impression", "position": k} for k, p in enumerate(shown)]
+        rows.append(common | {"product_id": row["product_id"], "event": "purchase", "position": 4})
+    late = sorted(row["time"] for row in rows if row["event"] == "purchase")[540]
+    other = [
+        row | {"product_id": f"p{(int(row['product_id'][1:]) + 13) % 40}"} if row["time"] >= late else row
+        for row in rows
+    ]
+    made = []
+    for name, log in (("a", rows), ("b", other)):
+        found = prepared_from(write(tmp_path / name, catalogue(40, 4), log), tmp_path / f"p{name}")
+        # Queries get records of their own, whose numbers may differ.
+        made.append(triplets(found))
+        assert found.val_queries
+    assert made[0] == made[1] and any(negative for negative, _ in made[0].values())
+
+
+def test_held_out_purchases_carry_their_weight(tmp_path):
+    rows = [{"query": f"early {n}", "product_id": "p1", "event": "click", "time": n} for n in range(20)]
+    rows += [
+        {"query": "late", "product_id": "p2", "event": "click", "time": 100},
+        {"query": "late", "product_id": "p4", "event": "purchase", "time": 101},
+    ]
+    found = prepared_from(write(tmp_path / "data", catalogue(12), rows), tmp_path / "p", prepare__val_fraction=0.09)
+    held_out = {(found.products[q].text, found.products[p].id): weight for q, p, weight in found.val_queries}
+    assert held_out == {("late", "p2"): 1.0, ("late", "p4"): pytest.approx(math.log2(5))}
+    assert found.manifest["val_queries"] == 1
 
 
 def test_unusable_log_rows_are_quarantined(tmp_path):

@@ -155,7 +155,7 @@ def test_queries_and_splits(tmp_path):
     ids = [product.id for product in found.products]
     assert [ids[index] for index in found.train] == [str(n) for n in range(8)]
     assert [ids[index] for index in found.val] == [str(n) for n in range(8, 12)]
-    assert [(ids[q], ids[p]) for q, p in found.val_queries] == [("val-0", "9")]
+    assert [(ids[q], ids[p]) for q, p, _ in found.val_queries] == [("val-0", "9")]
     from_queries = [t for t in found.triplets if t.query != t.positive]
     assert [(ids[t.query], ids[t.positive]) for t in from_queries] == [("train-0", "1"), ("train-1", "2")]
     # Unknown, or in the other part of the split: a held-out product is never a training positive, nor vice versa.
@@ -326,7 +326,7 @@ def test_a_product_with_id_0_can_be_a_target(tmp_path):
     (tmp_path / "queries_val.jsonl").write_text("\n".join(map(json.dumps, queries)))
     found = prepared_from(tmp_path, tmp_path / "p")
     ids = [product.id for product in found.products]
-    assert [(ids[q], ids[p]) for q, p in found.val_queries] == [("0", "0"), ("1", "1"), ("2", "2"), ("3", "3")]
+    assert [(ids[q], ids[p]) for q, p, _ in found.val_queries] == [("0", "0"), ("1", "1"), ("2", "2"), ("3", "3")]
 
 
 def test_images_that_appear_later_are_found(tmp_path):
