@@ -9,8 +9,8 @@ def get_config() -> ConfigDict:
             vision=dict(depth=2, width=96, mlp_width=192, heads=3, positions=64, deepstack=(0,)),
             language=dict(
                 vocab=4096,
-                width=128,
-                layers=3,
+                width=256,
+                layers=2,
                 heads=4,
                 kv_heads=2,
                 head_dim=32,
@@ -19,9 +19,10 @@ def get_config() -> ConfigDict:
                 rope_sections=(6, 5, 5),
             ),
             experts=dict(count=4, width=120),
-            data=dict(batch=128, text_tokens=16, visual_tokens=9, min_visual_tokens=5),
+            data=dict(batch=128, text_tokens=24, visual_tokens=9, min_visual_tokens=5, fit=True),
+            objective=dict(symmetric=True),
             training=dict(
-                steps=160,
+                steps=300,
                 learning_rate=2e-3,
                 router_learning_rate=1e-3,
                 min_warmup=30,

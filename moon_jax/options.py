@@ -94,6 +94,7 @@ class Data:
     text_tokens: int = option(64, "longest text in tokens; longer texts are cut")
     visual_tokens: int = option(256, "largest size of an image in merged visual tokens; larger images are downscaled")
     min_visual_tokens: int = option(4, "smallest size of an image in merged visual tokens; smaller images are upscaled")
+    fit: bool = option(False, "training rows only as long as the catalogue's texts and images need (data/pipeline.py)")
     max_pixels: int = option(178_956_970, "images with more pixels are rejected before decoding")
     keep_word: float = option(0.5, "probability that a query made from a product keeps a word of its title")
     least_words: int = option(1, "words that such a query keeps in any case")

@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import functools
 import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moon_jax import config as config_lib
 from moon_jax import interrupt
 from moon_jax.commands.shared import expand, process_count, silence_libraries
+from moon_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from moon_jax.progress import Terminal
 
 HELP = "turn a catalogue or a click log into data for training"
 
@@ -24,6 +30,7 @@ examples:
   moon-jax prepare --data fashion200k/ --columns fashion200k --output prepared --config.prepare.longest_side=512
   moon-jax prepare --data products.csv --columns mine.json --output prepared
   moon-jax train --config quickstart --data prepared --workdir runs/first
+  moon-jax prepare --data prepared --negatives vectors --output mined      hard negatives, from what embed wrote
 
 Images are downloaded only from hosts that --fetch names (*.example.com includes subdomains), and never from addresses
 of a private network; hf:// downloads from the hub.
@@ -39,6 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", default="own", help="a column map: own (default), mbe, mbe2, … or a .json file")
     parser.add_argument("--fetch", action="append", default=[], metavar="HOST", help="download image URLs of this host")
     parser.add_argument("--processes", type=int, help="worker processes (default: one per core)")
+    parser.add_argument(
+        "--negatives", metavar="VECTORS", help="mine hard negatives for prepared --data by vectors of embed"
+    )
+    parser.add_argument(
+        "--negative-count", type=int, default=3, help="mined negatives per triplet (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--negative-ranks", default="1-100", metavar="A-B", help="ranks that they are taken from (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--negative-bound",
+        type=float,
+        default=0.95,
+        metavar="SHARE",
+        help="their highest similarity, as a share of the positive's (default: %(default)s)",
+    )
 
 
 def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
@@ -51,8 +74,11 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
 
     interrupt.check()
     silence_libraries()
-    options = prepare.Options.of(config, parsed.columns, parsed.fetch)
     terminal = progress.Terminal()
+    if parsed.negatives:
+        _mine(parsed, terminal)
+        return
+    options = prepare.Options.of(config, parsed.columns, parsed.fetch)
     pool = functools.partial(workers.pool, count)
     prepared = prepare.prepare(parsed.data, parsed.output, options, pool, count, terminal.progress)
     manifest = prepared.manifest
@@ -68,3 +94,23 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
         ["moon-jax", "train", "--config", "quickstart", "--data", parsed.output, "--workdir", "runs/first"]
     )
     terminal.line(f"prepared in {parsed.output}; to train: {train}")
+
+
+def _mine(parsed: argparse.Namespace, terminal: Terminal) -> None:
+    """Copies prepared data with mined negatives."""
+    from moon_jax.augment import negatives
+    from moon_jax.data import prepared as prepared_lib
+
+    if not prepared_lib.is_prepared(parsed.data):
+        raise UserError(f"--data {parsed.data}: not prepared data; --negatives adds to what moon-jax prepare wrote")
+    first, separator, last = parsed.negative_ranks.partition("-")
+    if not (separator and first.isdecimal() and last.isdecimal()):
+        raise UserError(f"--negative-ranks {parsed.negative_ranks}: give two ranks, such as 1-100")
+    options = negatives.Options(parsed.negative_count, (int(first), int(last)), parsed.negative_bound)
+    output = Path(parsed.output)
+    about = negatives.write(Path(parsed.data), output, parsed.negatives, options, terminal.progress)
+    total = len(prepared_lib.open_prepared(output).triplets)
+    terminal.line(f"{about['negatives']:,} negatives mined, for {about['triplets']:,} of {total:,} triplets")
+    train = ["moon-jax", "train", "--config", "quickstart", "--data", parsed.output, "--workdir", "runs/mined"]
+    more = f"--config.data.negatives={1 + options.count}"
+    terminal.line(f"prepared in {parsed.output}; to train with all of them: {shlex.join([*train, more])}")

@@ -147,6 +147,41 @@ def draw_view(text: bool, image: bool, mixture: Sequence[float], rng: np.random.
     return (VIEWS[rng.choice(3, p=shares / shares.sum())],) if shares.any() else ()
 
 
+SAMPLE = 1000
+"""Triplets that `fitted` measures."""
+
+FITTING = 0.98
+"""Share of the texts that fit into fitted rows without being cut."""
+
+
+def fitted(config: config_lib.Config, prepared: Prepared, reader: Reader) -> config_lib.Config:
+    """`config` with `data.text_tokens` and `data.visual_tokens` lowered to what the catalogue needs.
+
+    Most titles are far shorter than the limit, and most images of a catalogue have one shape: rows for the limits would
+    be half padding. Depends on data and config alone, so a resumed run gets the same. Images that need more than any in
+    the sample are downscaled; the trained model keeps the limits of `config`.
+    """
+    data, area = config.data, (config.vision.patch * config.vision.merge) ** 2
+    chosen = np.unique(np.linspace(0, len(prepared.triplets) - 1, SAMPLE).astype(int)).tolist()
+    members = prepared.members(chosen, 1)
+    lengths, tokens = [1], [data.min_visual_tokens]
+    for product in records.read_many(prepared.products, np.unique(members[members >= 0]).tolist()):
+        texts = [*titles_of(product), *product.enriched_texts]
+        if data.augmented == "all":  # reads two titles
+            texts = [" ".join([*titles_of(product), text]) for text in product.enriched_texts] or texts
+        lengths += [len(ids) for ids in reader.tokenizer.encode(texts, data.text_tokens)]
+        for image in (*product.images, *product.expanded_images):
+            try:
+                picture = decode(image, data.max_pixels)
+            except BadImage:
+                continue
+            high, wide = reader.rule.size(picture.height, picture.width)
+            tokens.append(high * wide // area)
+    text = min(data.text_tokens, int(np.ceil(np.quantile(lengths, FITTING))))
+    visual = min(data.visual_tokens, max(tokens))
+    return config_lib.replace(config, {"data.text_tokens": text, "data.visual_tokens": visual})
+
+
 STEPS = 2**40
 """Length of the dataset in steps, practically infinite."""
 

@@ -17,12 +17,13 @@ from moon_jax.types import Product, Triplet
 SCHEMA = 2
 """Version of the folder's format."""
 
-MANIFEST, QUARANTINE, TRIPLETS, VAL_QUERIES, GROUPS = (
+MANIFEST, QUARANTINE, TRIPLETS, VAL_QUERIES, GROUPS, NEGATIVES = (
     "manifest.json",
     "quarantine.jsonl",
     "triplets.npy",
     "val_queries.npy",
     "groups.npy",
+    "negatives.npy",
 )
 
 
@@ -122,6 +123,7 @@ def open_prepared(folder: str | Path) -> Prepared:
         val_queries=[pair.item() for pair in pairs],
         manifest=manifest,
         folder=folder,
+        negatives=_array(folder / NEGATIVES, np.dtype("<i4")) if NEGATIVES in manifest["files"] else None,
     )
 
 

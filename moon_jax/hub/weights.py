@@ -152,7 +152,7 @@ class Held:
         for row in keys.table(config):
             leaf = leaves[row.ours]
             array = leaf if row.stack_index is None else leaf[row.stack_index]
-            self._arrays[row.theirs] = keys.to_theirs(array, row.transform)
+            self._arrays[row.theirs] = np.ascontiguousarray(keys.to_theirs(array, row.transform))
 
     def names(self) -> set[str]:
         return set(self._arrays)

@@ -138,7 +138,7 @@ def _prepared(
     manifest = manifest_of(output, {"synthetic": opened.synthetic} | described, shards)
     outputs.write_atomic(output / outputs.SOURCE, _provenance(opened, options))
     # The manifest is written last: if it exists, everything else is complete.
-    outputs.write_atomic(output / prepared_lib.MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_manifest(output, manifest)
     shutil.rmtree(work)
     return prepared_lib.open_prepared(output)
 
@@ -398,3 +398,16 @@ def manifest_of(
         "files": files,
         "shards": [{name: shard[name] for name in fields} for shard in shards],
     }
+
+
+def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
+    outputs.write_atomic(output / prepared_lib.MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def with_negatives(output: Path, manifest: dict[str, Any], mined: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a folder to which negatives.npy was added; `mined` describes it. The fingerprint changes."""
+    path = output / prepared_lib.NEGATIVES
+    entry = {"bytes": path.stat().st_size, "checksum": outputs.checksum(path)}
+    digest = hashlib.blake2b(f"{manifest['fingerprint']} {entry['checksum']}".encode(), digest_size=16)
+    files = {**manifest["files"], path.name: entry}
+    return manifest | {"fingerprint": digest.hexdigest(), "mined": mined, "files": files}

@@ -177,7 +177,7 @@ def _train(
     """Opens the workdir, creates or restores the state, compiles, and trains."""
     shared = {name: value for name, value in config_lib.leaves(config).items() if name not in PER_PROCESS}
     distributed.require_equal("config", shared)
-    mesh, steps, options = sharding.make_mesh(config.mesh), config.training.steps, config.training
+    mesh, steps, options, given = sharding.make_mesh(config.mesh), config.training.steps, config.training, config
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         with distributed.fail_together():
@@ -201,6 +201,11 @@ def _train(
         if restored:
             terminal.line(f"resuming {store} at step {start} of {steps}")
         reader = pipeline.Reader(config, opened.tokenizer)
+        if config.data.fit:
+            config = pipeline.fitted(config, prepared, reader)
+            reader = pipeline.Reader(config, opened.tokenizer)
+            fit = config.data
+            terminal.line(f"rows fitted to the catalogue: {fit.text_tokens} text and {fit.visual_tokens} visual tokens")
         placed = abstract_batch(config, mesh, reader.template)
         began = time.monotonic()
         with terminal.busy("compiling the training step"):
@@ -216,10 +221,10 @@ def _train(
             f"{parameters:,} parameters{drawn} on {mesh.size} {jax.devices()[0].platform} device(s){processes};"
             f" compiled in {compiling:.1f} s"
         )
-        evaluate = make_evaluate(config, prepared, opened.tokenizer, mesh) if config.evaluation.every else None
+        evaluate = make_evaluate(given, prepared, opened.tokenizer, mesh) if config.evaluation.every else None
         batches = pipeline.from_step(pipeline.batches(prepared, reader, held), start, config.data.threads)
         put = functools.partial(sharding.place, mesh, held=held)
-        run = Run(config, store, prepared, checkpoints, compiled, put, evaluate)
+        run = Run(config, given, store, prepared, checkpoints, compiled, put, evaluate)
         state = _steps(run, state, start, batches, terminal, watch)
     terminal.line(
         f"training step compiled {backend.COMPILATIONS['train_step']} time(s); bad steps: {int(state.bad_steps)}"
@@ -232,6 +237,7 @@ class Run:
     """What stays the same through all steps of a run."""
 
     config: config_lib.Config
+    described: config_lib.Config  # as given, before its rows are fitted to the catalogue
     store: storage.Store
     prepared: Prepared
     checkpoints: checkpoints_lib.Checkpoints
@@ -250,7 +256,7 @@ def _steps(
 ) -> TrainState:
     """Steps, logs, evaluates and saves, until the last step or a requested stop."""
     config, options, store, steps = run.config, run.config.training, run.store, run.config.training.steps
-    described = provenance.describe(config, run.prepared.fingerprint)
+    described = provenance.describe(run.described, run.prepared.fingerprint)
     times = metrics_lib.Times(config, jax.device_count(), start)
     batch, metrics, note = None, None, ""
 

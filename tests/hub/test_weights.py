@@ -169,6 +169,16 @@ def test_leaves_are_read_in_small_pieces(tmp_path, tokenizer, monkeypatch):
         ),
         dict(experts__count=1, experts__per_token=1),
         dict(experts__count=4, experts__per_token=2, experts__router_term="learned"),
+        dict(experts__count=4, experts__per_token=2, experts__width=20),
+        dict(experts__count=8, experts__per_token=2, experts__width=20, experts__router_term="token_hard"),
+        dict(
+            experts__count=8,
+            experts__per_token=2,
+            experts__width=20,
+            experts__router_term="token",
+            experts__term_init=2.0,
+            experts__every=2,
+        ),
     ],
     ids=str,
 )
@@ -176,13 +186,14 @@ def test_an_upcycled_model_equals_the_dense_one_at_step_0(tmp_path, tokenizer, d
     sizes = dict(language__layers=4, experts__width=tiny().language.mlp_width)
     dense = tiny(**sizes, experts__count=0)
     write(tmp_path, dense, random_params(dense, tokenizer))
-    config = tiny(**sizes, **differences)
+    config = tiny(**(sizes | differences))
     rng = np.random.default_rng(0)
     products = [[rows_lib.segments(rng.integers(0, 300, 9).astype(np.int32), (), tokenizer, 2)[0]] for _ in range(3)]
-    assert (
-        config.experts.router_term == "none"
-        or not load(tmp_path, config, tokenizer)["decoder"]["periods"]["layer_0"]["experts"]["router_term"].any()
-    )
+    if config.experts.router_term == "learned":
+        assert not load(tmp_path, config, tokenizer)["decoder"]["periods"]["layer_0"]["experts"]["router_term"].any()
+    if config.experts.router_term == "token":
+        term = load(tmp_path, config, tokenizer)["decoder"]["periods"]["layer_1"]["experts"]["router_term"]
+        np.testing.assert_array_equal(term[0], 2.0 * np.array([[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]))
     rows = rows_lib.pack([[parts] for parts in products], rows_lib.Layout.of(config), tokenizer.pad)
 
     def embed(config):
@@ -281,11 +292,40 @@ def test_the_error_names_a_missing_leftover_or_misshapen_weight(tmp_path, tokeni
     assert "\n" not in str(error.value)
 
 
-def test_upcycling_needs_the_width_of_the_dense_feed_forward(tmp_path, tokenizer):
+@pytest.mark.parametrize(("width", "count"), [(16, 4), (20, 3)])
+def test_upcycling_needs_the_width_of_the_dense_feed_forward(tmp_path, tokenizer, width, count):
     dense = tiny(experts__count=0)
     write(tmp_path, dense, random_params(dense, tokenizer))
-    with pytest.raises(UserError, match=r"config.experts.width: 20, .* give --config.experts.width=40"):
-        load(tmp_path, tiny(), tokenizer)
+    message = rf"config.experts.width: {width}, .* give --config.experts.width=40, or 20 and a multiple of 2 experts"
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, tiny(experts__width=width, experts__count=count, experts__per_token=2), tokenizer)
+
+
+def test_slices_of_the_dense_feed_forward_start_as_equal_groups(tmp_path, tokenizer):
+    """Virtual groups (arXiv 2410.07524): each group of K experts holds the K slices and shares a router column."""
+    dense = tiny(experts__count=0)
+    write(tmp_path, dense, random_params(dense, tokenizer))
+    config = tiny(experts__count=6, experts__per_token=2, experts__width=20)
+    whole = load(tmp_path, dense, tokenizer)["decoder"]["periods"]["layer_0"]["mlp"]
+    experts = load(tmp_path, config, tokenizer)["decoder"]["periods"]["layer_0"]["experts"]
+    for expert in range(6):
+        part = slice(20 * (expert % 2), 20 * (expert % 2) + 20)
+        np.testing.assert_array_equal(experts["gate_up"][:, expert, 0], whole["gate_proj"]["kernel"][..., part])
+        np.testing.assert_array_equal(experts["gate_up"][:, expert, 1], whole["up_proj"]["kernel"][..., part])
+        np.testing.assert_array_equal(experts["down"][:, expert], 2 * whole["down_proj"]["kernel"][:, part])
+    router = np.asarray(experts["router"])
+    np.testing.assert_array_equal(router[..., ::2], router[..., 1::2])
+    assert (router[..., 0] != router[..., 2]).all()
+
+
+def test_a_dense_model_in_memory_is_upcycled_like_its_folder(tmp_path, tokenizer):
+    dense = tiny(experts__count=0)
+    params = random_params(dense, tokenizer)
+    write(tmp_path, dense, params)
+    config = tiny(experts__width=40, experts__reinitialized=0.5)
+    like = jax.tree.map(on_one_device, abstract_params(config, tokenizer)["encoder"])
+    held = weights.Held(tmp_path, dense, jax.tree.map(jnp.asarray, params))
+    jax.tree.map(np.testing.assert_array_equal, weights.placed(held, config, like), load(tmp_path, config, tokenizer))
 
 
 def test_reinitialization_without_upcycling_is_refused(tmp_path, tokenizer):

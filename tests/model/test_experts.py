@@ -3,15 +3,22 @@
 import functools
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from moon_jax import backend, sharding
 from moon_jax import config as config_lib
+from moon_jax.data import pipeline, text
+from moon_jax.data import rows as rows_lib
 from moon_jax.errors import UserError
 from moon_jax.model import experts, grouped_matmul, router
+from moon_jax.model.encoder import Encoder, initialize
+from moon_jax.types import VIEWS, Product
+from tests.conftest import tiny
 
 T, D, F = 64, 8, 12
 CASES = ("balanced", "skewed", "one expert", "none valid")
@@ -248,7 +255,7 @@ def test_capacity_is_a_multiple_of_the_even_share():
 def test_a_hard_term_keeps_compositions_apart():
     hidden, kernel = np.random.default_rng(0).normal(size=(30, D)), np.random.default_rng(1).normal(size=(D, 8))
     composition = np.arange(30) % 3
-    term = router.hard_term(8)
+    term = router.hard_term(3, 8)
     routing = router.route(jnp.asarray(hidden), jnp.asarray(kernel), 2, term[composition])
     assert (np.asarray(routing.index) % 3 == composition[:, None]).all()
     prob, index = chosen_routes(hidden, kernel, 2, term[composition])
@@ -257,6 +264,65 @@ def test_a_hard_term_keeps_compositions_apart():
     assert np.isfinite(np.asarray(routing.gate)).all() and np.isfinite(np.asarray(routing.logsumexp)).all()
     gradient = jax.grad(lambda k: router.route(hidden, k, 2, term[composition]).gate[:, ::2].sum())(kernel)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1e-3
+
+
+def test_experts_belong_to_views_or_to_text_and_image():
+    own = router.own_experts(2, 4).astype(int)
+    assert own.tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    assert router.own_experts(3, 4).astype(int).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]
+    assert np.isneginf(router.hard_term(2, 4)).tolist() == (own == 0).tolist()
+
+
+@pytest.mark.parametrize(("term", "apart"), [("token_hard", True), ("token", False), ("none", False)])
+def test_a_term_by_token_keeps_text_and_image_apart(term, apart):
+    """An image token goes to the image experts, also inside the view mm, and padding to none."""
+    config = tiny(experts__count=6, experts__per_token=2, experts__router_term=term)
+    rng = np.random.default_rng(0)
+    tokenizer = text.train(["red shoe"], 300)
+    picture = Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8))
+    reader = pipeline.Reader(config, tokenizer)
+    segments = reader.read(Product(text="a red shoe", images=(picture,)), VIEWS)
+    assert len(segments) == 2  # view i is still the prefix of mm
+    rows = rows_lib.pack([[segments], []], rows_lib.Layout.of(config), tokenizer.pad)
+    params = initialize(config, jax.random.key(0), rows)
+    found = jax.jit(Encoder(config).apply)({"params": nn.unbox(params)}, rows)
+    share = np.asarray(found.gate / np.maximum(found.tokens, 1)[None, :, :, None])[:, 0]
+    only_text = share[:, 0]
+    assert (only_text[:, 3:] == 0).all() == apart
+    # Two of the image view's tokens, its start and end, are text tokens.
+    images = (found.tokens[0, 1] - 2) / found.tokens[0, 1]
+    assert np.allclose(share[:, 1, 3:].sum(-1), images, atol=1e-6) == apart
+    assert not found.gate[:, 1].any()
+
+
+def test_the_initial_term_favours_the_experts_of_the_own_kind():
+    config = tiny(experts__count=4, experts__router_term="token", experts__term_init=1.5)
+    rows = rows_lib.pack([[]], rows_lib.Layout.of(config), 0)
+    params = nn.unbox(initialize(config, jax.random.key(0), rows))
+    term = params["decoder"]["periods"]["layer_0"]["experts"]["router_term"]
+    np.testing.assert_array_equal(term[0], 1.5 * router.own_experts(2, 4))
+
+
+def test_the_start_of_the_weights_gives_text_and_image_equal_parts():
+    """Token embeddings have the scale of visual tokens, and branches add little: mm once began as its image alone, with
+    a cosine of 0.95 to view i and next to none to view t.
+    """
+    config = config_lib.load("quickstart")
+    tokenizer = text.train(["red canvas sneaker for men", "blue ceramic mug, large"], 300)
+    rng, products = np.random.default_rng(0), []
+    words = ["red", "canvas", "sneaker", "for", "men", "blue", "ceramic", "mug", "large"]
+    for _ in range(16):
+        picture = Image.fromarray(rng.integers(0, 255, (8, 6, 3), dtype=np.uint8)).resize((60, 80))
+        products.append(Product(text=" ".join(rng.choice(words, 6)), images=(picture,)))
+    reader = pipeline.Reader(config, tokenizer)
+    segments = [[reader.read(product, VIEWS)] for product in products]
+    rows = rows_lib.pack(segments, rows_lib.Layout.of(config), tokenizer.pad)
+    params = nn.unbox(initialize(config, jax.random.key(0), rows))
+    t, i, mm = np.moveaxis(np.asarray(Encoder(config).apply({"params": params}, rows).embedding), 1, 0)
+    by_image, by_text = (i * mm).sum(-1).mean(), (t * mm).sum(-1).mean()
+    assert by_text > 0.3 and by_image < 0.9
+    # The text's embedding is nearly that of a bag of words: equal words in another order stay close.
+    assert np.abs(params["token_embedding"]).mean() > 0.5
 
 
 def test_a_learned_term_is_added():

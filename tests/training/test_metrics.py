@@ -4,6 +4,7 @@ import time
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from moon_jax.training import chips
@@ -58,3 +59,13 @@ def test_a_truncated_log_line_is_removed(tmp_path, cut):
     path.write_bytes(whole.encode() + '{"step": 2, "loss": {"q_t→'.encode()[:-cut])
     assert [line["step"] for line in metrics_lib._keep(path, 2)] == [1]
     assert path.read_text(encoding="utf-8") == whole
+
+
+def test_mutual_information_of_modality_and_expert():
+    """0 for equal shares, 1 bit for disjoint experts; a worked example between; scale does not matter."""
+    information = metrics_lib.mutual_information
+    assert information(np.array([[3.0, 1.0], [6.0, 2.0]])) == pytest.approx(0)
+    assert information(np.array([[5.0, 5, 0, 0], [0, 0, 1, 9]])) == pytest.approx(1)
+    # p = 3/8 and 1/8 twice each, margins 1/2: 2 (3/8 log2(3/2) + 1/8 log2(1/2)) = 0.188722
+    assert information(np.array([[3.0, 1], [1, 3]])) == pytest.approx(0.188722, abs=1e-6)
+    assert information(np.zeros((2, 4))) == 0
