@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 JAX = ">=0.10.2,<0.13"
-TOKAMAX = "tokamax>=0.0.12"
+# From 0.0.15 on (Python 3.12) tokamax's kernels for GPUs need jax-triton, which it does not require.
+TOKAMAX = ["tokamax>=0.0.12", "jax-triton>=0.4; python_version >= '3.12'"]
 
 LIGHT = [
     "aiohttp>=3.11",
@@ -70,8 +71,8 @@ setup(
     ],
     extras_require={
         # For drivers of CUDA 13. tokamax, whose grouped matmul the experts use on a GPU, brings xprof (100 MB).
-        "cuda": [f"jax[cuda13]{JAX}", TOKAMAX],
-        "cuda12": [f"jax[cuda12]{JAX}", TOKAMAX],
+        "cuda": [f"jax[cuda13]{JAX}", *TOKAMAX],
+        "cuda12": [f"jax[cuda12]{JAX}", *TOKAMAX],
         "tpu": [f"jax[tpu]{JAX}"],
         "fetch": ["aiohttp>=3.11"],  # images by URL
         "openai": ["openai>=2"],  # enriched titles by a server of that protocol

@@ -9,7 +9,7 @@ take 26 GB, divided over the devices of `mesh.fsdp`.
 
 From the paper: the method, learning rate 1e-5 with a cosine schedule, 256 triplets per batch, 22,500 steps (one epoch
 of MBE2.0). Ours, because the paper does not state it: the backbone, 256 visual tokens and 64 text tokens, and
-everything in moon_jax/config.py marked "ours". Without experts there is no routing for ω to follow, so every
+everything in moon_jax/options.py marked "ours". Without experts there is no routing for ω to follow, so every
 objective weighs 1/M.
 """
 

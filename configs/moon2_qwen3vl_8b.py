@@ -9,7 +9,7 @@ moments in float32 take 326 GB, divided over the devices of `mesh.fsdp`.
 From the paper: the method, learning rate 1e-5 with a cosine schedule, 256 triplets per batch, 22,500 steps (one epoch
 of MBE2.0). Ours, because the paper does not state it: the backbone, 8 experts with 2 active per token, experts in
 every second layer, the router's learning rate, 256 visual tokens and 64 text tokens, and everything in
-moon_jax/config.py marked "ours".
+moon_jax/options.py marked "ours".
 """
 
 from ml_collections import ConfigDict

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
             ),
             experts=dict(count=4, width=120),
             data=dict(batch=128, text_tokens=24, visual_tokens=9, min_visual_tokens=5, fit=True),
-            objective=dict(symmetric=True),
+            objective=dict(symmetric="intra"),
             training=dict(
                 steps=300,
                 learning_rate=2e-3,

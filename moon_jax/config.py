@@ -96,6 +96,7 @@ CHOICES = {
     "objective.levels": ("dual", "inter", "mm→mm"),
     "objective.weighting": ("uniform", "lagging", "routed", "product", "stopped", "counted"),
     "objective.known": ("masked", "positive"),
+    "objective.symmetric": ("none", "intra", "all"),
     "training.dtype": ("float32", "bfloat16"),
     "training.param_dtype": ("float32", "bfloat16"),
     "training.remat": ("full", "selective", "none"),

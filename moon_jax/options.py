@@ -120,7 +120,7 @@ class Objective:
     sparsity: float = option(0.01, "ς, weight of L_sparsity; 0 during warm-up")
     levels: str = option("dual", "alignment losses: dual (paper), inter (without intra-product ones) or mm→mm")
     weighting: str = option("uniform", "of ω: uniform, lagging, routed, product (paper), stopped or counted")
-    symmetric: bool = option(False, "each loss also in the other direction: product → query, text → image")
+    symmetric: str = option("none", "losses taken in both directions: none (paper), intra (text → image too) or all")
     known: str = option("masked", "a query's other known positives in the batch: masked, or positive as well")
     similar_margin: float = option(0.0, "negatives above s⁺ by this margin are masked (0.1 is usual); 0 masks none")
     dual_init: float = option(0.02, "standard deviation of the initial W*")

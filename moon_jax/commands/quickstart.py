@@ -24,7 +24,7 @@ examples:
   moon-jax quickstart --data catalogue/ --workdir runs/dense --config.experts.count=0
   moon-jax quickstart --workdir runs/nested '--config.objective.matryoshka=(32,64)'
 
---config.a.b=VALUE sets any option of the config; moon_jax/config.py documents them all.
+--config.a.b=VALUE sets any option of the config; moon_jax/options.py documents them all.
 """
 
 AFTER_STOP = "resumes from here"

@@ -30,7 +30,7 @@ examples:
 
 --init takes a folder, gs://bucket/folder of another run, or hf://owner/name[@revision] on the Hugging Face hub.
 Otherwise, the network is used only between the hosts of the run.
---config.a.b=VALUE sets any option of the config; moon_jax/config.py documents them all.
+--config.a.b=VALUE sets any option of the config; moon_jax/options.py documents them all.
 """
 
 AFTER_STOP = "resumes from here"

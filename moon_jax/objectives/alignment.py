@@ -194,7 +194,7 @@ def objectives(
         loss, others, out = compare(
             embedding[q], view, whole, MM, first, slice(None), temperature, known=wanted, further=further
         )
-        if options.symmetric:
+        if options.symmetric == "all":
             queries = (embedding[q], present[q])
             back, _, _ = compare(embedding[p], MM, queries, view, first, slice(size), temperature, known=wanting)
             loss = (loss + back) / 2
@@ -207,7 +207,7 @@ def objectives(
     for part in (slice(size), slice(size, None)):
         own, exists = every[part], paired[part]
         loss, others, _ = compare(items[part], I, whole, T, own, slice(None), intra_temperature)
-        if options.symmetric:
+        if options.symmetric != "none":
             loss = (loss + compare(items[part], T, whole, I, own, slice(None), intra_temperature)[0]) / 2
         losses.append(_mean(loss, exists.astype(jnp.float32)))
         counts.append(exists.sum())

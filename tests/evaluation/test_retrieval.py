@@ -1,8 +1,13 @@
 """Retrieval in all directions, with known vectors."""
 
+import dataclasses
+import io
+
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
+from moon_jax.data import images
 from moon_jax.data.prepared import Prepared
 from moon_jax.evaluation import metrics, retrieval
 from moon_jax.types import VIEWS, Product
@@ -53,7 +58,7 @@ def test_all_directions_with_absent_views_and_own_queries():
 
 def prepared_of(products):
     group = np.array([0, 1, -1, 2, 3, 3, -1])
-    return Prepared(products, group, [], [], list(range(6)), [(6, 0)], {})
+    return Prepared(products, group, [], [], list(range(6)), [(6, 0, 1.0)], {})
 
 
 def test_truncated_vectors_are_cut_everywhere():
@@ -115,3 +120,85 @@ def test_categories_partition_the_queries_of_a_direction():
         whole = sum(entry["R@10"] * entry["queries"] for entry in found.values())
         kept = np.isin(task.target, list(category))
         assert whole == pytest.approx(measures["R@10"][kept].sum(), abs=1e-3)
+
+
+class Whole:
+    """Embeds images by their 8 × 6 thumbnails, and text as nothing."""
+
+    def encode_views(self, products, alteration=None, seed=0, advance=lambda count: None):
+        present = np.zeros((len(products), 3), bool)
+        vectors = np.zeros((len(products), 3, 144), np.float32)
+        self.alterations = [*getattr(self, "alterations", ()), alteration]
+        for row in range(len(products)):
+            product = products[row]
+            if product.images:
+                picture = images.decode(product.images[0], 10**6).resize((8, 6))
+                vectors[row, 1:] = np.asarray(picture, np.float32).ravel() + 1
+                present[row, 1:] = [True, bool(product.text)]
+        advance(len(products))
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9), present
+
+
+@pytest.fixture
+def photographed():
+    """Six products on white, one of them without a photo and one that is all noise, and a query."""
+    products = []
+    for number in range(6):
+        picture = Image.new("RGB", (48, 40), "white")
+        corner = 12 + number
+        ImageDraw.Draw(picture).ellipse((corner, 8, corner + 20, 32), fill=(40 * number, 90, 200 - 30 * number))
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        products.append(Product(text=f"x{number}", images=(stream.getvalue(),), id=str(number)))
+    products[3] = dataclasses.replace(products[3], images=())
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8))
+    products[4] = dataclasses.replace(products[4], images=(noise,))
+    return prepared_of([*products, Product(images=(b"x",), id="q")])
+
+
+def test_photos_are_changed_in_sets_of_their_own(photographed, monkeypatch):
+    prepared = dataclasses.replace(photographed, val_queries=[])
+    asked = []
+    encoded = retrieval.encode(Whole(), prepared, asked.append, photos=tuple(retrieval.PHOTOS))
+    assert sum(asked) == retrieval.count(prepared, None, tuple(retrieval.PHOTOS)) == 6 * (2 + 4)
+    found = {}
+    for name, direction, task, measures in retrieval.directions(encoded):
+        found.setdefault(name, {})[direction] = task, measures
+    assert list(retrieval.PHOTOS) == [name for name in found if name != "products"]
+    for name, edit in retrieval.PHOTOS.items():
+        assert set(found[name]) == {"i→i", "i→mm", "mm→i", "mm→mm"}
+        task, _ = found[name]["i→i"]
+        # Without a subject there is no other background and no scene; without a photo there is nothing.
+        number = 4 if edit in ("background", "scene") else 5
+        assert len(task.query_product) == number
+        assert len(task.candidates) == (number if edit == "scene" else 5)
+    # The same photos again, whatever their number; no photo is the original.
+    again = retrieval.encode(Whole(), prepared, photos=("photos_detail", "photos_background"))
+    for name in ("photos_detail", "photos_background"):
+        np.testing.assert_array_equal(again.queries[name].plain, encoded.queries[name].plain)
+        own = (encoded.queries[name].plain[:, 1] * encoded.candidates[:, 1]).sum(-1)
+        assert own[encoded.queries[name].plain_present[:, 1]].max() < 0.9999
+
+
+def test_the_text_of_a_query_with_a_changed_photo_is_altered_and_its_photo_is_whole(photographed):
+    embedder = Whole()
+    retrieval.encode(embedder, dataclasses.replace(photographed, val_queries=[]), photos=("photos_background",))
+    plain, crop, changed = embedder.alterations
+    assert plain is None and crop == retrieval.ALTERATION
+    assert changed == dataclasses.replace(retrieval.ALTERATION, crop=(1.0, 1.0))
+
+
+def test_large_catalogues_are_sampled_and_scenes_are_searched_among_themselves(photographed, monkeypatch):
+    monkeypatch.setattr(retrieval, "MOST_PHOTOS", 3)
+    prepared = dataclasses.replace(photographed, val_queries=[])
+    encoded = retrieval.encode(Whole(), prepared, photos=("photos_detail", "photos_scene"))
+    detail, scene = encoded.queries["photos_detail"], encoded.queries["photos_scene"]
+    assert len(detail.product) == 3 and detail.candidates is None
+    np.testing.assert_array_equal(scene.candidates.product, scene.product)
+    assert encoded.truncated(5).queries["photos_scene"].candidates.vectors.shape == (3, 3, 5)
+
+
+def test_models_without_images_or_with_fixed_vectors_have_no_changed_photos():
+    sees = lambda **more: retrieval.photo_sets(type("E", (), more)())  # noqa: E731
+    assert sees() == sees(sees=("i",)) == tuple(retrieval.PHOTOS)
+    assert sees(sees=("t",)) == sees(fixed=True) == ()

@@ -139,7 +139,7 @@ def oracle(x, config, step):
             if o.known == "positive":
                 further = [e[item][MM] for item in items if wants(b, item) and present[item][MM]]
             parts[b] = contrast(e[Q, b, view], own, item_candidates((P, b), MM, b), epsilon, further)
-            if o.symmetric:
+            if o.symmetric == "all":
                 queries = [
                     (e[Q, other, view], ids(P, other), wants(other, (P, b)))
                     for other in range(B)
@@ -159,7 +159,7 @@ def oracle(x, config, step):
         parts = []
         for item in served:
             part = contrast(e[item][I], (e[item][T], ids(*item)), item_candidates(item, T), intra_epsilon)
-            if o.symmetric:
+            if o.symmetric != "none":
                 back = contrast(e[item][T], (e[item][I], ids(*item)), item_candidates(item, I), intra_epsilon)
                 part = ((part[0] + back[0]) / 2, *part[1:])
             parts.append(part)
@@ -236,10 +236,10 @@ def settings(**more):
         {},
         {"phi_threshold": 0.0, "weighting": "stopped"},
         {"matryoshka": (2, 3)},
-        {"symmetric": True},
+        {"symmetric": "all"},
         {"known": "positive"},
         {"similar_margin": 0.1, "matryoshka": (3,)},
-        {"symmetric": True, "known": "positive", "similar_margin": 0.1},
+        {"symmetric": "all", "known": "positive", "similar_margin": 0.1},
     ],
     ids=lambda options: " ".join(options) or "defaults",
 )
@@ -267,8 +267,8 @@ def test_values_equal_the_oracle(step, chunk, options, negatives):
         ("lagging", {}),
         ("routed", {}),
         ("lagging", {"matryoshka": (2, 3)}),
-        ("uniform", {"symmetric": True, "known": "positive"}),
-        ("uniform", {"symmetric": True, "similar_margin": 0.1}),
+        ("uniform", {"symmetric": "all", "known": "positive"}),
+        ("uniform", {"symmetric": "intra", "similar_margin": 0.1}),
     ],
 )
 def test_gradients_equal_finite_differences_of_the_oracle(mode, options):
