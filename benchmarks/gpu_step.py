@@ -1,8 +1,8 @@
 """Time and memory of one training step on this machine's device, and of the same objective in transformers.
 
 Random weights, full rows of random tokens and pixels; the step is the real one of the config. With --transformers, a
-dense Qwen3-VL of the same size runs instead, as a user of transformers would write it: one call per view, SDPA, gradient
-checkpointing, autocast to bfloat16, fused AdamW. Run the two one after the other on one machine.
+dense Qwen3-VL of the same size runs instead, as a user of transformers would write it: one call per view, SDPA,
+gradient checkpointing, autocast to bfloat16, fused AdamW. Run the two one after the other on one machine.
 
     python benchmarks/gpu_step.py                                                    2B dense, 16 triplets
     python benchmarks/gpu_step.py --transformers

@@ -198,7 +198,6 @@ def test_an_invalid_option_is_an_error_before_any_work(data, tmp_path, options, 
 
 def test_the_error_for_a_missing_package_names_the_extra(data, tmp_path, monkeypatch):
     for module, options, extra in (
-        ("cv2", {}, "augment"),
         ("openai", {"text": "http://127.0.0.1:9/v1", "text_model": "m"}, "openai"),
         ("diffusers", {"images": "hf://a/b"}, "diffusers"),
     ):

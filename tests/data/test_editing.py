@@ -141,8 +141,8 @@ def test_a_plain_background_is_replaced_and_the_subject_stays():
         changed.append(np.abs(found[:4].astype(int) - pixels[:4]).mean())
         kept.append((np.abs(found.astype(int) - INK).max(2) < 25).sum() / truth.sum())
     assert np.mean(np.array(changed) > 20) > 0.8
-    # At 75% to 100% of the sides, so 56% to 100% of the area, less the dark mark on the jug.
-    assert min(kept) > 0.45 and max(kept) < 1.05
+    # At 75% to 100% of the sides, so 56% to 100% of the area, less the dark mark on the jug and the blended edge.
+    assert min(kept) > 0.4 and max(kept) < 1.05
     again = editing.replace_background(pixels, np.random.default_rng(3))
     np.testing.assert_array_equal(again, editing.replace_background(pixels, np.random.default_rng(3)))
 

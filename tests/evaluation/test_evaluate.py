@@ -14,7 +14,7 @@ from moon_jax.embedders.bm25 import BM25
 from moon_jax.embedders.colours import Colours
 from moon_jax.embedders.vectors import Vectors
 from moon_jax.errors import UserError
-from moon_jax.evaluation import labels, report
+from moon_jax.evaluation import labels, report, retrieval
 from moon_jax.serving.embedder import Embedder
 from tests.conftest import random_params, tiny
 
@@ -199,7 +199,8 @@ def test_precomputed_vectors_are_evaluated_in_directions_without_alterations(fir
     folder, metrics = first
     vectors = Vectors(folder / "embeddings")
     again = report.evaluate(vectors, prepared, tmp_path, probe_products=20)
-    (name,) = metrics["retrieval"]
+    name = next(iter(metrics["retrieval"]))
+    assert set(again["retrieval"]) == {name} and set(metrics["retrieval"]) == {name, *retrieval.PHOTOS}
     assert set(again["retrieval"][name]) == {"t→i", "i→t"}
     for direction, entry in again["retrieval"][name].items():
         assert entry == metrics["retrieval"][name][direction]

@@ -141,7 +141,7 @@ class Whole:
 
 @pytest.fixture
 def photographed():
-    """Six products on white, one of them without a photo and one that is all noise, and a query."""
+    """Six products on white, one of them without a photo and one with nothing but background, and a query."""
     products = []
     for number in range(6):
         picture = Image.new("RGB", (48, 40), "white")
@@ -151,8 +151,7 @@ def photographed():
         picture.save(stream, "PNG")
         products.append(Product(text=f"x{number}", images=(stream.getvalue(),), id=str(number)))
     products[3] = dataclasses.replace(products[3], images=())
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8))
-    products[4] = dataclasses.replace(products[4], images=(noise,))
+    products[4] = dataclasses.replace(products[4], images=(Image.new("RGB", (48, 40), "teal"),))
     return prepared_of([*products, Product(images=(b"x",), id="q")])
 
 
