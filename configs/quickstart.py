@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
                 steps=300,
                 learning_rate=2e-3,
                 router_learning_rate=1e-3,
+                # Token embeddings start at standard deviation 1, so they need larger steps than the matrices.
+                learning_rate_factors=("encoder/token_embedding=5",),
                 min_warmup=30,
                 remat="none",
                 save_every=50,

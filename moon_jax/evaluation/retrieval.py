@@ -49,7 +49,7 @@ ALTERATION = Alteration(keep_word=0.5, least_words=1, crop=(0.6, 0.9), flip=0.0)
 PHOTOS = {f"photos_{edit}": edit for edit in editing.EDITS}
 """The sets of queries with changed photos, and the edit of each."""
 
-MOST_PHOTOS = 5000
+MOST_PHOTOS = 1000
 """Products whose photos are changed; a larger catalogue is sampled."""
 
 MAX_PIXELS = options.Data().max_pixels

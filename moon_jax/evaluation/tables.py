@@ -154,6 +154,14 @@ def results(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
     found, lines = [], report.lines_of(Path(workdir))
     seen = "; seen in training" if "products_trained_on" in metrics["retrieval"] else ""
     for name, scores in metrics["retrieval"].items():
+        if name in retrieval.PHOTOS:
+            if name == "photos_background" and "i→i" in scores:
+                entry = scores["i→i"]
+                found.append(
+                    f"photo on another background to image (i→i): R@10 {entry['R@10']:.1f}% (chance"
+                    f" {entry['chance@10']:.1f}%), {entry['queries']:,} queries, {entry['candidates']:,} candidates"
+                )
+            continue
         cross = [direction for direction in ("t→i", "i→t", "i→mm") if direction in scores]
         cross = cross[:2] if name != "queries" else cross[-1:]
         for direction in cross:
@@ -184,8 +192,9 @@ def results(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
                 f"loss: {first['total']:.2f} at step {first['step']}, {last['total']:.2f} at step {last['step']}"
             )
         extremes = f"highest {heavy} ({weights[heavy]:.2f}), lowest {light} ({weights[light]:.2f})"
-        uniform = f"all {weights[heavy]:.2f} (no experts)"
-        found.append(f"objective weights ω: {extremes if last['experts'] else uniform}")
+        served = [weight for name, weight in weights.items() if last["count"][name]]
+        equal = max(served, default=0) - min(served, default=0) < 1e-4
+        found.append(f"objective weights ω: {f'all {weights[heavy]:.2f}' if equal else extremes}")
         if last["phi_below_threshold"] is not None:
             share = 100 * last["phi_below_threshold"]
             found.append(f"the filter down-weights {share:.0f}% of the triplets in the last batch")

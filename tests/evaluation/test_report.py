@@ -89,7 +89,8 @@ def test_every_table_says_whether_the_catalogue_is_synthetic():
 def test_result_lines_show_scores_and_training_lines(tmp_path):
     weights = dict(zip(OBJECTIVES, (0.1, 0.5, 0.2, 0.15, 0.05), strict=True))
     experts = [[{"text": 0.75, "image": 0.25}, {"text": 0.25, "image": 0.75}]]
-    line = {"step": 10, "total": 5.0, "omega": weights, "phi_below_threshold": 0.25, "experts": experts}
+    count = dict.fromkeys(OBJECTIVES, 9)
+    line = {"step": 10, "total": 5.0, "omega": weights, "phi_below_threshold": 0.25, "experts": experts, "count": count}
     write = json.dumps
     (tmp_path / "metrics.jsonl").write_text(f"{write(line)}\n{write(line | {'step': 20, 'total': 2.0})}\n")
     assert tables.results(METRICS, tmp_path) == [
@@ -101,6 +102,19 @@ def test_result_lines_show_scores_and_training_lines(tmp_path):
         "the filter down-weights 25% of the triplets in the last batch",
         "expert usage of text and image tokens overlaps by 50%",
     ]
+    # One line for the changed photos; equal weights, but for objectives without samples.
+    equal = line | {
+        "omega": dict.fromkeys(OBJECTIVES, 0.25) | {OBJECTIVES[0]: 0.0},
+        "count": count | {OBJECTIVES[0]: 0},
+    }
+    (tmp_path / "metrics.jsonl").write_text(write(equal))
+    scores = METRICS["retrieval"]["products"]
+    photos = {f"photos_{edit}": {"i→i": scores["t→i"]} for edit in ("background", "detail")}
+    found = tables.results(METRICS | {"retrieval": METRICS["retrieval"] | photos}, tmp_path)
+    assert found[2] == (
+        "photo on another background to image (i→i): R@10 12.0% (chance 0.5%), 40 queries, 50 candidates"
+    )
+    assert "objective weights ω: all 0.25" in found and sum("photo" in line for line in found) == 1
     assert tables.results({"retrieval": {}, "labels": {}}, tmp_path / "nowhere") == []
 
 
