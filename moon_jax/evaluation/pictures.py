@@ -22,7 +22,16 @@ from matplotlib.figure import Figure
 from moon_jax.data.images import decode
 from moon_jax.data.prepared import Prepared
 from moon_jax.embedders.protocol import altered
-from moon_jax.evaluation.retrieval import ALTERATION, DIRECTIONS, QUERY_SETS, SEED, Encoded, search, shares_modality
+from moon_jax.evaluation.retrieval import (
+    ALTERATION,
+    DIRECTIONS,
+    PHOTOS,
+    QUERY_SETS,
+    SEED,
+    Encoded,
+    search,
+    shares_modality,
+)
 from moon_jax.types import OBJECTIVES, VIEWS, Product
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
@@ -171,17 +180,22 @@ def experts(path: Path, line: dict[str, Any], footer: str) -> None:
 
 
 def directions(path: Path, results: dict[str, dict[str, dict[str, float]]], footer: str) -> None:
-    """R@10 of every direction, one matrix per set of queries."""
-    with sheet(path, "What finds what: R@10 by direction", footer, (4.9 * len(results) + 0.6, 4.6)) as figure:
-        panels = figure.subplots(1, len(results), squeeze=False)[0]
-        for panel, (name, scores) in zip(panels, results.items(), strict=True):
-            values = np.array([[scores.get(f"{q}→{c}", {}).get("R@10", np.nan) for c in VIEWS] for q in VIEWS])
-            drawn = _matrix(panel, values, VIEWS, [f"→ {view}" for view in VIEWS], cmap="cividis", vmin=0, vmax=100)
+    """R@10 of every direction, one matrix per set of queries. Changed photos have rows and columns of images only."""
+    across = min(len(results), 3)
+    down = -(-len(results) // across)
+    with sheet(path, "What finds what: R@10 by direction", footer, (4.9 * across + 0.6, 4.2 * down + 0.4)) as figure:
+        panels = figure.subplots(down, across, squeeze=False)
+        for panel in panels.ravel()[len(results) :]:
+            panel.axis("off")
+        for panel, (name, scores) in zip(panels.ravel(), results.items(), strict=False):
+            views = [view for view in VIEWS if name not in PHOTOS or view != "t"]
+            values = np.array([[scores.get(f"{q}→{c}", {}).get("R@10", np.nan) for c in views] for q in views])
+            drawn = _matrix(panel, values, views, [f"→ {view}" for view in views], cmap="cividis", vmin=0, vmax=100)
             sizes = max(entry["candidates"] for entry in scores.values())
             panel.set_title(_fold(f"{QUERY_SETS[name]}; {sizes:,} candidates", 56, 2))
             panel.set_ylabel("query")
             for (row, column), value in np.ndenumerate(values):
-                entry = scores.get(f"{VIEWS[row]}→{VIEWS[column]}")
+                entry = scores.get(f"{views[row]}→{views[column]}")
                 ink = "white" if entry and value < 55 else INK
                 panel.text(column, row - 0.08, f"{value:.0f}" if entry else "none", ha="center", va="center",
                            fontsize=17 if entry else 10, color=ink)  # fmt: skip
@@ -231,7 +245,8 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
             cells = half.subplots(max(drawn), 1 + FOUND, squeeze=False, width_ratios=(1.15, *[1] * FOUND))
             for axes in cells.ravel():
                 axes.axis("off")
-            best = dataclasses.replace(task, queries=task.queries[chosen]).found(FOUND)
+            excluded = task.excluded and task.excluded.take(chosen)
+            best = dataclasses.replace(task, queries=task.queries[chosen], excluded=excluded).found(FOUND)
             hits = task.relevance.take(chosen).gains(best) > 0
             for row, number, ranked, relevant in zip(cells, chosen, best, hits, strict=False):
                 index = int(task.query_product[number])
