@@ -94,7 +94,7 @@ CHOICES = {
     "experts.dispatch": ("grouped", "expert_parallel", "dense"),
     "experts.router_term": ("none", "learned", "hard", "token", "token_hard"),
     "objective.levels": ("dual", "inter", "mm→mm"),
-    "objective.weighting": ("uniform", "lagging", "routed", "product", "stopped", "counted"),
+    "objective.weighting": ("samples", "uniform", "lagging", "routed", "product", "stopped", "counted"),
     "objective.known": ("masked", "positive"),
     "objective.symmetric": ("none", "intra", "all"),
     "training.dtype": ("float32", "bfloat16"),
@@ -112,7 +112,7 @@ RENAMED = {
 }
 """Former names of options."""
 
-RETIRED = {"objective.weighting": {"balanced": "uniform"}}
+RETIRED = {"objective.weighting": {"balanced": "samples"}}
 """Values that options no longer have, and what a saved config is read as. Only training uses this option."""
 
 

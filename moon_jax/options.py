@@ -119,7 +119,7 @@ class Objective:
     router_z: float = option(0.0, "weight of the router z-loss")
     sparsity: float = option(0.01, "ς, weight of L_sparsity; 0 during warm-up")
     levels: str = option("dual", "alignment losses: dual (paper), inter (without intra-product ones) or mm→mm")
-    weighting: str = option("uniform", "of ω: uniform, lagging, routed, product (paper), stopped or counted")
+    weighting: str = option("samples", "of ω: samples, uniform, lagging, routed, product (paper), stopped or counted")
     symmetric: str = option("none", "losses taken in both directions: none (paper), intra (text → image too) or all")
     known: str = option("masked", "a query's other known positives in the batch: masked, or positive as well")
     similar_margin: float = option(0.0, "negatives above s⁺ by this margin are masked (0.1 is usual); 0 masks none")

@@ -29,6 +29,11 @@ def uniform(active: Array) -> Array:
     return active / jnp.maximum(active.sum(), 1)
 
 
+def by_samples(count: Array) -> Array:
+    """ω_m ∝ |B_m|: each sample of each objective weighs the same; uniform if nothing lacks a view. f32[M]."""
+    return count / jnp.maximum(count.sum(), 1)
+
+
 def omega(dual: Array, routing: Array, active: Array) -> Array:
     """ω. Sums to 1 over the active objectives; uniform if no layer has experts.
 
@@ -55,27 +60,28 @@ def sparsity(dual: Array, active: Array) -> Array:
     return entropy.mean()
 
 
-def fixed_point(relative: Array, active: Array) -> Array:
-    """The ω that maximises Σ_m ω_m ℓ_m + (1/M) Σ_m log(M ω_m) over the simplex: ω_m = 1 / (M (μ − ℓ_m)).
+def fixed_point(relative: Array, share: Array) -> Array:
+    """The ω that maximises Σ_m ω_m ℓ_m + Σ_m s_m log ω_m over the simplex: ω_m = s_m / (μ − ℓ_m).
 
     Proof. The function is strictly concave, and −∞ on the boundary, so its only maximum is inside. There the gradient
-    ℓ_m + 1/(M ω_m) is the same μ for every m (Lagrange), hence the formula; μ > max ℓ since ω > 0, and Σ ω = 1
-    determines it, because each term falls as μ grows. So ω rises with ℓ: the objective that lags most weighs most. And
-    none starves: at μ = max ℓ + 1 every term is at most 1/M, so μ ≤ max ℓ + 1 and ω_m ≥ 1 / (M (1 + max ℓ − ℓ_m)).
+    ℓ_m + s_m / ω_m is the same μ for every m (Lagrange), hence the formula; μ > max ℓ since ω > 0, and Σ ω = 1
+    determines it, because each term falls as μ grows. So ω_m / s_m rises with ℓ_m: of objectives with equally many
+    samples, the one that lags most weighs most. And none starves: at μ = max ℓ + 1 the sum is at most Σ s = 1, so
+    μ ≤ max ℓ + 1 and ω_m ≥ s_m / (1 + max ℓ − ℓ_m).
 
     Args:
         relative: ℓ, f32[M].
-        active: bool[M]; M counts these.
+        share: s, f32[M]: sums to 1; objectives with 0 take no part.
 
     Returns:
-        f32[M], 0 for objectives that are not active.
+        f32[M], 0 for objectives that take no part.
     """
-    count = jnp.maximum(active.sum(), 1)
+    active = share > 0
     top = jnp.max(jnp.where(active, relative, -jnp.inf), initial=-jnp.inf)
     gap = jnp.where(active, top - relative, jnp.inf)  # of each objective to the one that lags most
 
     def weights(excess: Array) -> Array:
-        return jnp.where(active, 1 / (count * (excess + gap)), 0.0)
+        return jnp.where(active, share / (excess + gap), 0.0)
 
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
@@ -83,8 +89,9 @@ def fixed_point(relative: Array, active: Array) -> Array:
         over = weights(middle).sum() > 1
         return jnp.where(over, middle, low), jnp.where(over, high, middle)
 
-    # μ − max ℓ lies in [1/M, 1]: at 1/M the largest weight alone is 1, at 1 all weights are at most 1/M.
-    low, high = jax.lax.fori_loop(0, ITERATIONS, halve, (1 / count, jnp.ones(())))
+    # μ − max ℓ lies between the smallest share, where the largest weight alone is 1 or more, and 1.
+    least = jnp.min(jnp.where(active, share, 1.0), initial=1.0)
+    low, high = jax.lax.fori_loop(0, ITERATIONS, halve, (least, jnp.ones(())))
     return weights((low + high) / 2)
 
 
@@ -93,12 +100,14 @@ def weighted_sum(
 ) -> tuple[Array, Array]:
     """Σ_m ω_m L_m and ω. `mode` determines ω and its gradients.
 
-    uniform: ω_m = 1/M over the objectives that have samples. Experts and W* have no influence.
+    samples: ω_m ∝ |B_m|, a mean over all samples of all objectives; 1/M if nothing lacks a view. Experts and W* have
+        no influence.
+    uniform: ω_m = 1/M over the objectives that have samples, however few.
     product: the paper's formula, a plain product. ω drifts to the easiest objective.
     stopped: ω has no gradient; only L_sparsity changes W*.
     lagging: more weight to the objectives that lag. The network's gradient is that of Σ sg(ω_m) L_m; W* ascends
-        Σ ω_m ℓ_m + (1/M) Σ log(M ω_m), where ℓ_m = sg(L_m / chance_m) is the loss relative to that of a model that
-        knows nothing. `fixed_point` proves where it ends. A dense model has no W* and uses the fixed point itself.
+        Σ ω_m ℓ_m + Σ s_m log ω_m, where s_m ∝ |B_m| and ℓ_m = sg(L_m / chance_m) is the loss relative to that of a
+        model that knows nothing. `fixed_point` proves where it ends. A dense model uses the fixed point itself.
     routed: like lagging, and the router follows: it, too, ascends that function, so that tokens go to the experts that
         serve what lags.
     counted: ω_m = (I/M) |B_m| / Σ_k |B_k| over the I inter-product objectives: a plain mean over queries, as when they
@@ -117,8 +126,8 @@ def weighted_sum(
     """
     stop = jax.lax.stop_gradient
     active = count > 0
-    if mode == "uniform":
-        weight = uniform(active)
+    if mode in ("samples", "uniform"):
+        weight = by_samples(count) if mode == "samples" else uniform(active)
         return (weight * loss).sum(), weight
     if mode == "counted":
         queries = inter * count[:inter] / jnp.maximum(count[:inter].sum(), 1)
@@ -126,13 +135,13 @@ def weighted_sum(
         weight = weight / jnp.maximum(weight.sum(), 1)
         return (weight * loss).sum(), weight
     if mode in ("lagging", "routed"):
-        relative = stop(loss / chance)
+        relative, share = stop(loss / chance), by_samples(count)
         if dual.shape[0] == 0:
-            weight = fixed_point(relative, active)
+            weight = fixed_point(relative, share)
             return (weight * loss).sum(), weight
         learned = omega(dual, routing if mode == "routed" else stop(routing), active)
-        barrier = jnp.where(active, jnp.log(jnp.where(active, learned, 1.0)), 0.0)
-        gain = (learned * relative).sum() + barrier.sum() / jnp.maximum(active.sum(), 1)
+        barrier = share * jnp.log(jnp.where(active, learned, 1.0))
+        gain = (learned * relative + barrier).sum()
         return (stop(learned) * loss).sum() + stop(gain) - gain, learned
     weight = omega(dual, routing, active)
     if mode == "product":

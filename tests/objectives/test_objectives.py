@@ -174,6 +174,8 @@ def oracle(x, config, step):
     p = p / np.maximum(p.sum(-1, keepdims=True), 1e-300)
     if o.weighting == "uniform":
         omega = active / max(active.sum(), 1)
+    elif o.weighting == "samples":
+        omega = count / max(count.sum(), 1)
     else:
         omega = np.mean([(p[layer].T * routing[layer]).sum(1) for layer in range(L)], axis=0)
         omega = omega / max(omega.sum(), 1e-300)
@@ -261,6 +263,7 @@ def test_values_equal_the_oracle(step, chunk, options, negatives):
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
+        ("samples", {}),
         ("uniform", {}),
         ("product", {}),
         ("stopped", {}),
@@ -317,7 +320,8 @@ def test_gradients_equal_finite_differences_of_the_oracle(mode, options):
         """What the mode descends along W* and, in some modes, the router."""
         weight = oracle(y, config, step)[0]["weight"]
         if mode in ("lagging", "routed"):
-            return -(weight * base["loss"] / chance).sum() - np.log(M * weight).sum() / M
+            share = base["count"] / base["count"].sum()
+            return -(weight * base["loss"] / chance).sum() - (share * np.log(weight)).sum()
         return (weight * base["loss"]).sum() if mode == "product" else 0.0
 
     def slopes(name, indices):
@@ -419,23 +423,24 @@ def test_a_uniform_dual_gives_uniform_weights_for_any_routing(active):
 
 
 @pytest.mark.parametrize("relative", [[0.01, 0.3, 0.9, 1.2, 0.5], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 50]])
-@pytest.mark.parametrize("active", [[1, 1, 1, 1, 1], [1, 0, 1, 1, 0]])
-def test_the_fixed_point_is_the_maximum_and_grows_with_the_loss(relative, active):
+@pytest.mark.parametrize("share", [[0.2] * 5, [1 / 3, 0, 1 / 3, 1 / 3, 0], [0.01, 0.48, 0.01, 0.25, 0.25]])
+def test_the_fixed_point_is_the_maximum_and_grows_with_the_loss(relative, share):
     """Against scipy's root for μ, and against every other point of the simplex that is tried."""
-    relative, active = np.array(relative, float), np.array(active, bool)
-    found = np.asarray(weighting.fixed_point(jnp.asarray(relative, jnp.float32), active), np.float64)
-    part, count = relative[active], active.sum()
-    root = optimize.brentq(lambda mu: (1 / (count * (mu - part))).sum() - 1, part.max() + 1e-9, part.max() + 1.1)
-    np.testing.assert_allclose(found[active], 1 / (count * (root - part)), rtol=1e-5)
+    relative, share = np.array(relative, float), np.array(share)
+    found = np.asarray(weighting.fixed_point(jnp.asarray(relative, jnp.float32), share), np.float64)
+    active = share > 0
+    part, s = relative[active], share[active]
+    root = optimize.brentq(lambda mu: (s / (mu - part)).sum() - 1, part.max() + 1e-9, part.max() + 1.1)
+    np.testing.assert_allclose(found[active], s / (root - part), rtol=1e-5)
     assert not found[~active].any() and found.sum() == pytest.approx(1, abs=1e-5)
     order = np.argsort(part, kind="stable")
-    assert (np.diff(found[active][order]) >= -1e-6).all()
-    assert (found[active] >= 1 / (count * (1 + part.max() - part)) - 1e-6).all()
+    assert (np.diff((found[active] / s)[order]) >= -1e-5).all()
+    assert (found[active] >= s / (1 + part.max() - part) - 1e-6).all()
 
     def gain(omega):
-        return (omega * part).sum() + np.log(count * omega).sum() / count
+        return (omega * part).sum() + (s * np.log(omega)).sum()
 
-    others = np.random.default_rng(0).dirichlet(np.ones(count), 2000)
+    others = np.random.default_rng(0).dirichlet(np.ones(len(part)), 2000)
     assert gain(found[active]) >= max(map(gain, others)) - 1e-6
 
 
@@ -471,13 +476,13 @@ def test_what_lags_gets_more_weight():
     """W* ends at the fixed point, from where it started, uniform. Earlier, what was solved got most."""
     first, last = descend("lagging", LOSSES, [9] * M)
     np.testing.assert_allclose(first, 1 / M, atol=0.01)
-    np.testing.assert_allclose(last, weighting.fixed_point(jnp.array(LOSSES) / 4, np.ones(M, bool)), atol=0.01)
+    np.testing.assert_allclose(last, weighting.fixed_point(jnp.array(LOSSES) / 4, np.full(M, 1 / M)), atol=0.01)
     assert last.argmax() == UNSOLVED and last.argmin() == SOLVED
     _, product = descend("product", LOSSES, [9] * M)
     assert product.argmax() == SOLVED  # the paper's formula, followed by plain gradient, does the opposite
 
 
-@pytest.mark.parametrize("mode", ["uniform", "lagging", "routed", "product", "stopped"])
+@pytest.mark.parametrize("mode", ["samples", "uniform", "lagging", "routed", "product", "stopped"])
 def test_weight_does_not_flow_to_objectives_without_samples(mode):
     """Photo queries only: no q_t and no q_mm. Σ ω over the rest stays 1; it fell to 0.27 when all took part."""
     for omega in descend(mode, [0.0, 1.0, 0.0, 2.0, 2.0], [0, 9, 0, 9, 9]):
@@ -485,12 +490,21 @@ def test_weight_does_not_flow_to_objectives_without_samples(mode):
         assert not omega[[0, 2]].any()
 
 
+def test_an_objective_with_few_samples_weighs_little():
+    """A catalogue of photo queries has a few products that are queries themselves: 3 of 128 in a batch."""
+    count = jnp.array([3, 128, 3, 128, 128])
+    _, weight = weighting.weighted_sum(
+        jnp.zeros((L, E, M)), jnp.ones((L, M, E)) / E, jnp.ones(M), count, jnp.ones(M), "samples", 3
+    )
+    np.testing.assert_allclose(weight, count / 390, rtol=1e-6)
+
+
 def test_a_dense_model_weights_by_the_same_rule():
     """Without W*, `lagging` is the fixed point itself, so that a dense model compares with a mixture of experts."""
     dual, routing, loss = jnp.zeros((0, 0, M)), jnp.zeros((0, M, 0)), jnp.array(LOSSES)
     chance = jnp.full(M, 4.0)
     total, weight = weighting.weighted_sum(dual, routing, loss, jnp.full(M, 9), chance, "lagging", 3)
-    np.testing.assert_allclose(weight, weighting.fixed_point(loss / chance, np.ones(M, bool)), rtol=1e-6)
+    np.testing.assert_allclose(weight, weighting.fixed_point(loss / chance, np.full(M, 1 / M)), rtol=1e-6)
     np.testing.assert_allclose(total, (weight * loss).sum(), rtol=1e-6)
     uniform = weighting.weighted_sum(dual, routing, loss, jnp.full(M, 9), chance, "uniform", 3)[1]
     np.testing.assert_allclose(uniform, np.full(M, 1 / M), rtol=1e-6)
