@@ -133,3 +133,37 @@ def test_the_folder_is_the_base_and_the_run_resumes_without_it(tmp_path, catalog
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == whole
     with pytest.raises(UserError, match="public: no such folder"):
         moon_jax.train(config, tmp_path / "new")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "experts",
+    [
+        dict(experts__width=40),
+        dict(experts__count=8, experts__per_token=2, experts__width=20, experts__router_term="token_hard"),
+    ],
+    ids=["copies", "slices"],
+)
+def test_a_dense_run_goes_on_with_experts(tmp_path, catalogue, capsys, experts):
+    """`--init WORKDIR` upcycles it: until a step changes something, the vectors are those of the dense run. It was
+    refused as "a checkpoint of another architecture".
+    """
+    dense, sparse = tmp_path / "dense", tmp_path / "sparse"
+    learned = {"objective__temperature": (0.07, 0.08)}
+    base = tiny(experts__count=0, training__steps=3, training__learning_rate=1e-2, **learned)
+    assert cli.main(["train", *_flags(base), "--data", str(catalogue), "--workdir", str(dense)]) == 0
+    still = {f"training__{name}": 0.0 for name in ("learning_rate", "router_learning_rate", "dual_learning_rate")}
+    config = tiny(training__steps=1, **experts, **still)
+    command = ["train", *_flags(config), "--data", str(catalogue), "--workdir", str(sparse), "--init", str(dense)]
+    assert cli.main(command) == 0, capsys.readouterr().err
+    products = [moon_jax.Product(text="a red shoe"), "green bag", "blue"]
+    np.testing.assert_allclose(moon_jax.load(sparse).encode(products), moon_jax.load(dense).encode(products), atol=1e-5)
+    alignment = serving.read(sparse).alignment
+    np.testing.assert_allclose(np.exp(alignment["log_temperature"]), [0.07, 0.08], rtol=1e-6)
+    assert np.asarray(alignment["dual"]).any()  # new
+
+
+def _flags(config):
+    """As the command line gives a config that differs from quickstart's."""
+    whole, base = config_lib.leaves(config), config_lib.leaves(config_lib.load("quickstart"))
+    return ["--config", "quickstart", *(f"--config.{k}={v!r}" for k, v in whole.items() if v != base[k])]
