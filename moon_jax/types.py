@@ -131,6 +131,7 @@ class Objectives:
     sparsity: Array  # f32[]: L_sparsity
     phi: Array  # f32[B]: φ, NaN for a triplet without one
     negatives: Array  # i32[B]: number of unmasked negatives in the inter-product objectives
+    known: Array  # i32[B]: other known positives of the query in the batch, as listed in Batch.known
     excluded: Array  # i32[B]: candidates that were too similar to count as negatives (`objective.similar_margin`)
 
 

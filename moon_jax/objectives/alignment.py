@@ -241,5 +241,6 @@ def objectives(
         sparsity=sparsity,
         phi=jax.lax.stop_gradient(phi),
         negatives=negatives,
+        known=(batch.known >= 0).sum(1),
         excluded=excluded,
     )

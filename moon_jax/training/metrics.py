@@ -238,6 +238,8 @@ def line(step: int, metrics: dict[str, Any], config: config_lib.Config) -> dict[
         "phi_histogram": np.histogram(phi, PHI_BINS, (0, 1))[0].tolist() if phi.size else None,
         "negatives_mean": _round(negatives.mean()) if negatives.size else None,
         "negatives_min": int(negatives.min()) if negatives.size else None,
+        "known_mean": _round(result.known.mean()),
+        "known_full": _round((result.known >= config.data.known).mean()) if config.data.known else None,
         "negatives_excluded": _round(result.excluded[result.negatives > 0].mean()) if negatives.size else None,
         "experts": [
             [{"text": _round(text), "image": _round(image)} for text, image in zip(*layer, strict=True)]

@@ -194,6 +194,7 @@ def oracle(x, config, step):
         sparsity=sparsity,
         phi=phi,
         negatives=negatives,
+        known=(x["known"] >= 0).sum(1),
         excluded=excluded,
     ), chance
 
