@@ -14,7 +14,7 @@ HELP = "train a small model on a catalogue and evaluate it, in minutes"
 DESCRIPTION = """\
 Trains MOON2.0 from scratch on a catalogue and evaluates it zero-shot: retrieval in all nine directions of text, image
 and both; categories and attributes by label text. The workdir receives the model, its scores, pictures, and the vectors
-of the held-out products. Its 300 steps take six to seven minutes on two CPU cores. Without --data, it renders a synthetic
+of the held-out products. It takes six to seven minutes on two CPU cores. Without --data, it renders a synthetic
 catalogue first. The same command again resumes.
 
 examples:
