@@ -290,7 +290,8 @@ def test_a_dense_run(catalogue, tmp_path):
     dense = (catalogue, tmp_path / "w", "--config.experts.count=0", "--config.training.steps=2")
     done = run(*dense)
     assert done.returncode == 0, done.stderr
-    assert "objective weights ω: all 0.20 (no experts)" in done.stdout and "dense model:" not in done.stdout
+    # Some products lack a view, so that objectives differ in their samples and their weights.
+    assert "objective weights ω: highest" in done.stdout and "dense model:" not in done.stdout
     assert (tmp_path / "w" / "checkpoints" / "2").is_dir()
     assert moon_jax.load(tmp_path / "w").encode("red shoe").shape == (1, 24)
 
