@@ -7,7 +7,6 @@ Weights and layout are those of `qwen3_vl` and `qwen3_vl_moe` checkpoints.
 
 from __future__ import annotations
 
-import os
 
 import flax.linen as nn
 import jax
@@ -27,7 +26,7 @@ def branch_scale(layers: int) -> float:
 
     All 2 L branches together start with a variance of 1/2, that of the token embedding being 1.
     """
-    return float(os.environ.get("BR", 0)) or (4 * layers) ** -0.5
+    return (4 * layers) ** -0.5
 
 
 def rotary_angles(position: Array, config: config_lib.Language) -> Array:

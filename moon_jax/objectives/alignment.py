@@ -28,7 +28,7 @@ from moon_jax.types import OBJECTIVES, VIEWS, Array, Batch, EncoderOutput, Objec
 T, I, MM = range(len(VIEWS))
 
 LEAST_CHANCE = 0.6
-"""The loss by chance of an objective, for its progress, is at least that of one negative, log 2, or nearly."""
+"""Floor of an objective's loss by chance, for batches with next to no negatives. One negative would give log 2."""
 
 INTER = (0, 1, 2)
 """The indices of the inter-product OBJECTIVES."""
