@@ -161,9 +161,10 @@ class Search:
             return self.rank(self.queries, self.candidates, depth)[1]
         number = self.excluded.number
         found = np.zeros((len(self.queries), depth), np.int32)
-        # Queries that exclude about equally many are searched together.
-        for size in np.unique(_power(number)):
-            rows = np.flatnonzero(_power(number) == size)
+        # Queries that exclude about equally many, within a factor of two, are searched together.
+        digits = np.ceil(np.log2(number + 1))
+        for size in np.unique(digits):
+            rows = np.flatnonzero(digits == size)
             deep = min(depth + int(number[rows].max()), len(self.candidates))
             ranked = self.rank(self.queries[rows], self.candidates, deep)[1]
             out = self.excluded.take(rows).gains(ranked) > 0
@@ -270,11 +271,6 @@ def bought(prepared: Prepared, queries: np.ndarray, relevant: metrics.Qrels) -> 
     pair = found.query * found.candidates + found.candidate
     kept = ~np.isin(pair, relevant.query * relevant.candidates + relevant.candidate)
     return dataclasses.replace(found, query=found.query[kept], candidate=found.candidate[kept], grade=found.grade[kept])
-
-
-def _power(number: np.ndarray) -> np.ndarray:
-    """The smallest power of two that is at least each number; 0 for 0."""
-    return np.where(number > 0, 2 ** np.ceil(np.log2(np.maximum(number, 1))), 0).astype(np.int64)
 
 
 def _finite(vectors: np.ndarray, present: np.ndarray, products: Sequence[Product]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,6 @@ Weights and layout are those of `qwen3_vl` and `qwen3_vl_moe` checkpoints.
 
 from __future__ import annotations
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

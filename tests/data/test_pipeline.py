@@ -126,6 +126,30 @@ def test_known_positives_of_a_query_are_listed(prepared, tokenizer):
     assert (none.known == -1).all()  # each product is the query of itself alone
 
 
+def test_rows_are_fitted_to_what_the_catalogue_needs(prepared, tokenizer):
+    """To 98% of the texts, counted by hand, and to the largest image; never above the config's limits."""
+    config = tiny(data__text_tokens=40, data__visual_tokens=30)
+    reader = pipeline.Reader(config, tokenizer)
+    found = pipeline.fitted(config, prepared, reader)
+    members = {index for triplet in prepared.triplets for index in triplet[:3] if index is not None}
+    products = [prepared.products[index] for index in sorted(members)]
+    lengths = sorted([1, *(len(tokenizer.encode([p.text], 40)[0]) for p in products if p.text)])
+    assert sum(length <= found.data.text_tokens for length in lengths) >= 0.98 * len(lengths)
+    assert sum(length <= found.data.text_tokens - 1 for length in lengths) < len(lengths)
+    merged = config.vision.merge**2
+    sizes = [len(reader.image(p.images[0], None, None).pixels) // merged for p in products if p.images]
+    assert found.data.visual_tokens == max(sizes) < 30
+    # The same pixels as by the limits, in shorter rows.
+    whole, short = (pipeline.batches(prepared, pipeline.Reader(c, tokenizer))[0] for c in (config, found))
+    assert short.rows.tokens.shape[1] < whole.rows.tokens.shape[1]
+    for row in range(config.data.batch, 3 * config.data.batch):
+        count = (short.rows.patch_image[row] >= 0).sum()
+        assert count == (whole.rows.patch_image[row] >= 0).sum()
+        np.testing.assert_array_equal(short.rows.patches[row, :count], whole.rows.patches[row, :count])
+    limited = tiny(data__text_tokens=2, data__visual_tokens=config.data.min_visual_tokens)
+    assert pipeline.fitted(limited, prepared, pipeline.Reader(limited, tokenizer)) == limited
+
+
 def test_further_negatives_follow_the_first(prepared, tokenizer):
     more = np.arange(2 * len(prepared.triplets), dtype=np.int32).reshape(-1, 2) % len(prepared.train)
     more[::3, 1] = -1

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -200,6 +201,18 @@ def test_the_grouped_matmul_for_gpus_equals_the_oracle(case, monkeypatch):
 def test_a_gpu_without_tokamax_is_a_one_line_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
     with pytest.raises(UserError, match=r"on a GPU the grouped matmul needs tokamax; pip install -e '.\[cuda\]'"):
+        both(4, 2, "balanced", "gpu", monkeypatch)
+
+
+def test_a_tokamax_without_triton_is_a_one_line_error(monkeypatch):
+    """As tokamax 0.0.17 was found on a GPU: its Triton kernels are missing if jax-triton is."""
+
+    def ragged_dot(x, matrices, sizes, implementation):
+        del x, matrices, sizes
+        raise ValueError(f"Unknown implementation: {implementation}")
+
+    monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(ragged_dot=ragged_dot))
+    with pytest.raises(UserError, match=r"tokamax needs triton and jax-triton; pip install -e '.\[cuda\]'"):
         both(4, 2, "balanced", "gpu", monkeypatch)
 
 
