@@ -89,12 +89,12 @@ ANY_LENGTH = {
 """Options that hold any number of values of this type."""
 
 CHOICES = {
-    "data.augmented": ("drawn", "original", "augmented", "all"),
+    "data.augmented": ("drawn", "half", "original", "augmented", "all"),
     "language.pooling": ("mean", "last"),
     "experts.dispatch": ("grouped", "expert_parallel", "dense"),
     "experts.router_term": ("none", "learned", "hard", "token", "token_hard"),
     "objective.levels": ("dual", "inter", "mm→mm"),
-    "objective.weighting": ("samples", "uniform", "lagging", "routed", "product", "stopped", "counted"),
+    "objective.weighting": ("samples", "uniform", "lagging", "routed", "product", "stopped"),
     "objective.known": ("masked", "positive"),
     "objective.symmetric": ("none", "intra", "all"),
     "training.dtype": ("float32", "bfloat16"),
@@ -112,7 +112,7 @@ RENAMED = {
 }
 """Former names of options."""
 
-RETIRED = {"objective.weighting": {"balanced": "samples"}}
+RETIRED = {"objective.weighting": {"balanced": "samples", "counted": "samples"}}
 """Values that options no longer have, and what a saved config is read as. Only training uses this option."""
 
 
@@ -246,6 +246,7 @@ def check(config: Config) -> Config:
         ),
         (min(config.objective.temperature) > 0, "objective.temperature must be positive"),
         (max(config.training.betas) < 1, "training.betas must lie below 1"),
+        (config.training.patch_dropout < 1, "training.patch_dropout must lie below 1"),
         (
             all(re.fullmatch(r"[^=]+=[0-9.e+-]*[0-9.]", rate) for rate in config.training.learning_rate_factors),
             "training.learning_rate_factors must be of the form PATTERN=FACTOR, such as encoder/vision/*=0",

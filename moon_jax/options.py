@@ -104,7 +104,9 @@ class Data:
     mixture: tuple[float, ...] = option(
         (), "shares of t, i and mm: each query then has one view; empty: all its views (paper)"
     )
-    augmented: str = option("drawn", "titles and images read: drawn, original, augmented or all (data/pipeline.py)")
+    augmented: str = option(
+        "drawn", "titles and images read: drawn, half, original, augmented or all (data/pipeline.py)"
+    )
     negatives: int = option(1, "N, negatives per triplet; those that the data lack are left out")
     known: int = option(32, "W, other positives of a query in the same batch that are listed and masked")
     threads: int = option(2, "reader threads")
@@ -119,7 +121,7 @@ class Objective:
     router_z: float = option(0.0, "weight of the router z-loss")
     sparsity: float = option(0.01, "ς, weight of L_sparsity; 0 during warm-up")
     levels: str = option("dual", "alignment losses: dual (paper), inter (without intra-product ones) or mm→mm")
-    weighting: str = option("samples", "of ω: samples, uniform, lagging, routed, product (paper), stopped or counted")
+    weighting: str = option("samples", "of ω: samples, uniform, lagging, routed, product (paper) or stopped")
     symmetric: str = option("none", "losses taken in both directions: none (paper), intra (text → image too) or all")
     known: str = option("masked", "a query's other known positives in the batch: masked, or positive as well")
     similar_margin: float = option(0.0, "negatives above s⁺ by this margin are masked (0.1 is usual); 0 masks none")
@@ -150,6 +152,7 @@ class Training:
     betas: tuple[float, float] = option((0.9, 0.98), "b1 and b2 of the optimiser, if it has them")
     weight_decay: float = option(0.05, "decoupled weight decay, on matrices only")
     clip: float = option(1.0, "gradients are clipped to this global norm")
+    patch_dropout: float = option(0.0, "share of the visual tokens that a step hides (PatchDropout); 0 hides none")
     param_dtype: str = option("float32", "dtype of the parameters")
     dtype: str = option("float32", "dtype of the computation; norms, softmax, router and pooling stay float32")
     remat: str = option("full", "recomputed for gradients: full (layers), selective (all but weight matmuls) or none")

@@ -110,9 +110,9 @@ def draw_content(
 
     Args:
         augmented: which content is read (`config.data.augmented`). drawn: one title and up to `images` images from
-            original and augmented content together; original: only original content; augmented: only augmented
-            content, or original content if there is none; all: the original title followed by an augmented one, and
-            images of both.
+            original and augmented content together; half: the same from only one of the two, each half of the time;
+            original: only original content; augmented: only augmented content, or original content if there is none;
+            all: the original title followed by an augmented one, and images of both.
         images: maximum number of images.
         rng: required if `needs_rng` is true.
     """
@@ -122,12 +122,17 @@ def draw_content(
             return list(items)
         return [items[index] for index in sorted(rng.choice(len(items), most, replace=False))]
 
+    def either(first: Sequence[Any], second: Sequence[Any]) -> Sequence[Any]:
+        return first if not second or (first and rng.random() < 0.5) else second
+
     own, added = titles_of(product), product.enriched_texts
     pictures = product.images + product.expanded_images
     if augmented == "original":
         return own, sample(product.images, images)
     if augmented == "augmented":
         return sample(added or own, 1), sample(product.expanded_images or product.images, images)
+    if augmented == "half":
+        return sample(either(own, added), 1), sample(either(product.images, product.expanded_images), images)
     return own + sample(added, 1) if augmented == "all" else sample([*own, *added], 1), sample(pictures, images)
 
 
@@ -135,7 +140,8 @@ def needs_rng(product: Product, augmented: str, images: int) -> bool:
     """Whether `draw_content` may need random numbers."""
     if augmented == "original":
         return len(product.images) > images
-    return bool(product.enriched_texts) or len(product.images) + len(product.expanded_images) > images
+    drawn = bool(product.enriched_texts) or (augmented == "half" and bool(product.expanded_images))
+    return drawn or len(product.images) + len(product.expanded_images) > images
 
 
 def draw_view(text: bool, image: bool, mixture: Sequence[float], rng: np.random.Generator) -> tuple[str, ...]:

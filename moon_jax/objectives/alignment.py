@@ -222,8 +222,14 @@ def objectives(
     dual = alignment.get("dual", jnp.zeros((0, config.experts.count, len(OBJECTIVES))))[..., kept]
     inter = sum(number in INTER for number in LEVELS[options.levels])
     routed = jnp.stack(served, axis=1)[:, kept]
+    queries = (present[q][:, np.array(LEVELS[options.levels])[:inter]].any(1) & present[p, :, MM]).sum()
     value, weights = weighting.weighted_sum(
-        dual, routed, loss, count, jnp.maximum(chance, LEAST_CHANCE), options.weighting, inter
+        dual,
+        routed,
+        loss,
+        weighting.shares(count, queries, inter),
+        jnp.maximum(chance, LEAST_CHANCE),
+        options.weighting,
     )
     balanced = balance.load_balance(output.load, output.prob, output.valid, config.experts.per_token)
     sparsity = weighting.sparsity(dual, count > 0)

@@ -29,9 +29,20 @@ def uniform(active: Array) -> Array:
     return active / jnp.maximum(active.sum(), 1)
 
 
-def by_samples(count: Array) -> Array:
-    """ω_m ∝ |B_m|: each sample of each objective weighs the same; uniform if nothing lacks a view. f32[M]."""
-    return count / jnp.maximum(count.sum(), 1)
+def shares(count: Array, queries: Array, inter: int) -> Array:
+    """s: the weight of each objective in a mean over samples; sums to 1, uniform if nothing lacks a view. f32[M].
+
+    A query counts for I samples, whichever views it has: the I inter-product objectives share them by |B_m|. With photo
+    queries alone, q_i→p_mm has the weight of all three. Each pair of an image and a text counts for one sample.
+
+    Args:
+        count: i32[M], |B_m|.
+        queries: i32[], queries that serve any inter-product objective.
+        inter: I, number of inter-product objectives; these come first.
+    """
+    within = count[:inter] / jnp.maximum(count[:inter].sum(), 1)
+    samples = jnp.concatenate([inter * queries * within, count[inter:].astype(jnp.float32)])
+    return samples / jnp.maximum(samples.sum(), 1)
 
 
 def omega(dual: Array, routing: Array, active: Array) -> Array:
@@ -96,46 +107,37 @@ def fixed_point(relative: Array, share: Array) -> Array:
 
 
 def weighted_sum(
-    dual: Array, routing: Array, loss: Array, count: Array, chance: Array, mode: str, inter: int
+    dual: Array, routing: Array, loss: Array, share: Array, chance: Array, mode: str
 ) -> tuple[Array, Array]:
     """Σ_m ω_m L_m and ω. `mode` determines ω and its gradients.
 
-    samples: ω_m ∝ |B_m|, a mean over all samples of all objectives; 1/M if nothing lacks a view. Experts and W* have
-        no influence.
+    samples: ω = s, a mean over samples; 1/M if nothing lacks a view. Experts and W* have no influence.
     uniform: ω_m = 1/M over the objectives that have samples, however few.
     product: the paper's formula, a plain product. ω drifts to the easiest objective.
     stopped: ω has no gradient; only L_sparsity changes W*.
     lagging: more weight to the objectives that lag. The network's gradient is that of Σ sg(ω_m) L_m; W* ascends
-        Σ ω_m ℓ_m + Σ s_m log ω_m, where s_m ∝ |B_m| and ℓ_m = sg(L_m / chance_m) is the loss relative to that of a
-        model that knows nothing. `fixed_point` proves where it ends. A dense model uses the fixed point itself.
+        Σ ω_m ℓ_m + Σ s_m log ω_m, where ℓ_m = sg(L_m / chance_m) is the loss relative to that of a model that knows
+        nothing. `fixed_point` proves where it ends. A dense model uses the fixed point itself.
     routed: like lagging, and the router follows: it, too, ascends that function, so that tokens go to the experts that
         serve what lags.
-    counted: ω_m = (I/M) |B_m| / Σ_k |B_k| over the I inter-product objectives: a plain mean over queries, as when they
-        are mixed at a fixed ratio. Intra-product objectives weigh 1/M. Experts and W* have no influence.
 
     Args:
         dual, routing: as in `omega`.
         loss: f32[M].
-        count: i32[M], |B_m|; an objective without samples has no weight.
+        share: s, f32[M], of `shares`; an objective without samples has no weight.
         chance: f32[M], positive: the loss of a model for which all candidates are equally similar.
         mode: see above.
-        inter: number of inter-product objectives; these come first. I is this number if any of them has samples.
 
     Returns:
         f32[], and f32[M].
     """
     stop = jax.lax.stop_gradient
-    active = count > 0
+    active = share > 0
     if mode in ("samples", "uniform"):
-        weight = by_samples(count) if mode == "samples" else uniform(active)
-        return (weight * loss).sum(), weight
-    if mode == "counted":
-        queries = inter * count[:inter] / jnp.maximum(count[:inter].sum(), 1)
-        weight = jnp.concatenate([queries, active[inter:].astype(jnp.float32)])
-        weight = weight / jnp.maximum(weight.sum(), 1)
+        weight = share if mode == "samples" else uniform(active)
         return (weight * loss).sum(), weight
     if mode in ("lagging", "routed"):
-        relative, share = stop(loss / chance), by_samples(count)
+        relative = stop(loss / chance)
         if dual.shape[0] == 0:
             weight = fixed_point(relative, share)
             return (weight * loss).sum(), weight

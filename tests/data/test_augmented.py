@@ -58,6 +58,17 @@ def test_drawn_reads_one_title_and_one_image_from_all(prepared, tokenizer):
     assert not np.array_equal(batch.rows.tokens[64:128], batch.rows.tokens[128:])
 
 
+def test_half_reads_the_own_content_half_of_the_time(prepared, tokenizer):
+    texts, pictures, _ = read(prepared, tokenizer, data__augmented="half")
+    titles, shown = Counter(texts), Counter(pictures)
+    assert set(titles) == {"plain red shirt", "blue bag"} and 20 < titles["blue bag"] < 44
+    assert set(shown) == {(10,), (100,), (200,)} and 20 < shown[10,] < 44
+    assert len(set(zip(texts, pictures, strict=True))) == 6  # title and photo are drawn independently
+    few = dataclasses.replace(ITEM, text=None, images=())
+    texts, pictures, _ = read(prepared, tokenizer, few, data__augmented="half")
+    assert set(texts) == {"blue bag"} and set(pictures) == {(100,), (200,)}
+
+
 def test_original_and_augmented_read_one_of_the_two(prepared, tokenizer):
     texts, pictures, _ = read(prepared, tokenizer, data__augmented="original")
     assert set(texts) == {"plain red shirt"} and set(pictures) == {(10,)}
@@ -103,19 +114,20 @@ def test_products_without_augmentation_are_read_as_before(prepared, tokenizer):
     np.testing.assert_array_equal(first.patches, other.patches)
 
 
-@pytest.mark.parametrize("mode", ["drawn", "original", "augmented", "all"])
+@pytest.mark.parametrize("mode", ["drawn", "half", "original", "augmented", "all"])
 @pytest.mark.parametrize("titles", [0, 1, 2])
 @pytest.mark.parametrize("own", [0, 1, 3])
 @pytest.mark.parametrize("added", [0, 2])
-def test_products_that_need_no_random_numbers_use_none(mode, titles, own, added):
+@pytest.mark.parametrize("images", [1, 3])
+def test_products_that_need_no_random_numbers_use_none(mode, titles, own, added, images):
     item = Product(text="a", images=(b"i",) * own, enriched_texts=("t",) * titles, expanded_images=(b"e",) * added)
-    if not pipeline.needs_rng(item, mode, 1):
-        first = pipeline.draw_content(item, mode, 1, None)
-        assert first == pipeline.draw_content(item, mode, 1, np.random.default_rng(0))
+    if not pipeline.needs_rng(item, mode, images):
+        first = pipeline.draw_content(item, mode, images, None)
+        assert first == pipeline.draw_content(item, mode, images, np.random.default_rng(0))
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(UserError, match=r"data\.augmented must be drawn, original, augmented or all"):
+    with pytest.raises(UserError, match=r"data\.augmented must be drawn, half, original, augmented or all"):
         tiny(data__augmented="both")
 
 

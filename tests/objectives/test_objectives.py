@@ -169,13 +169,17 @@ def oracle(x, config, step):
             chance[m] = np.mean([np.log(1 + part[1]) for part in parts])
             routing[:, m] = np.mean([(mean_gate[:, *item, I] + mean_gate[:, *item, T]) / 2 for item in served], axis=0)
 
+    # A query counts for three samples, divided among its views by |B_m|; a pair of image and text counts for one.
+    queries = sum(any(present[Q, b, view] for view in (T, I, MM)) and present[P, b, MM] for b in range(B))
+    share = np.array([3 * queries * n / max(sum(count[:3]), 1) for n in count[:3]] + list(count[3:]), float)
+    share = share / max(share.sum(), 1)
     active = count > 0
     p = np.where(active, np.exp(x["dual"]), 0)
     p = p / np.maximum(p.sum(-1, keepdims=True), 1e-300)
     if o.weighting == "uniform":
         omega = active / max(active.sum(), 1)
     elif o.weighting == "samples":
-        omega = count / max(count.sum(), 1)
+        omega = share
     else:
         omega = np.mean([(p[layer].T * routing[layer]).sum(1) for layer in range(L)], axis=0)
         omega = omega / max(omega.sum(), 1e-300)
@@ -185,18 +189,22 @@ def oracle(x, config, step):
     warm = step >= max(round(config.training.warmup * config.training.steps), config.training.min_warmup)
     total = (omega * loss).sum() + o.balance * balanced + (o.sparsity if warm else 0) * sparsity
     total += o.router_z * np.mean(x["z"] / x["valid"])
-    return dict(
-        total=total,
-        loss=loss,
-        weight=omega,
-        count=count,
-        balance=balanced,
-        sparsity=sparsity,
-        phi=phi,
-        negatives=negatives,
-        known=(x["known"] >= 0).sum(1),
-        excluded=excluded,
-    ), chance
+    return (
+        dict(
+            total=total,
+            loss=loss,
+            weight=omega,
+            count=count,
+            balance=balanced,
+            sparsity=sparsity,
+            phi=phi,
+            negatives=negatives,
+            known=(x["known"] >= 0).sum(1),
+            excluded=excluded,
+        ),
+        chance,
+        share,
+    )
 
 
 def inputs(x):
@@ -251,7 +259,7 @@ def test_values_equal_the_oracle(step, chunk, options, negatives):
     x = example(negatives=negatives)
     more = {f"objective__{name}": value for name, value in options.items()}
     config = settings(objective__chunk=chunk, objective__router_z=0.1, **more)
-    expected, _ = oracle(x, config, step)
+    expected, *_ = oracle(x, config, step)
     output, batch = inputs(x)
     found = alignment.objectives(output, parameters(x, config), batch, config, jnp.int32(step))
     phi = expected["phi"]
@@ -282,7 +290,7 @@ def test_gradients_equal_finite_differences_of_the_oracle(mode, options):
     config = settings(**fixed)
     x = example(seed=3, negatives=2)
     step, size = 40, 1e-6
-    base, chance = oracle(x, config, step)
+    base, chance, share = oracle(x, config, step)
     output, batch = inputs(x)
 
     def total(embedding, gate, dual):
@@ -302,7 +310,7 @@ def test_gradients_equal_finite_differences_of_the_oracle(mode, options):
         return alignment.objectives(changed, parameters(x, off), batch, off, jnp.int32(step)).total
 
     off_gradient = np.asarray(jax.grad(total_off)(output.embedding)).reshape(x["embedding"].shape)
-    base_off, _ = oracle(x, off, step)
+    base_off, *_ = oracle(x, off, step)
     rng, compared = np.random.default_rng(0), 0
     while compared < 12:
         role, b, view, d = rng.integers(len(x["embedding"])), rng.integers(B), rng.integers(3), rng.integers(D)
@@ -321,7 +329,6 @@ def test_gradients_equal_finite_differences_of_the_oracle(mode, options):
         """What the mode descends along W* and, in some modes, the router."""
         weight = oracle(y, config, step)[0]["weight"]
         if mode in ("lagging", "routed"):
-            share = base["count"] / base["count"].sum()
             return -(weight * base["loss"] / chance).sum() - (share * np.log(weight)).sum()
         return (weight * base["loss"]).sum() if mode == "product" else 0.0
 
@@ -445,15 +452,15 @@ def test_the_fixed_point_is_the_maximum_and_grows_with_the_loss(relative, share)
     assert gain(found[active]) >= max(map(gain, others)) - 1e-6
 
 
-def descend(mode, loss, count, steps=400):
+def descend(mode, loss, share, steps=400):
     """ω after Adam on W* with constant losses, at first and at last."""
-    loss, count, chance = jnp.array(loss), jnp.array(count), jnp.full(M, 4.0)
+    loss, share, chance = jnp.array(loss), jnp.array(share), jnp.full(M, 4.0)
     routing = jnp.array(np.random.default_rng(1).dirichlet(np.ones(E), (L, M)), jnp.float32)
     dual = jnp.array(0.02 * np.random.default_rng(0).normal(size=(L, E, M)), jnp.float32)
     adam = optax.adam(1e-2)
 
     def value(dual):
-        return weighting.weighted_sum(dual, routing, loss, count, chance, mode, 3)
+        return weighting.weighted_sum(dual, routing, loss, share, chance, mode)
 
     @jax.jit
     def step(dual, state):
@@ -475,39 +482,50 @@ LOSSES = [0.5, 1.0, 0.03, 2.96, 2.9]
 
 def test_what_lags_gets_more_weight():
     """W* ends at the fixed point, from where it started, uniform. Earlier, what was solved got most."""
-    first, last = descend("lagging", LOSSES, [9] * M)
+    first, last = descend("lagging", LOSSES, [1 / M] * M)
     np.testing.assert_allclose(first, 1 / M, atol=0.01)
     np.testing.assert_allclose(last, weighting.fixed_point(jnp.array(LOSSES) / 4, np.full(M, 1 / M)), atol=0.01)
     assert last.argmax() == UNSOLVED and last.argmin() == SOLVED
-    _, product = descend("product", LOSSES, [9] * M)
+    _, product = descend("product", LOSSES, [1 / M] * M)
     assert product.argmax() == SOLVED  # the paper's formula, followed by plain gradient, does the opposite
 
 
 @pytest.mark.parametrize("mode", ["samples", "uniform", "lagging", "routed", "product", "stopped"])
 def test_weight_does_not_flow_to_objectives_without_samples(mode):
     """Photo queries only: no q_t and no q_mm. Σ ω over the rest stays 1; it fell to 0.27 when all took part."""
-    for omega in descend(mode, [0.0, 1.0, 0.0, 2.0, 2.0], [0, 9, 0, 9, 9]):
+    for omega in descend(mode, [0.0, 1.0, 0.0, 2.0, 2.0], [0, 0.6, 0, 0.2, 0.2]):
         assert omega.sum() == pytest.approx(1, abs=1e-5)
         assert not omega[[0, 2]].any()
 
 
-def test_an_objective_with_few_samples_weighs_little():
-    """A catalogue of photo queries has a few products that are queries themselves: 3 of 128 in a batch."""
-    count = jnp.array([3, 128, 3, 128, 128])
-    _, weight = weighting.weighted_sum(
-        jnp.zeros((L, E, M)), jnp.ones((L, M, E)) / E, jnp.ones(M), count, jnp.ones(M), "samples", 3
+def test_shares_are_a_mean_over_samples():
+    """A query counts for three samples, whichever views it has; an objective with few samples weighs little."""
+
+    def found(count, queries, inter=3):
+        return np.asarray(weighting.shares(jnp.array(count), jnp.array(queries), inter))
+
+    np.testing.assert_allclose(found([9, 9, 9, 9, 9], 9), [1 / 5] * 5, rtol=1e-6)
+    np.testing.assert_allclose(found([0, 9, 0, 9, 9], 9), [0, 3 / 5, 0, 1 / 5, 1 / 5], rtol=1e-6)
+    # 12:3:2: each query has one view, so each objective has the weight of its queries.
+    np.testing.assert_allclose(found([3, 12, 2, 17, 17], 17), np.array([9, 36, 6, 17, 17]) / 85, rtol=1e-6)
+    # Photo queries, of which 3 are products; few products have a photo.
+    np.testing.assert_allclose(
+        found([3, 128, 3, 12, 9], 128),
+        np.array([384 * 3 / 134, 384 * 128 / 134, 384 * 3 / 134, 12, 9]) / 405,
+        rtol=1e-6,
     )
-    np.testing.assert_allclose(weight, count / 390, rtol=1e-6)
+    np.testing.assert_allclose(found([0, 5], 5, 1), [0, 1], rtol=1e-6)
+    assert not found([0, 0, 0, 0, 0], 0).any()
 
 
 def test_a_dense_model_weights_by_the_same_rule():
     """Without W*, `lagging` is the fixed point itself, so that a dense model compares with a mixture of experts."""
     dual, routing, loss = jnp.zeros((0, 0, M)), jnp.zeros((0, M, 0)), jnp.array(LOSSES)
     chance = jnp.full(M, 4.0)
-    total, weight = weighting.weighted_sum(dual, routing, loss, jnp.full(M, 9), chance, "lagging", 3)
+    total, weight = weighting.weighted_sum(dual, routing, loss, jnp.full(M, 1 / M), chance, "lagging")
     np.testing.assert_allclose(weight, weighting.fixed_point(loss / chance, np.full(M, 1 / M)), rtol=1e-6)
     np.testing.assert_allclose(total, (weight * loss).sum(), rtol=1e-6)
-    uniform = weighting.weighted_sum(dual, routing, loss, jnp.full(M, 9), chance, "uniform", 3)[1]
+    uniform = weighting.weighted_sum(dual, routing, loss, jnp.full(M, 1 / M), chance, "uniform")[1]
     np.testing.assert_allclose(uniform, np.full(M, 1 / M), rtol=1e-6)
 
 
@@ -538,7 +556,7 @@ def test_margin_and_weight_on_a_worked_example():
 def test_objectives_that_do_not_train_have_no_effect(levels, kept):
     """p is a softmax over the objectives that train; the others affect neither embeddings, router nor W*."""
     x, config = example(seed=3), settings(objective__levels=levels, objective__weighting="stopped")
-    everything, _ = oracle(x, config, 40)
+    everything, *_ = oracle(x, config, 40)
     p = np.exp(x["dual"][..., kept]) / np.exp(x["dual"][..., kept]).sum(-1, keepdims=True)
     mean_gate = x["gate"] / np.maximum(x["tokens"], 1)[None, ..., None]
     omega = np.zeros(M)
@@ -571,23 +589,3 @@ def test_objectives_that_do_not_train_have_no_effect(levels, kept):
     assert [bool(queries[:, view].any()) for view in (T, I, MM)] == [m in kept for m in range(3)]
     if len(kept) > 1:
         assert np.asarray(by_dual)[..., kept].any()
-
-
-def test_counted_weights_are_a_mean_over_queries():
-    x, config = example(seed=3), settings(objective__weighting="counted", objective__sparsity=0.0)
-    expected, _ = oracle(x, config, 40)
-    queries = expected["count"][:3]
-    omega = np.array([*(3 / M * queries / queries.sum()), 1 / M, 1 / M])
-    assert len(set(omega)) > 2
-    output, batch = inputs(x)
-
-    def value(dual):
-        changed = parameters(x, config) | {"dual": dual}
-        found = alignment.objectives(output, changed, batch, config, jnp.int32(40))
-        return found.total, found
-
-    (total, found), by_dual = jax.value_and_grad(value, has_aux=True)(parameters(x, config)["dual"])
-    np.testing.assert_allclose(found.weight, omega, rtol=1e-6)
-    balanced = config.objective.balance * expected["balance"]
-    np.testing.assert_allclose(total, (omega * expected["loss"]).sum() + balanced, rtol=1e-5)
-    assert not np.asarray(by_dual).any()
