@@ -92,5 +92,5 @@ def test_only_training_drops_and_every_step_drops_others(batch, tokenizer):
 
 
 def test_all_patches_cannot_drop():
-    with pytest.raises(UserError, match="training.patch_dropout must lie below 1"):
+    with pytest.raises(UserError, match=r"training\.patch_dropout must lie below 1"):
         tiny(training__patch_dropout=1.0)
