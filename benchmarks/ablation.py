@@ -1,41 +1,59 @@
-"""Ablation: trains and evaluates the method without each of its parts, over several seeds; one table like the paper's.
+"""Ablation: one dense model per seed is trained first; from it, the method and the method without each of its parts
+train on, for equally many steps. Prints one table like the paper's.
 
     python benchmarks/ablation.py --data path/to/fashion --output ablation/fashion
-    python benchmarks/ablation.py --results docs/ablation/fashion.json      prints the table of earlier runs
+    python benchmarks/ablation.py --data path/to/fashion --output ablation/fashion --minutes 100
+    python benchmarks/ablation.py --data path/to/fashion --output ablation/fashion --device --minutes 9     on a GPU
+    python benchmarks/ablation.py --results docs/ablation/fashion.json      prints the tables of earlier runs
 
-The same command again resumes: it trains the runs that are missing or have other arguments. All rows share data, seeds,
-steps and every option that a row does not name; nothing is tuned for any of them. `results.json` in the output contains
-everything that the table shows.
+The same command again resumes: it trains the runs that are missing or have other options. --minutes starts no run after
+that time. --device trains all seeds of a row at once. Nothing is tuned for any row; each differs from `full` only by
+what its name says. `results.json` in the output holds all that the tables show.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import fcntl
 import json
+import multiprocessing
 import os
-import platform
-import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from scipy import stats
 
 NOISE = 0.3
 """Share of the purchases that are corrupted: the positive becomes any other product."""
 
-COMMON = ["--config.data.batch=64", "--config.data.text_tokens=24", "--config.training.save_every=1000"]
-"""Options of all rows: half the quickstart's batch, and enough tokens for enriched titles."""
+START = {
+    "data.batch": 64,
+    "training.steps": 300,
+    "experts.count": 0,
+    "language.mlp_width": 240,  # an expert of 120 is half of it: two active ones have its FLOPs
+}
+"""Options of the dense models that all rows start from, beside those of the quickstart."""
+
+COMMON = START | {"experts.count": 4, "training.learning_rate": 1e-3}
+"""Options of all rows."""
+
+BATCHES = 400
+"""Different batches of a data setting; a run repeats them in an order of its own."""
+
+CHUNK = 25
+"""Steps between two looks at a run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,53 +61,81 @@ class Row:
     """One variant of the method."""
 
     name: str
-    overrides: tuple[str, ...] = ()
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     noisy: bool = False
     against: str = "full"  # the row that it is compared with
-    paper: tuple[float, ...] = ()  # the paper's scores in COLUMNS
+    curve: bool = False  # evaluated several times
+    paper: tuple[float, ...] = ()  # the paper's scores in PAPER_COLUMNS
 
 
-COLUMNS = ("t→mm", "i→mm", "mm→mm", "t→i", "i→t", "class", "attribute")
-"""The columns of the paper's table: R@10 by direction, then accuracy."""
-
+PAPER_COLUMNS = ("t→mm", "i→mm", "mm→mm", "t→i", "i→t", "class", "attribute")
 PAPER = (63.09, 91.08, 94.21, 73.12, 64.91, 68.08, 84.29)
-"""The paper's scores of the full MOON2.0 on MBE2.0 (arXiv 2511.12449)."""
+"""The paper's scores of the full MOON2.0 on MBE2.0 (arXiv 2511.12449), and of which measures: R@10, then accuracy."""
 
-LEVELS, WEIGHTING = "--config.objective.levels", "--config.objective.weighting"
+COLUMNS = (
+    "mean",
+    "t→t",
+    "t→i",
+    "t→mm",
+    "i→t",
+    "i→i",
+    "i→mm",
+    "mm→t",
+    "mm→i",
+    "mm→mm",
+    "background",
+    "class",
+    "attribute",
+)
+"""The columns of our table. mean: over the nine directions, or those that the catalogue's own queries have. background:
+i→i with photos before another background.
+"""
+
+BACKGROUND = "photos_background"
+"""The set of queries of the column background."""
+
+NOISY = f"full, {NOISE:.0%} noise"
+UNFILTERED = {"objective.phi_threshold": 0.0}
 
 
-def rows(active: int, total: int) -> list[Row]:
-    """All rows.
-
-    Args:
-        active: width of a dense feed-forward with the FLOPs per token of K experts.
-        total: width of a dense feed-forward with the parameters of all E experts.
-    """
-    dense = "--config.experts.count=0"
-    off = "--config.objective.phi_threshold=0.0"
+def rows() -> list[Row]:
+    """All rows."""
     return [
-        Row("full"),
+        Row("full", curve=True),
         Row(
-            "without MoE, equal active FLOPs",
-            (dense, f"--config.language.mlp_width={active}"),
+            "without experts, equal FLOPs",
+            {"experts.count": 0},
+            curve=True,
             paper=(51.29, 74.59, 78.45, 62.16, 56.21, 62.55, 75.62),
         ),
-        Row("dense, equal parameters", (dense, f"--config.language.mlp_width={total}")),
         Row(
             "without dual-level alignment",
-            (f"{LEVELS}=mm→mm",),
+            {"objective.levels": "mm→mm"},
             paper=(37.99, 65.72, 67.45, 31.45, 23.35, 57.12, 67.24),
         ),
-        Row("without intra-product alignment", (f"{LEVELS}=inter",)),
+        Row("without intra-product alignment", {"objective.levels": "inter"}),
         Row(
             "without co-augmentation",
-            ("--config.data.augmented=original",),
+            {"data.augmented": "original"},
             paper=(59.69, 78.17, 80.62, 64.79, 58.68, 66.21, 77.77),
         ),
-        Row("without filtering", (off,), paper=(60.63, 83.40, 80.00, 70.40, 63.21, 67.99, 84.04)),
-        Row("fixed mixture 12:3:2", ("--config.data.mixture=(3.0,12.0,2.0)", f"{WEIGHTING}=counted")),
-        Row(f"full, {NOISE:.0%} noise", noisy=True),
-        Row(f"without filtering, {NOISE:.0%} noise", (off,), True, f"full, {NOISE:.0%} noise"),
+        Row("own photo and title half of the time", {"data.augmented": "half"}),
+        Row("without filtering", UNFILTERED, paper=(60.63, 83.40, 80.00, 70.40, 63.21, 67.99, 84.04)),
+        Row(NOISY, noisy=True),
+        Row(f"without filtering, {NOISE:.0%} noise", UNFILTERED, True, NOISY),
+        Row(f"similar negatives masked, {NOISE:.0%} noise", {"objective.similar_margin": 0.1}, True, NOISY),
+        Row("fixed mixture 12:3:2", {"data.mixture": (3.0, 12.0, 2.0)}),
+        Row("ω lagging", {"objective.weighting": "lagging"}),
+        Row("ω product", {"objective.weighting": "product"}),
+        Row("ω stopped", {"objective.weighting": "stopped"}),
+        Row("ω routed", {"objective.weighting": "routed"}),
+        Row("ω uniform", {"objective.weighting": "uniform"}),
+        Row("experts: whole copies, twice the FLOPs", {"experts.width": 240}, curve=True),
+        Row("experts: half redrawn", {"experts.reinitialized": 0.5}),
+        Row("router by token kind, hard", {"experts.router_term": "token_hard"}, curve=True),
+        Row("router by token kind, learned", {"experts.router_term": "token", "experts.term_init": 2.0}),
+        Row("router by view, hard", {"experts.count": 6, "experts.router_term": "hard"}),
+        Row("router by view, learned", {"experts.router_term": "learned", "experts.term_init": 2.0}),
     ]
 
 
@@ -112,7 +158,6 @@ def noisy_copy(folder: Path, output: Path) -> None:
         taken = (triplets["positive"][row], triplets["negative"][row])
         triplets["positive"][row] = rng.choice(items[~np.isin(items, taken)])
     np.save(output / TRIPLETS, triplets, allow_pickle=False)
-    # A new fingerprint: a run started on the clean purchases must not resume with these.
     manifest["fingerprint"] = f"{manifest['fingerprint']}-noise-{NOISE}"
     (output / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
@@ -122,64 +167,211 @@ def command(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "moon_jax.cli", *words], check=True)
 
 
-def evaluate(workdir: Path, prepared: Any, tasks: Any) -> dict[str, Any]:
-    """The scores of a run in COLUMNS, its size, and the cost of a query."""
+class Data:
+    """The batches of a data setting. They are made once, by all cores, and kept in the output."""
+
+    def __init__(self, output: Path, config: Any, noisy: bool):
+        from moon_jax.data import pipeline
+        from moon_jax.data.prepared import open_prepared
+        from moon_jax.data.text import Tokenizer
+
+        self.folder = output / ("noisy" if noisy else "augmented")
+        self.prepared = open_prepared(self.folder)
+        self.tokenizer = Tokenizer.load(output / "tokenizer.json")
+        reader = pipeline.Reader(config, self.tokenizer)
+        # Rows only as long as this catalogue needs.
+        self.config = pipeline.fitted(config, self.prepared, reader)
+        self.store = output / "batches" / f"{self.folder.name}-{self._name(config)}"
+
+    @staticmethod
+    def _name(config: Any) -> str:
+        from moon_jax import config as config_lib
+        from moon_jax.data import rows as rows_lib
+        from moon_jax.data.text import BARE
+
+        data = [config.data.augmented, *config.data.mixture, config.data.batch]
+        own_prefix = rows_lib.prefix_is_view(BARE, config.experts.router_term)
+        return "-".join(map(str, [*data, *([] if own_prefix else ["separate"]), config_lib.batch_rows(config)]))
+
+    def batch(self, number: int) -> Any:
+        from moon_jax import config as config_lib
+        from moon_jax.data import pipeline
+
+        reader = pipeline.Reader(self.config, self.tokenizer)
+        return pipeline.batches(self.prepared, reader, range(config_lib.batch_rows(self.config)))[number]
+
+    def all(self, count: int) -> Any:
+        """A Batch whose leaves have a leading axis of `count`."""
+        import jax
+
+        if not self.store.is_dir():
+            leaves, self.treedef = jax.tree.flatten(self.batch(0))
+            temporary = self.store.with_suffix(".tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for number, leaf in enumerate(leaves):
+                shape = (count, *leaf.shape)
+                np.lib.format.open_memmap(temporary / f"{number}.npy", "w+", leaf.dtype, shape).flush()
+            workers = os.cpu_count() or 1
+            context = multiprocessing.get_context("spawn")
+            parts = [(self, temporary, range(first, count, workers)) for first in range(workers)]
+            with concurrent.futures.ProcessPoolExecutor(workers, context, _on_cpu) as pool:
+                list(track(pool.map(_write, parts), f"batches of {self.store.name}", workers))
+            temporary.rename(self.store)
+        treedef = jax.tree.structure(self.batch(0))
+        files = sorted(self.store.glob("*.npy"), key=lambda path: int(path.stem))
+        return jax.tree.unflatten(treedef, [np.load(path, mmap_mode="r") for path in files])
+
+
+def _on_cpu() -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _write(part: tuple[Data, Path, range]) -> None:
+    """Makes some batches of a data setting, in a process of its own."""
     import jax
 
-    from moon_jax.evaluation import labels, retrieval
-    from moon_jax.serving import embedder as serving
+    data, folder, numbers = part
+    for number in numbers:
+        for leaf, value in enumerate(jax.tree.leaves(data.batch(number))):
+            np.lib.format.open_memmap(folder / f"{leaf}.npy", "r+")[number] = value
 
-    embedder = serving.load(workdir)
-    encoded = retrieval.encode(embedder, prepared)
-    # Prefers the catalogue's own queries, because products seen in training say little.
-    wanted = "queries" if "queries" in encoded.queries else "products"
-    searches = retrieval.directions(encoded)
-    scores = {name: float(found["R@10"].mean()) for group, name, _, found in searches if group == wanted}
-    if wanted == "products":
-        accuracies = {"category": [], "attribute": []}
-        for task in tasks:
+
+def order(seed: int, steps: int, count: int) -> np.ndarray:
+    """i32[steps]: which batch each step reads; all of them, in another order each time."""
+    rng = np.random.default_rng((seed, steps))
+    passes = [rng.permutation(count) for _ in range(-(-steps // count))]
+    return np.concatenate(passes)[:steps].astype(np.int32)
+
+
+class Trainer:
+    """Trains models of one config that differ in their seeds, side by side. Compiles once."""
+
+    def __init__(self, config: Any, batches: Any, seeds: Sequence[int]):
+        import jax
+        import jax.numpy as jnp
+
+        from moon_jax import backend, sharding
+        from moon_jax.training import loop
+        from moon_jax.training.step import train_step
+
+        self.config, self.seeds = config, seeds
+        self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+        self.count = len(jax.tree.leaves(batches)[0])
+        self.batches = jax.tree.map(jnp.asarray, batches)
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.batches)
+        with jax.set_mesh(self.mesh):
+            self.abstract = loop.abstract_state(config, one.rows, self.mesh)
+
+        def chunk(states: Any, batches: Any, indices: Any) -> tuple[Any, Any]:
+            def step(states: Any, index: Any) -> tuple[Any, Any]:
+                chosen = jax.tree.map(lambda x: x[index], batches)
+                return jax.vmap(lambda state, batch: train_step(state, batch, config))(states, chosen)
+
+            states, found = jax.lax.scan(step, states, indices)
+            return states, jax.tree.map(lambda x: x[-1], found)
+
+        self._chunk = jax.jit(chunk, donate_argnums=0, compiler_options=backend.compiler_options())
+        self.states: Any = None
+
+    def start(self, encoders: Sequence[Any] | None = None, source: Any = None) -> None:
+        """Creates the models: random ones, or from `encoders` of the config `source`, one for each seed."""
+        import flax.linen as nn
+        import jax
+        import jax.numpy as jnp
+
+        from moon_jax import config as config_lib
+        from moon_jax.hub import weights
+        from moon_jax.training.step import initial_state
+
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), self.batches.rows)
+        states = []
+        with jax.set_mesh(self.mesh):
+            for number, seed in enumerate(self.seeds):
+                seeded = config_lib.replace(self.config, {"seed": seed})
+                encoder = None
+                if encoders is not None:
+                    dense = jax.tree.map(jnp.asarray, encoders[number])
+                    held = weights.Held(Path("the dense model"), source, dense)
+                    encoder = weights.placed(held, seeded, self.abstract.params["encoder"])
+                states.append(jax.jit(lambda e, c=seeded: nn.unbox(initial_state(c, blank, e)))(encoder))
+        self.states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+    def encoder(self, number: int) -> Any:
+        """The encoder of the model of that number."""
+        import jax
+
+        return jax.tree.map(lambda x: x[number], self.states.params["encoder"])
+
+    def train(self, steps: int) -> Iterator[tuple[int, Any]]:
+        """Yields after every CHUNK steps the step, and its metrics with a leading axis of seeds."""
+        import jax
+
+        indices = np.stack([order(seed, steps, self.count) for seed in self.seeds], axis=1)
+        with jax.set_mesh(self.mesh):
+            for first in range(0, steps, CHUNK):
+                part = indices[first : first + CHUNK]
+                self.states, found = self._chunk(self.states, self.batches, part)
+                yield first + len(part), jax.device_get(found)
+
+
+class Evaluator:
+    """Measures a model in COLUMNS. Compiles once for all models of a config."""
+
+    def __init__(self, config: Any, data: Data):
+        from moon_jax.evaluation import labels
+        from moon_jax.serving.embedder import Embedder
+
+        self.embedder = Embedder(config, None, data.tokenizer, "", 0)
+        self.prepared = data.prepared
+        self.tasks = labels.tasks(data.prepared)
+
+    def scores(self, encoder: Any) -> dict[str, float]:
+        from moon_jax.evaluation import labels, retrieval
+
+        embedder = self.embedder.of(encoder)
+        own = bool(self.prepared.val_queries)  # the catalogue's own queries say more than products seen in training
+        encoded = retrieval.encode(embedder, self.prepared, photos=() if own else (BACKGROUND,))
+        found: dict[str, float] = {}
+        for group, name, _, measured in retrieval.directions(encoded):
+            if group == ("queries" if own else "products"):
+                found[name] = float(measured["R@10"].mean())
+            elif (group, name) == (BACKGROUND, "i→i"):
+                found["background"] = float(measured["R@10"].mean())
+        directions = [score for name, score in found.items() if "→" in name]
+        found["mean"] = float(np.mean(directions))
+        if own:
+            return found
+        accuracies: dict[str, list[float]] = {"class": [], "attribute": []}
+        for task in self.tasks:
             # From the image alone, because titles often contain the label.
             named = labels.label_vectors(embedder, task.labels, labels.PROMPTS)
             none_known = encoded.candidates[:0], encoded.present[:0]
             answers = labels.Answers(task, named, encoded.candidates, encoded.present, *none_known)
-            accuracies[task.name.split()[0]].append(labels.measure(answers)["i"]["accuracy"])
-        scores |= {
-            name: float(np.mean(found))
-            for name, found in zip(("class", "attribute"), accuracies.values(), strict=True)
-            if found
-        }
-    experts = embedder.config.experts
+            kind = "class" if task.name.startswith("category") else "attribute"
+            accuracies[kind].append(labels.measure(answers)["i"]["accuracy"])
+        return found | {name: float(np.mean(values)) for name, values in accuracies.items() if values}
+
+
+def sizes(encoder: Any, experts: Any) -> tuple[int, int]:
+    """The number of parameters, and of those that serve one token."""
+    import jax
+
     total = active = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(serving.read(workdir).encoder):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(encoder):
         total += leaf.size
         routed = {"gate_up", "down"} & {key.key for key in path} if experts.count else ()
         active += leaf.size * experts.per_token // experts.count if routed else leaf.size
-    queries = [prepared.products[index] for index in list(prepared.val)[:30]]
-    embedder.encode(queries[:1])
-    times = []
-    for query in queries:
-        began = time.perf_counter()
-        embedder.encode([query])
-        times.append(1000 * (time.perf_counter() - began))
-    return {
-        "scores": scores,
-        "parameters": total,
-        "active": active,
-        "bytes": 4 * embedder.dimension,
-        "ms": statistics.median(times),
-        "step": embedder.step,
-        "queries": len(encoded.queries[wanted].product),
-        "candidates": len(encoded.product),
-    }
+    return total, active
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean over seeds and its standard error; the error of a single seed is NaN."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return statistics.fmean(values), error
 
 
-def sign(differences: list[float]) -> str:
+def sign(differences: Sequence[float]) -> str:
     """↑ or ↓ if the change between paired runs is significant at 95% by Student's t; otherwise ·."""
     mean, error = mean_and_error(differences)
     if len(differences) < 2 or abs(mean) <= stats.t.ppf(0.975, len(differences) - 1) * error:
@@ -187,107 +379,243 @@ def sign(differences: list[float]) -> str:
     return "↑" if mean > 0 else "↓"
 
 
+def plus_minus(values: Sequence[float], digits: int = 1) -> str:
+    """The mean over seeds, with its standard error if there are several."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.{digits}f} ±{error:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
 def tables(results: dict[str, Any]) -> Iterator[Table]:
-    """Two tables: means over seeds ± standard errors, with the sign of the change and, in brackets, of the paper's
-    change; then sizes.
+    """Means over seeds ± standard errors, with the sign of the change and, in brackets, of the paper's change; then
+    sizes, weights and experts; then the learning curves.
     """
-    runs = results["runs"]
-    columns = [name for name in (*COLUMNS, "i→i") if any(name in run["scores"] for run in runs)]
-    scores, sizes = (
+    by_row: dict[str, dict[int, Any]] = {}
+    for run in results["runs"]:
+        by_row.setdefault(run["row"], {})[run["seed"]] = run
+    listed = [Row("start", against="start"), *rows()]
+    columns = [name for name in COLUMNS if any(name in run["scores"] for run in results["runs"])]
+    scores, more, curves = (
         Table(title=results["title"]),
-        Table(title="cost; ms/query on that machine, of the fastest seed"),
+        Table(title="after the last step: size, weights ω, share of triplets with φ below the threshold, experts"),
+        Table(title="mean of the directions by step, and its change against full"),
     )
-    for made, names in ((scores, columns), (sizes, ("parameters (M)", "active (M)", "bytes/product", "ms/query"))):
-        made.add_column("")
+    for table, names in (
+        (scores, columns),
+        (more, ("parameters (M)", "active (M)", "s/step", "ω", "φ low (%)", "modality in expert (bits, by layer)")),
+    ):
+        table.add_column("")
         for name in names:
-            made.add_column(name, justify="right", no_wrap=True)
-    for row in rows(*results["widths"]):
-        own = {run["seed"]: run for run in runs if run["row"] == row.name}
-        other = {run["seed"]: run for run in runs if run["row"] == row.against}
+            table.add_column(name, justify="right")
+    steps = sorted({point["step"] for run in results["runs"] for point in run["curve"]})
+    for name in ("", *map(str, steps)):
+        curves.add_column(name, justify="right" if name else "left")
+    for row in listed:
+        own, other = by_row.get(row.name, {}), by_row.get(row.against, {})
         if not own:
             continue
         cells = []
         for name in columns:
-            mean, error = mean_and_error([run["scores"][name] for run in own.values()])
-            cell = f"{mean:.1f} ±{error:.1f}" if len(own) > 1 else f"{mean:.1f}"
+            if not all(name in run["scores"] for run in own.values()):
+                cells.append("")
+                continue
+            cell = plus_minus([run["scores"][name] for run in own.values()])
             if row.against != row.name:
-                paired = [own[seed]["scores"][name] - other[seed]["scores"][name] for seed in own if seed in other]
-                cell += f" {sign(paired)}"
-                if row.paper and name in COLUMNS:
-                    column = COLUMNS.index(name)
+                cell += f" {sign([own[s]['scores'][name] - other[s]['scores'][name] for s in own if s in other])}"
+                if row.paper and name in PAPER_COLUMNS:
+                    column = PAPER_COLUMNS.index(name)
                     cell += f"({'↓' if row.paper[column] < PAPER[column] else '↑'})"
             cells.append(cell)
+        label = f"{row.name} ({len(own)})"
+        scores.add_row(label, *cells)
         first = next(iter(own.values()))
-        scores.add_row(f"{row.name} ({len(own)})", *cells)
-        ms = min(run["ms"] for run in own.values())  # other load on the machine only adds time
-        millions = (f"{first[name] / 1e6:.2f}" for name in ("parameters", "active"))
-        sizes.add_row(row.name, *millions, str(first["bytes"]), f"{ms:.1f}")
-    yield from (scores, sizes)
+        weights, shared = (
+            " ".join(f"{value:.2f}" for value in np.mean([run[name] for run in own.values()], axis=0))
+            for name in ("omega", "bits")
+        )
+        more.add_row(
+            label,
+            f"{first['parameters'] / 1e6:.2f}",
+            f"{first['active'] / 1e6:.2f}",
+            f"{min(run['seconds_per_step'] for run in own.values()):.2f}",  # other load only adds time
+            weights,
+            plus_minus([100 * run["phi_low"] for run in own.values()]),
+            shared,
+        )
+        points = [{point["step"]: point["mean"] for point in run["curve"]} for run in own.values()]
+        if row.curve:
+            cells = []
+            for step in steps:
+                cell = plus_minus([each[step] for each in points], 2) if all(step in each for each in points) else ""
+                theirs = {s: {p["step"]: p["mean"] for p in run["curve"]} for s, run in by_row.get("full", {}).items()}
+                paired = [
+                    each[step] - theirs[seed][step]
+                    for seed, each in zip(own, points, strict=True)
+                    if step in each and step in theirs.get(seed, {})
+                ]
+                if row.name != "full" and cell and paired:
+                    cell += f" ({plus_minus(paired, 2)})"
+                cells.append(cell)
+            curves.add_row(label, *cells)
+    yield from (scores, more, curves)
+
+
+@dataclasses.dataclass
+class Runs:
+    """The runs of an output folder, and how missing ones are made."""
+
+    output: Path
+    seeds: Sequence[int]
+    steps: int
+    points: int  # evaluations of a learning curve
+    batches: int
+    results: dict[str, Any]
+
+    def options(self, row: Row) -> dict[str, Any]:
+        """All that determines a run beside its seed."""
+        common = START if row.name == "start" else COMMON | {"training.steps": self.steps}
+        return common | {"noisy": row.noisy, "batches": self.batches} | row.options
+
+    def missing(self, row: Row) -> list[int]:
+        """The seeds whose runs have to be made."""
+        wanted = json.loads(json.dumps(self.options(row)))
+        held = {r["seed"] for r in self.results["runs"] if r["row"] == row.name and r["options"] == wanted}
+        return [seed for seed in self.seeds if seed not in held]
+
+    def make(self, row: Row, seeds: Sequence[int]) -> None:
+        """Trains and evaluates the runs of a row with these seeds side by side."""
+        import jax
+
+        from moon_jax import config as config_lib
+        from moon_jax.hub import keys
+        from moon_jax.training import metrics
+
+        options = self.options(row)
+        changed = {name: value for name, value in options.items() if "." in name}
+        config = config_lib.replace(config_lib.load("quickstart"), changed | {"training.save_every": 10**9})
+        data = Data(self.output, config, row.noisy)
+        trainer = Trainer(data.config, data.all(self.batches), seeds)
+        evaluator = Evaluator(config, data)
+        starts = [self.output / f"start-{seed}.npz" for seed in seeds]
+        if row.name == "start":
+            trainer.start()
+        else:
+            source = config_lib.replace(config, {"experts.count": 0, "experts.router_term": "none"})
+            loaded = [np.load(path) for path in starts]
+            trainer.start([keys.unflatten({name: file[name] for name in file.files}) for file in loaded], source)
+        steps = config.training.steps
+        every = steps // self.points if row.curve else steps
+        curves: list[list[dict[str, Any]]] = [[] for _ in seeds]
+        last, seconds, began = None, 0.0, time.perf_counter()
+        for step, last in trainer.train(steps):  # noqa: B007
+            # The first chunk compiles.
+            seconds = seconds if step <= CHUNK else seconds + time.perf_counter() - began
+            if step % every == 0:
+                for number, curve in enumerate(curves):
+                    scores = evaluator.scores(trainer.encoder(number))
+                    curve.append({"step": step, "mean": scores["mean"], "scores": scores})
+            began = time.perf_counter()
+        for number, seed in enumerate(seeds):
+            line = metrics.line(steps, jax.tree.map(lambda x, n=number: x[n], last), config)
+            encoder = trainer.encoder(number)
+            if row.name == "start":
+                np.savez(starts[number], **keys.flatten(jax.device_get(encoder)))
+            total, active = sizes(encoder, config.experts)
+            made = {
+                "row": row.name,
+                "seed": seed,
+                "options": options,
+                "scores": curves[number][-1]["scores"],
+                "curve": [{"step": point["step"], "mean": point["mean"]} for point in curves[number]],
+                "loss": line["loss"],
+                "omega": list(line["omega"].values()),
+                "bits": line["modality_information"],
+                "phi_low": line["phi_below_threshold"],
+                "parameters": total,
+                "active": active,
+                "seconds_per_step": seconds / max(steps - CHUNK, 1) / len(seeds),
+                "machine": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}",
+            }
+            runs = self.results["runs"]
+            self.results["runs"] = [r for r in runs if (r["row"], r["seed"]) != (row.name, seed)] + [made]
+        save(self.output / "results.json", self.results)
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def prepare(data: str, output: Path) -> None:
+    """Prepares, augments and corrupts the catalogue, and learns the tokenizer."""
+    from moon_jax import config as config_lib
+    from moon_jax.data import text
+    from moon_jax.data.prepared import open_prepared
+
+    command("prepare", "--data", data, "--output", str(output / "prepared"))
+    command("augment", "--data", str(output / "prepared"), "--output", str(output / "augmented"))
+    noisy_copy(output / "augmented", output / "noisy")
+    if not (output / "tokenizer.json").is_file():
+        prepared = open_prepared(output / "prepared")
+        titles = (prepared.products[index].text for index in prepared.train)
+        text.train((title for title in titles if title), config_lib.load("quickstart").language.vocab).save(
+            output / "tokenizer.json"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a catalogue")
-    parser.add_argument("--output", type=Path, help="folder of the runs; needs some GB")
-    parser.add_argument("--results", type=Path, help="print the table of this results.json; nothing runs")
+    parser.add_argument("--output", type=Path, help="folder of the runs; needs up to 20 GB for batches")
+    parser.add_argument("--results", type=Path, help="print the tables of this results.json; nothing runs")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=160, help="training steps of a run (default: %(default)s)")
-    parser.add_argument("--rows", help="train only rows with this text in their names")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of a run (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=BATCHES, help="different batches (default: %(default)s)")
+    parser.add_argument("--rows", help="train only rows with one of these texts in their names, separated by |")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after that time")
+    parser.add_argument("--device", action="store_true", help="train all seeds of a row at once, for a GPU or TPU")
     parsed = parser.parse_args()
-    console = Console(width=200)
+    console = Console(width=240)
     if parsed.results:
         for table in tables(json.loads(parsed.results.read_text(encoding="utf-8"))):
             console.print(table)
         return
     if not parsed.data or not parsed.output:
         parser.error("give --data and --output, or --results")
-
-    from moon_jax import config as config_lib
-    from moon_jax.data.prepared import open_prepared
-    from moon_jax.evaluation import labels
-
-    output = parsed.output
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((output / "cache").resolve()))
-    command("prepare", "--data", parsed.data, "--output", str(output / "prepared"))
-    command("augment", "--data", str(output / "prepared"), "--output", str(output / "augmented"))
-    noisy_copy(output / "augmented", output / "noisy")
-    config = config_lib.load("quickstart")
-    widths = (config.experts.per_token * config.experts.width, config.experts.count * config.experts.width)
-    prepared = open_prepared(output / "augmented")
-    tasks = labels.tasks(prepared)
+    if parsed.steps % CHUNK:
+        parser.error(f"--steps {parsed.steps}: give a multiple of {CHUNK}")
+    began, output = time.monotonic(), parsed.output
+    output.mkdir(parents=True, exist_ok=True)
     lock = (output / "lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         parser.error(f"--output {output}: another process is working there; wait for it, or stop it")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((output / "cache").resolve()))
+    prepare(parsed.data, output)
     path = output / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
-    results |= {
-        "title": f"{Path(parsed.data).name}: R@10 and accuracy in percent, {parsed.steps} steps; mean ± standard error"
-        f" over (seeds); ↑ ↓ significant at 95%, · not significant; (sign in the paper)",
-        "widths": widths,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-    }
-    for seed in range(parsed.seeds):  # all rows of a seed first, so that partial results compare
-        for row in rows(*widths):
-            data = output / ("noisy" if row.noisy else "augmented")
-            common = [*COMMON, f"--config.seed={seed}", *row.overrides]
-            arguments = ["--config", "quickstart", "--steps", str(parsed.steps), *common]
-            run = {"row": row.name, "seed": seed, "arguments": arguments}
-            if any({name: made[name] for name in run} == run for made in results["runs"]):
+    results["title"] = (
+        f"{Path(parsed.data).name}: R@10 and accuracy in percent, {parsed.steps} steps from a dense model of"
+        f" {START['training.steps']}; mean ± standard error over (seeds); ↑ ↓ significant at 95%, · not; (in the paper)"
+    )
+    points = next(count for count in (4, 2, 1) if parsed.steps % (CHUNK * count) == 0)
+    runs = Runs(output, range(parsed.seeds), parsed.steps, points, parsed.batches, results)
+    chosen = [row for row in rows() if not parsed.rows or any(part in row.name for part in parsed.rows.split("|"))]
+    listed = [Row("start", against="start"), *chosen]
+    groups = [list(runs.seeds)] if parsed.device else [[seed] for seed in runs.seeds]
+    for group in groups:  # all rows of a seed first, so that partial results compare
+        for row in listed:
+            seeds = [seed for seed in runs.missing(row) if seed in group]
+            if not seeds:
                 continue
-            if parsed.rows and parsed.rows not in row.name:
-                continue
-            workdir = output / "runs" / f"{re.sub('[^A-Za-z0-9]+', '-', row.name)}-{seed}"
-            shutil.rmtree(workdir, ignore_errors=True)  # has other arguments, or is unfinished
-            command("train", "--data", str(data), "--workdir", str(workdir), *arguments)
-            results["runs"] = [made for made in results["runs"] if (made["row"], made["seed"]) != (row.name, seed)]
-            results["runs"].append(run | evaluate(workdir, prepared, tasks))
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            temporary.replace(path)
-            for table in tables(results):
-                console.print(table)
+            if time.monotonic() - began > 60 * parsed.minutes:
+                print(f"stopped after {parsed.minutes:g} minutes; the same command goes on")
+                return
+            print(f"{time.monotonic() - began:.0f} s: {row.name}, seeds {', '.join(map(str, seeds))}", flush=True)
+            runs.make(row, seeds)
+    for table in tables(runs.results):
+        console.print(table)
 
 
 if __name__ == "__main__":

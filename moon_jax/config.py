@@ -246,7 +246,6 @@ def check(config: Config) -> Config:
         ),
         (min(config.objective.temperature) > 0, "objective.temperature must be positive"),
         (max(config.training.betas) < 1, "training.betas must lie below 1"),
-        (config.training.patch_dropout < 1, "training.patch_dropout must lie below 1"),
         (
             all(re.fullmatch(r"[^=]+=[0-9.e+-]*[0-9.]", rate) for rate in config.training.learning_rate_factors),
             "training.learning_rate_factors must be of the form PATTERN=FACTOR, such as encoder/vision/*=0",

@@ -152,7 +152,6 @@ class Training:
     betas: tuple[float, float] = option((0.9, 0.98), "b1 and b2 of the optimiser, if it has them")
     weight_decay: float = option(0.05, "decoupled weight decay, on matrices only")
     clip: float = option(1.0, "gradients are clipped to this global norm")
-    patch_dropout: float = option(0.0, "share of the visual tokens that a step hides (PatchDropout); 0 hides none")
     param_dtype: str = option("float32", "dtype of the parameters")
     dtype: str = option("float32", "dtype of the computation; norms, softmax, router and pooling stay float32")
     remat: str = option("full", "recomputed for gradients: full (layers), selective (all but weight matmuls) or none")

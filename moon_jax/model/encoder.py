@@ -23,22 +23,7 @@ def span_mask(rows: Rows) -> Array:
     """1 for the tokens of each span; all 0 for an absent view. f32[R,G,S]."""
     position = jnp.arange(rows.tokens.shape[1])
     inside = (position >= rows.span[..., :1]) & (position < rows.span[..., 1:])
-    return (inside & (rows.view > 0)[..., None] & (rows.segment > 0)[:, None]).astype(jnp.float32)
-
-
-def drop_patches(rows: Rows, share: float, rng: Array, merge: int) -> Rows:
-    """Rows with a random `share` of the visual tokens, and of the patches that they are merged from, out of use.
-
-    PatchDropout (arXiv 2208.07220), on merged tokens. What is out of use is like padding: nothing attends to it, and no
-    view's mean contains it. Positions stay, and so do the tokens around an image, so that no view becomes empty.
-    """
-    count = rows.patches.shape[1] // merge**2
-    kept = jax.random.bernoulli(rng, 1 - share, (rows.patches.shape[0], count))
-    shown = (rows.visual < 0) | jnp.take_along_axis(kept, jnp.maximum(rows.visual, 0), axis=1)
-    return rows.replace(
-        segment=jnp.where(shown, rows.segment, 0),
-        patch_image=jnp.where(jnp.repeat(kept, merge**2, axis=1), rows.patch_image, -1),
-    )
+    return (inside & (rows.view > 0)[..., None]).astype(jnp.float32)
 
 
 def last_token_mask(rows: Rows) -> Array:
@@ -79,11 +64,7 @@ def token_kind(rows: Rows, router_term: str) -> Array:
 
 
 class Encoder(nn.Module):
-    """Rows → EncoderOutput.
-
-    Only in `training` are layers rematerialized, may experts drop tokens, and are patches dropped, if configured; that
-    needs the RNG stream "dropout".
-    """
+    """Rows → EncoderOutput. Layers are rematerialized, and experts may drop tokens, only in `training`."""
 
     config: config_lib.Config
     training: bool = False
@@ -96,8 +77,6 @@ class Encoder(nn.Module):
         init = partitioned(("vocab", "embed"), nn.initializers.normal(1.0))
         table = self.param("token_embedding", init, (c.language.vocab, c.language.width), param_dtype)
         x = sharding.by_rows(sharding.lookup(table, rows.tokens)).astype(dtype)
-        if self.training and c.training.patch_dropout and rows.patches.shape[1]:
-            rows = drop_patches(rows, c.training.patch_dropout, self.make_rng("dropout"), c.vision.merge)
         if rows.patches.shape[1]:
             remat = c.training.remat if self.training else "none"
             tower = VisionTower(c.vision, c.language.width, dtype, param_dtype, remat, name="vision")

@@ -44,8 +44,7 @@ def loss(
         f32[]; and {"objectives": Objectives, "modality": f32[L,2,E], G̃ summed over all text and all image tokens,
         "dropped": f32[L], the share of routes dropped for lack of capacity}.
     """
-    rngs = {"dropout": jax.random.fold_in(jax.random.key(config.seed), step)}
-    output = Encoder(config, training=True).apply({"params": params["encoder"]}, batch.rows, rngs=rngs)
+    output = Encoder(config, training=True).apply({"params": params["encoder"]}, batch.rows)
     result = objectives(output, params["alignment"], batch, config, step)
     modality = jax.lax.stop_gradient(output.gate[:, :, :2].sum(axis=1))  # views t and i of every row
     routes = jnp.maximum(config.experts.per_token * output.valid, 1)

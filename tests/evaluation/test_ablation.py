@@ -1,14 +1,11 @@
 """benchmarks/ablation.py: each row changes only the options in its name; noise, signs, and the table."""
 
 import dataclasses
-import functools
 import json
-import shutil
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -16,16 +13,17 @@ from scipy import stats
 
 from benchmarks import ablation
 from moon_jax import config as config_lib
+from moon_jax.data import pipeline
 from moon_jax.data.prepared import open_prepared
-from moon_jax.evaluation import labels, report
-from moon_jax.serving import embedder as serving
+from moon_jax.evaluation import report
 from moon_jax.serving.embedder import Embedder, abstract_params
-from tests.conftest import prepared_from, random_params, tiny
+from moon_jax.training import step as step_lib
+from tests.conftest import random_params, tiny
 
 QUICKSTART = config_lib.load("quickstart")
-EXPERTS = QUICKSTART.experts
-WIDTHS = EXPERTS.per_token * EXPERTS.width, EXPERTS.count * EXPERTS.width
-ROWS = {row.name: row for row in ablation.rows(*WIDTHS)}
+FULL = config_lib.replace(QUICKSTART, ablation.COMMON)
+EXPERTS = FULL.experts
+ROWS = {row.name: row for row in ablation.rows()}
 
 
 def leaves(config):
@@ -37,41 +35,46 @@ def leaves(config):
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "changed"),
-    [
-        ("full", set()),
-        ("without MoE, equal active FLOPs", {"experts.count", "language.mlp_width"}),
-        ("dense, equal parameters", {"experts.count", "language.mlp_width"}),
-        ("without dual-level alignment", {"objective.levels"}),
-        ("without intra-product alignment", {"objective.levels"}),
-        ("without co-augmentation", {"data.augmented"}),
-        ("without filtering", {"objective.phi_threshold"}),
-        ("fixed mixture 12:3:2", {"data.mixture", "objective.weighting"}),
-        ("full, 30% noise", set()),
-        ("without filtering, 30% noise", {"objective.phi_threshold"}),
-    ],
-)
-def test_a_row_changes_only_what_its_name_says(name, changed):
-    config = config_lib.override(QUICKSTART, list(ROWS[name].overrides))
-    other = leaves(QUICKSTART)
-    assert {leaf for leaf, value in leaves(config).items() if value != other[leaf]} == changed
-    assert ROWS[name].noisy == ("noise" in name) and ROWS[name].against in ROWS
-    assert not ROWS[name].paper or len(ROWS[name].paper) == len(ablation.COLUMNS)
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_a_row_changes_only_what_its_name_says(row):
+    config, old = leaves(config_lib.replace(FULL, row.options)), leaves(FULL)
+    assert {leaf for leaf, value in config.items() if value != old[leaf]} == set(row.options)
+    named = {
+        "experts.count": ("without experts", "by view, hard"),
+        "experts.width": ("whole copies",),
+        "experts.reinitialized": ("half redrawn",),
+        "experts.router_term": ("router by",),
+        "experts.term_init": ("learned",),
+        "data.augmented": ("co-augmentation", "half of the time"),
+        "data.mixture": ("12:3:2",),
+        "objective.levels": ("alignment",),
+        "objective.phi_threshold": ("without filtering",),
+        "objective.similar_margin": ("similar negatives",),
+        "objective.weighting": ("ω ",),
+    }
+    for option, words in named.items():
+        assert (option in row.options) == any(word in row.name for word in words), option
+    assert row.noisy == ("noise" in row.name) and row.against in ROWS
+    assert row.noisy == (row.against != "full") or row.name == ablation.NOISY
+    assert not row.paper or len(row.paper) == len(ablation.PAPER_COLUMNS)
 
 
-def test_dense_rows_have_the_size_that_their_names_say(tokenizer):
-    def size(config):
-        return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, tokenizer)["encoder"]))
+def test_the_fixed_mixture_is_that_of_the_predecessor():
+    assert ROWS["fixed mixture 12:3:2"].options == {"data.mixture": (3.0, 12.0, 2.0)}  # t, i, mm: most are images
 
-    full, active, total = (
-        size(config_lib.override(QUICKSTART, list(ROWS[name].overrides)))
-        for name in ("full", "without MoE, equal active FLOPs", "dense, equal parameters")
-    )
-    one = 3 * QUICKSTART.language.width * EXPERTS.width * QUICKSTART.language.layers  # one expert in every layer
-    router = full - total
-    assert 0 < router < one / 4
+
+def test_rows_have_the_size_and_the_flops_that_their_names_say(tokenizer):
+    def size(name):
+        config = config_lib.replace(FULL, ROWS[name].options)
+        return ablation.sizes(abstract_params(config, tokenizer)["encoder"], config.experts)
+
+    (total, active), (dense, same) = size("full"), size("without experts, equal FLOPs")
+    one = 3 * FULL.language.width * EXPERTS.width * FULL.language.layers  # one expert in every layer
+    router = active - dense
+    assert dense == same and 0 < router < one / 20
     assert total - active == (EXPERTS.count - EXPERTS.per_token) * one
+    copies = size("experts: whole copies, twice the FLOPs")
+    assert copies[1] - active == EXPERTS.per_token * one  # the active experts are twice as wide
 
 
 def test_noise_corrupts_some_purchases_and_nothing_else(prepared, tmp_path):
@@ -106,94 +109,147 @@ def test_signs_come_from_a_paired_t_test(shift):
     assert abs(shift) < 1 or ("↑" if shift > 0 else "↓") in seen
 
 
-def test_the_table_has_means_errors_and_signs_with_those_of_the_paper():
-    def run(row, seed, score):
-        scores = dict.fromkeys(ablation.COLUMNS, score)
-        return {"row": row, "seed": seed, "scores": scores, "parameters": 2e6, "active": 1e6, "bytes": 512, "ms": 2.0}
+def made(row, seed, score, options=None):
+    scores = dict.fromkeys((*ablation.PAPER_COLUMNS, "mean"), score)
+    return {
+        "row": row,
+        "seed": seed,
+        "options": options,
+        "scores": scores,
+        "curve": [{"step": 50, "mean": score - 1}, {"step": 100, "mean": score}],
+        "omega": [0.2] * 5,
+        "bits": [0.25, 0.5],
+        "phi_low": 0.125,
+        "parameters": 2e6,
+        "active": 1e6,
+        "seconds_per_step": 0.5 + seed,
+    }
 
-    runs = [run("full", seed, 50.0 + seed) for seed in range(3)]
-    runs += [run("without MoE, equal active FLOPs", seed, 40.0 + seed + 0.1 * (seed == 1)) for seed in range(3)]
-    runs += [run("dense, equal parameters", 0, 99.0)]
+
+def printed(runs):
     console = Console(width=250, record=True)
-    for table in ablation.tables({"runs": runs, "title": "made up", "widths": WIDTHS}):
+    for table in ablation.tables({"runs": runs, "title": "made up"}):
         console.print(table)
-    printed = console.export_text().splitlines()
-    (full,) = (line for line in printed if "full (3)" in line)
-    assert full.count("51.0 ±0.6") == len(ablation.COLUMNS)
-    (without,) = (line for line in printed if "active FLOPs (3)" in line)
-    assert without.count("41.0 ±0.6 ↓(↓)") == len(ablation.COLUMNS)
-    (single,) = (line for line in printed if "equal parameters (1)" in line)
-    assert single.count("99.0 ·") == len(ablation.COLUMNS)
-    assert any(line.split()[1:] == ["full", "│", "2.00", "│", "1.00", "│", "512", "│", "2.0", "│"] for line in printed)
+    return console.export_text().splitlines()
 
 
-def test_every_row_is_trained_once_with_its_own_arguments(catalogue, tmp_path, monkeypatch):
-    """Runs the whole script with training and evaluation replaced."""
+def test_the_tables_have_means_errors_and_signs_with_those_of_the_paper():
+    runs = [made("full", seed, 50.0 + seed) for seed in range(3)]
+    dense = "without experts, equal FLOPs"
+    runs += [made(dense, seed, 40.0 + seed + 0.1 * (seed == 1)) for seed in range(3)]
+    runs += [made("ω lagging", 0, 99.0)]
+    lines = printed(runs)
+    full, sizes, curve = (line for line in lines if "full (3)" in line)
+    assert full.count("51.0 ±0.6") == len(ablation.PAPER_COLUMNS) + 1
+    expected = ["2.00", "1.00", "0.50", " ".join(["0.20"] * 5), "12.5 ±0.0", "0.25 0.50"]
+    assert [cell.strip() for cell in sizes.split("│")[2:-1]] == expected
+    assert "50.00 ±0.58" in curve and "51.00 ±0.58" in curve
+    without, _, curve = (line for line in lines if f"{dense} (3)" in line)
+    assert without.count("41.0 ±0.6 ↓(↓)") == len(ablation.PAPER_COLUMNS)  # the paper has no mean
+    assert without.count("41.0 ±0.6 ↓") == len(ablation.PAPER_COLUMNS) + 1
+    assert "41.03 ±0.58 (-9.97 ±0.03)" in curve
+    single = next(line for line in lines if "ω lagging (1)" in line)
+    assert single.count("99.0 ·") == len(ablation.PAPER_COLUMNS) + 1
+
+
+def test_every_run_is_made_once_with_its_own_options(tmp_path, monkeypatch, capsys):
+    """Runs the whole script with preparation and training replaced."""
     trained = []
 
-    def command(*words):
-        if words[0] != "train":
-            options = dict(zip(words[1::2], words[2::2], strict=True))
-            source = Path(options["--data"])
-            (prepared_from if words[0] == "prepare" else shutil.copytree)(source, Path(options["--output"]))
-        else:
-            trained.append(words)
-
-    def evaluate(workdir, prepared, tasks):
-        assert trained[-1][trained[-1].index("--workdir") + 1] == str(workdir)
-        scores = dict.fromkeys(ablation.COLUMNS, float(len(trained)))
-        return {"scores": scores, "parameters": 2e6, "active": 1e6, "bytes": 512, "ms": 2.0}
+    def make(runs, row, seeds):
+        trained.append((row.name, tuple(seeds)))
+        kept = [run for run in runs.results["runs"] if run["row"] != row.name or run["seed"] not in seeds]
+        options = json.loads(json.dumps(runs.options(row)))
+        runs.results["runs"] = kept + [made(row.name, seed, 50.0, options) for seed in seeds]
+        ablation.save(runs.output / "results.json", runs.results)
 
     def run(*more):
         trained.clear()
-        flags = ["--data", str(catalogue), "--output", str(tmp_path / "o"), *more]
-        monkeypatch.setattr(sys, "argv", ["ablation.py", *flags])
+        monkeypatch.setattr(sys, "argv", ["ablation.py", "--data", "x", "--output", str(tmp_path / "o"), *more])
         ablation.main()
-        return [list(words) for words in trained]
+        return list(trained)
 
-    monkeypatch.setattr(ablation, "command", command)
-    monkeypatch.setattr(ablation, "evaluate", evaluate)
+    monkeypatch.setattr(ablation, "prepare", lambda data, output: None)
+    monkeypatch.setattr(ablation.Runs, "make", make)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(shutil, "copytree", functools.partial(shutil.copytree, dirs_exist_ok=True))
-    first = run("--seeds", "2", "--steps", "7")
-    assert len(first) == 2 * len(ROWS)
-    for number, words in enumerate(first):
-        row, seed = list(ROWS.values())[number % len(ROWS)], number // len(ROWS)
-        options = dict(zip(words[1:9:2], words[2:9:2], strict=True))
-        assert options["--data"] == str(tmp_path / "o" / ("noisy" if row.noisy else "augmented"))
-        assert (options["--config"], options["--steps"]) == ("quickstart", "7")
-        assert words[9:] == [*ablation.COMMON, f"--config.seed={seed}", *row.overrides]
-    assert len({words[words.index("--workdir") + 1] for words in first}) == len(first)
-    assert "--config.data.batch=64" in ablation.COMMON
-    mixture = config_lib.override(QUICKSTART, list(ROWS["fixed mixture 12:3:2"].overrides)).data.mixture
-    assert tuple(mixture) == (3.0, 12.0, 2.0)  # text, image, both: most queries are images
-    made = open_prepared(tmp_path / "o" / "noisy").triplets, open_prepared(tmp_path / "o" / "augmented").triplets
-    assert [t.positive for t in made[0]] != [t.positive for t in made[1]]
-    assert run("--seeds", "2", "--steps", "7") == []
-    assert len(run("--seeds", "2", "--steps", "9")) == len(first)  # with other steps, they are other runs
-    assert len(run("--seeds", "3", "--steps", "9", "--rows", "dense")) == 1
-    held = json.loads((tmp_path / "o" / "results.json").read_text())["runs"]
-    assert len(held) == len(first) + 1 and all("9" in run["arguments"] for run in held)
+    names = ["start", *ROWS]
+    assert run("--seeds", "2", "--steps", "100") == [(name, (seed,)) for seed in range(2) for name in names]
+    assert run("--seeds", "2", "--steps", "100") == []
+    # With other steps they are other runs, except the models that all start from.
+    assert run("--seeds", "2", "--steps", "200", "--device") == [(name, (0, 1)) for name in ROWS]
+    some = [("start", (2,)), ("without filtering", (2,)), ("without filtering, 30% noise", (2,))]
+    assert run("--seeds", "3", "--steps", "200", "--rows", "without filt") == some
+    capsys.readouterr()
+    assert run("--seeds", "4", "--steps", "200", "--minutes", "-1") == []
+    assert "stopped after -1 minutes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("--steps", "110")
+    assert "--steps 110: give a multiple of 25" in capsys.readouterr().err
+    found = json.loads((tmp_path / "o" / "results.json").read_text())["runs"]
+    assert {run["options"]["training.steps"] for run in found} == {200, ablation.START["training.steps"]}
+    assert all(run["options"]["noisy"] == ("noise" in run["row"]) for run in found)
 
 
-def test_a_run_is_evaluated_in_the_columns_of_the_paper(prepared, tokenizer, tmp_path, monkeypatch):
-    """Compares with report.evaluate: R@10 of the nine directions, and labels predicted from the image."""
-    settings = tiny()
-    params = random_params(settings, tokenizer)
-    model = Embedder(settings, params, tokenizer, "f00d", 1)
-    monkeypatch.setattr(serving, "load", lambda workdir: model)
-    monkeypatch.setattr(serving, "read", lambda workdir: SimpleNamespace(encoder=params))
-    tasks = labels.tasks(prepared)
-    found = ablation.evaluate(tmp_path, prepared, tasks)
-    expected = report.evaluate(model, prepared, tmp_path)
-    retrieved = next(iter(expected["retrieval"].values()))
-    for name, entry in retrieved.items():
-        assert found["scores"][name] == pytest.approx(entry["R@10"], abs=1e-3)
-    assert found["scores"]["class"] == pytest.approx(expected["labels"]["category"]["i"]["accuracy"], abs=1e-3)
+@pytest.fixture
+def output(prepared, tokenizer, tmp_path):
+    (tmp_path / "augmented").symlink_to(prepared.folder)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    return tmp_path
+
+
+def test_a_model_is_evaluated_in_the_columns_of_the_paper(prepared, tokenizer, output, monkeypatch):
+    """Compares with report.evaluate: R@10 of the nine directions, and labels predicted from the image. The photos of
+    this catalogue have no plain background to replace.
+    """
+    monkeypatch.setattr(ablation, "BACKGROUND", "photos_viewpoint")
+    config = tiny()
+    params = random_params(config, tokenizer)
+    found = ablation.Evaluator(config, ablation.Data(output, config, False)).scores(params)
+    expected = report.evaluate(Embedder(config, params, tokenizer, "f00d", 1), prepared, output)
+    directions = expected["retrieval"]["products"]
+    for name, entry in directions.items():
+        assert found[name] == pytest.approx(entry["R@10"], abs=1e-3)
+    assert found["mean"] == pytest.approx(np.mean([entry["R@10"] for entry in directions.values()]), abs=1e-3)
+    assert len(directions) == 9
+    changed = expected["retrieval"]["photos_viewpoint"]["i→i"]["R@10"]
+    assert found["background"] == pytest.approx(changed, abs=1e-3)
+    assert found["class"] == pytest.approx(expected["labels"]["category"]["i"]["accuracy"], abs=1e-3)
     own = [entry["i"]["accuracy"] for name, entry in expected["labels"].items() if name != "category"]
-    assert found["scores"]["attribute"] == pytest.approx(np.mean(own), abs=1e-3)
-    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    experts = settings.experts
-    one = 3 * settings.language.width * experts.width * len(config_lib.sparse_layers(settings))
-    assert found["parameters"] == sum(sizes) and found["bytes"] == 4 * model.dimension and found["ms"] > 0
-    assert found["parameters"] - found["active"] == (experts.count - experts.per_token) * one
+    assert found["attribute"] == pytest.approx(np.mean(own), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_seeds_train_side_by_side_as_they_do_alone(prepared, tokenizer, output, monkeypatch):
+    """From one dense model each, with experts; and alone it is the training step, batch after batch."""
+    monkeypatch.setattr(ablation, "CHUNK", 2)
+    dense = tiny(experts__count=0, language__mlp_width=40, data__batch=4)
+    config = config_lib.replace(dense, {"experts.count": 4})
+    data = ablation.Data(output, config, False)
+    batches = data.all(3)
+    assert data.all(3).triplet.tolist() == batches.triplet.tolist()  # read again from the output
+    for number in range(3):
+        live = pipeline.batches(prepared, pipeline.Reader(data.config, tokenizer))[number]
+        for a, b in zip(jax.tree.leaves(batches), jax.tree.leaves(live), strict=True):
+            np.testing.assert_array_equal(a[number], b)
+
+    encoders = [random_params(dense, tokenizer, seed) for seed in (0, 1)]
+    both = ablation.Trainer(data.config, batches, (0, 1))
+    both.start(encoders, dense)
+    steps = [step for step, _ in both.train(4)]
+    assert steps == [2, 4]
+    for seed in (0, 1):
+        alone = ablation.Trainer(data.config, batches, (seed,))
+        alone.start(encoders[seed : seed + 1], dense)
+        state = jax.tree.map(lambda x: x[0], alone.states)
+        with jax.set_mesh(alone.mesh):
+            for number in ablation.order(seed, 4, 3):
+                batch = jax.tree.map(lambda x, n=number: jnp.asarray(x[n]), batches)
+                state, _ = step_lib.train_step(state, batch, data.config)
+        last = [found for _, found in alone.train(4)][-1]
+        assert np.isfinite(last["objectives"].total).all()
+        expected = jax.tree.leaves(state.params["encoder"])
+        for found in (alone.encoder(0), both.encoder(seed)):
+            for a, b in zip(jax.tree.leaves(found), expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+    orders = [ablation.order(seed, 9, 3).tolist() for seed in (0, 1)]
+    assert orders[0] != orders[1] and all(sorted(one) == [0, 0, 0, 1, 1, 1, 2, 2, 2] for one in orders)

@@ -160,8 +160,8 @@ def test_a_non_finite_loss_or_update_alone_is_a_bad_step(monkeypatch, what):
 
 @pytest.fixture(scope="module")
 def on_one_device(batch):
-    """Parameters, the loss and its gradients with dense dispatch, the reference. Which patches drop is the same too."""
-    config = tiny(experts__dispatch="dense", training__patch_dropout=0.3)
+    """Parameters, the loss and its gradients with dense dispatch, the reference."""
+    config = tiny(experts__dispatch="dense")
     state = fresh(config, batch)
     value = jax.jit(jax.value_and_grad(lambda p, b: step_lib.loss(p, b, config, jnp.int32(3))[0]))
     return (state.params, *value(state.params, batch))
@@ -179,7 +179,7 @@ LAYOUTS = [
 def test_loss_and_gradients_on_eight_devices_equal_those_on_one(batch, on_one_device, dispatch, mesh):
     """Without dropping. The gradient's relative error is below 1e-6, that of each tensor at most 5e-6."""
     axes = {f"mesh__{axis}": size for axis, size in mesh.items()}
-    config = tiny(experts__dispatch=dispatch, experts__capacity=0.0, training__patch_dropout=0.3, **axes)
+    config = tiny(experts__dispatch=dispatch, experts__capacity=0.0, **axes)
     params, expected_loss, expected = on_one_device
     devices = sharding.make_mesh(config.mesh)
     with jax.set_mesh(devices):
