@@ -8,7 +8,7 @@ def get_config() -> ConfigDict:
         dict(
             vision=dict(depth=2, width=96, mlp_width=192, heads=3, positions=64, deepstack=(0,)),
             language=dict(
-                vocab=4096,
+                vocab=8192,
                 width=256,
                 layers=2,
                 heads=4,
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
                 rope_sections=(6, 5, 5),
             ),
             experts=dict(count=4, width=120),
-            data=dict(batch=128, text_tokens=24, visual_tokens=9, min_visual_tokens=5, fit=True),
+            data=dict(batch=128, text_tokens=24, visual_tokens=16, min_visual_tokens=5, fit=True),
             objective=dict(symmetric="intra"),
             training=dict(
                 steps=300,
