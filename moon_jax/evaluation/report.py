@@ -123,7 +123,7 @@ def evaluate(
         used = {index for part, _, task, _ in searches if part == name for index in task.query_product.tolist()}
         unused = len(queries.product) - len(used)
         if unused:
-            which = retrieval.QUERY_SETS[name].partition(",")[0]
+            which = retrieval.brief(name)
             why = "the model embeds none of their views, or no relevant product"
             terminal.line(f"{unused:,} of {len(queries.product):,} queries ({which}) count in no direction: {why}")
     for old in (METRICS, QUERIES, EMBEDDINGS, COMPARED, "pictures/directions.png", "pictures/gallery.png"):

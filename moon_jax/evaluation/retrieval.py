@@ -42,6 +42,7 @@ QUERY_SETS = {
     "qrels": "your queries, evaluated by your qrels on the whole catalogue",
 }
 """Sets of queries: their names in metrics.json, and their descriptions in tables and pictures."""
+
 SEED = 0
 ALTERATION = Alteration(keep_word=0.5, least_words=1, crop=(0.6, 0.9), flip=0.0)
 """How queries are altered, with SEED; fixed, so that every evaluation uses the same queries."""
@@ -51,6 +52,12 @@ PHOTOS = {f"photos_{edit}": edit for edit in editing.EDITS}
 
 MOST_PHOTOS = 1000
 """Products whose photos are changed; a larger catalogue is sampled."""
+
+
+def brief(name: str) -> str:
+    """The description of a set of queries in messages, without how products as queries are altered."""
+    return QUERY_SETS[name].partition(", altered")[0]
+
 
 MAX_PIXELS = options.Data().max_pixels
 

@@ -145,7 +145,7 @@ def not_compared(compared: dict[str, Any], metrics: dict[str, Any]) -> str:
     for name, scores in metrics["retrieval"].items():
         left = [direction for direction in scores if direction not in compared.get(name, {})]
         if left:
-            parts.append(f"{', '.join(left)} ({retrieval.QUERY_SETS[name].partition(',')[0]})")
+            parts.append(f"{', '.join(left)} ({retrieval.brief(name)})")
     return "; ".join(parts)
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from moon_jax.interrupt import thread_pool
 
 PIXELS = 96
-"""Side length of a picture, in pixels: nine visual tokens of the quickstart, which a demonstration trains on quickly."""
+"""Side length of a picture, in pixels: nine visual tokens of the quickstart, so that it trains quickly."""
 
 SCHEMA = pa.schema(
     [
