@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import font_manager, rc_context
+from matplotlib import colormaps, font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -156,8 +156,11 @@ def _matrix(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequen
     return drawn
 
 
-def experts(path: Path, line: dict[str, Any], footer: str) -> None:
-    """Which experts text tokens and image tokens use in each layer, at the step of `line`."""
+def experts(path: Path, lines: Sequence[dict[str, Any]], footer: str) -> None:
+    """Which experts text tokens and image tokens use in each layer at the last of `lines`, and by training step how
+    much a token's modality tells about its expert.
+    """
+    line = lines[-1]
     if not line["experts"]:
         return
     shares = 100 * np.array([[[e["text"] or 0, e["image"] or 0] for e in layer] for layer in line["experts"]])
@@ -165,8 +168,9 @@ def experts(path: Path, line: dict[str, Any], footer: str) -> None:
     even = 100 / count
     reach = max(np.abs(shares - even).max(), 1.0)
     norm = TwoSlopeNorm(even, even - reach, even + reach)
-    with sheet(path, "Which experts handle text and images", footer, (11, 2.4 + 0.42 * layers)) as figure:
-        panels = figure.subplots(1, 2, sharey=True)
+    high = 2.4 + 0.42 * layers
+    with sheet(path, "Which experts handle text and images", footer, (14, max(high, 3.6))) as figure:
+        *panels, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
         for panel, modality, values in zip(panels, ("text", "image"), np.moveaxis(shares, -1, 0), strict=True):
             names = [f"layer {n}" for n in range(layers)], [str(n) for n in range(count)]
             drawn = _matrix(panel, values, *names, cmap="PuOr", norm=norm)
@@ -176,7 +180,19 @@ def experts(path: Path, line: dict[str, Any], footer: str) -> None:
                 for (layer, expert), value in np.ndenumerate(values):
                     ink = "white" if abs(value - even) > 0.65 * reach else INK
                     panel.text(expert, layer, f"{value:.0f}", ha="center", va="center", color=ink)
+        panels[1].set_yticklabels([])
         figure.colorbar(drawn, ax=panels, label="share of routing weight, %", pad=0.02)
+        told = [one for one in lines if one.get("modality_information")]  # older runs lack it
+        steps, bits = [one["step"] for one in told], [one["modality_information"] for one in told]
+        for layer, values in enumerate(zip(*bits, strict=True)):
+            colour = colormaps["viridis"](0.85 * layer / max(layers - 1, 1))
+            named = f"layer {layer}" if layer in (0, layers - 1) else None
+            right.plot(steps, values, color=colour, marker="o" if len(told) < 6 else None, label=named)
+        if told:
+            right.legend(frameon=False)
+        right.set_ylim(0, 1)
+        right.set_title("modality known from the expert, bits")
+        right.set_xlabel("step")
 
 
 def directions(path: Path, results: dict[str, dict[str, dict[str, float]]], footer: str) -> None:

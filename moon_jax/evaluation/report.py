@@ -336,7 +336,7 @@ def draw(
         found += [
             lambda: pictures.training(folder / "training.png", lines, footer),
             lambda: pictures.phi(folder / "phi.png", lines, threshold, footer),
-            lambda: pictures.experts(folder / "experts.png", lines[-1], footer),
+            lambda: pictures.experts(folder / "experts.png", lines, footer),
         ]
     if metrics["retrieval"]:
         found += [

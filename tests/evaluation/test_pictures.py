@@ -36,12 +36,14 @@ def test_lines_with_missing_numbers(tmp_path):
     pictures.training(tmp_path / "t.png", lines, "")
     pictures.training(tmp_path / "one.png", lines[1:2], "")
     pictures.phi(tmp_path / "p.png", lines, 0.6, "")
-    pictures.experts(tmp_path / "e.png", line(1, experts=[[{"text": None, "image": 1.0}] * 64] * 28), "")
-    for name in ("t", "one", "p", "e"):
+    many = line(1, experts=[[{"text": None, "image": 1.0}] * 64] * 28, modality_information=[0.5] * 28)
+    pictures.experts(tmp_path / "e.png", [many | {"step": 0}, many], "")
+    pictures.experts(tmp_path / "old.png", [line(1)], "")  # from before the information was logged
+    for name in ("t", "one", "p", "e", "old"):
         assert min(size(tmp_path / f"{name}.png")) > 300
     # Nothing to draw: no φ at all, no experts.
     pictures.phi(tmp_path / "none.png", [line(1, phi_histogram=None)], 0.6, "")
-    pictures.experts(tmp_path / "none.png", line(1, experts=[]), "")
+    pictures.experts(tmp_path / "none.png", [line(1, experts=[])], "")
     assert not (tmp_path / "none.png").exists()
 
 

@@ -142,11 +142,15 @@ def test_pictures_show_the_numbers_that_they_are_given(figures, tmp_path):
     np.testing.assert_allclose([line.get_ydata() for line in right.lines[:5]], [[k / 10, k / 20] for k in range(5)])
     assert figures[-1].get_supxlabel() == "synthetic footer"
 
-    line = {"step": 3, "experts": [[{"text": 0.9, "image": 0.2}, {"text": 0.1, "image": 0.8}]]}
-    pictures.experts(tmp_path / "e.png", line, "")
-    text, image = figures[-1].axes[:2]
-    assert "text" in text.get_title(loc="left") and texts(text) == ["90", "10"]
-    assert "image" in image.get_title(loc="left") and texts(image) == ["20", "80"]
+    shares = [[{"text": 0.9, "image": 0.2}, {"text": 0.1, "image": 0.8}]] * 2
+    lines = [{"step": s, "experts": shares, "modality_information": [s / 10, s / 20]} for s in (1, 3)]
+    pictures.experts(tmp_path / "e.png", lines, "")
+    text, image, information = figures[-1].axes[:3]
+    np.testing.assert_allclose(
+        [line.get_xydata() for line in information.lines], [[[1, 0.1], [3, 0.3]], [[1, 0.05], [3, 0.15]]]
+    )
+    assert "text" in text.get_title(loc="left") and texts(text) == ["90", "10"] * 2
+    assert "image" in image.get_title(loc="left") and texts(image) == ["20", "80"] * 2
 
     pictures.directions(tmp_path / "d.png", METRICS["retrieval"], "")
     panel = figures[-1].axes[0]
