@@ -99,7 +99,7 @@ UNFILTERED = {"objective.phi_threshold": 0.0}
 
 
 def rows() -> list[Row]:
-    """All rows."""
+    """All rows; what decides most comes first."""
     return [
         Row("full", curve=True),
         Row(
@@ -108,6 +108,8 @@ def rows() -> list[Row]:
             curve=True,
             paper=(51.29, 74.59, 78.45, 62.16, 56.21, 62.55, 75.62),
         ),
+        Row("router by token kind, hard", {"experts.router_term": "token_hard"}, curve=True),
+        Row("experts: whole copies, twice the FLOPs", {"experts.width": 240}, curve=True),
         Row(
             "without dual-level alignment",
             {"objective.levels": "mm→mm"},
@@ -130,9 +132,7 @@ def rows() -> list[Row]:
         Row("ω stopped", {"objective.weighting": "stopped"}),
         Row("ω routed", {"objective.weighting": "routed"}),
         Row("ω uniform", {"objective.weighting": "uniform"}),
-        Row("experts: whole copies, twice the FLOPs", {"experts.width": 240}, curve=True),
         Row("experts: half redrawn", {"experts.reinitialized": 0.5}),
-        Row("router by token kind, hard", {"experts.router_term": "token_hard"}, curve=True),
         Row("router by token kind, learned", {"experts.router_term": "token", "experts.term_init": 2.0}),
         Row("router by view, hard", {"experts.count": 6, "experts.router_term": "hard"}),
         Row("router by view, learned", {"experts.router_term": "learned", "experts.term_init": 2.0}),
@@ -204,9 +204,10 @@ class Data:
         """A Batch whose leaves have a leading axis of `count`."""
         import jax
 
-        if not self.store.is_dir():
-            leaves, self.treedef = jax.tree.flatten(self.batch(0))
-            temporary = self.store.with_suffix(".tmp")
+        leaves, treedef = jax.tree.flatten(self.batch(0))
+        store = self.store.with_name(f"{self.store.name}-{count}")
+        if not store.is_dir():
+            temporary = store.with_suffix(".tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             for number, leaf in enumerate(leaves):
@@ -216,10 +217,9 @@ class Data:
             context = multiprocessing.get_context("spawn")
             parts = [(self, temporary, range(first, count, workers)) for first in range(workers)]
             with concurrent.futures.ProcessPoolExecutor(workers, context, _on_cpu) as pool:
-                list(track(pool.map(_write, parts), f"batches of {self.store.name}", workers))
-            temporary.rename(self.store)
-        treedef = jax.tree.structure(self.batch(0))
-        files = sorted(self.store.glob("*.npy"), key=lambda path: int(path.stem))
+                list(track(pool.map(_write, parts), f"batches {store.name}", workers))
+            temporary.rename(store)
+        files = sorted(store.glob("*.npy"), key=lambda path: int(path.stem))
         return jax.tree.unflatten(treedef, [np.load(path, mmap_mode="r") for path in files])
 
 
@@ -470,14 +470,25 @@ class Runs:
     batches: int
     results: dict[str, Any]
 
-    def options(self, row: Row) -> dict[str, Any]:
-        """All that determines a run beside its seed."""
+    def config(self, row: Row) -> Any:
+        """The config of a row's runs, but for their seeds."""
+        from moon_jax import config as config_lib
+
         common = START if row.name == "start" else COMMON | {"training.steps": self.steps}
-        return common | {"noisy": row.noisy, "batches": self.batches} | row.options
+        return config_lib.replace(config_lib.load("quickstart"), common | row.options)
+
+    def options(self, row: Row) -> dict[str, Any]:
+        """All that determines a run beside its seed: the options that differ from their defaults, and the batches."""
+        from moon_jax import config as config_lib
+
+        defaults = config_lib.leaves(config_lib.Config())
+        held = config_lib.leaves(self.config(row)).items()
+        changed = {name: value for name, value in held if value != defaults[name]}
+        return json.loads(json.dumps(changed | {"noisy": row.noisy, "batches": self.batches}))
 
     def missing(self, row: Row) -> list[int]:
         """The seeds whose runs have to be made."""
-        wanted = json.loads(json.dumps(self.options(row)))
+        wanted = self.options(row)
         held = {r["seed"] for r in self.results["runs"] if r["row"] == row.name and r["options"] == wanted}
         return [seed for seed in self.seeds if seed not in held]
 
@@ -489,9 +500,7 @@ class Runs:
         from moon_jax.hub import keys
         from moon_jax.training import metrics
 
-        options = self.options(row)
-        changed = {name: value for name, value in options.items() if "." in name}
-        config = config_lib.replace(config_lib.load("quickstart"), changed | {"training.save_every": 10**9})
+        config, options = self.config(row), self.options(row)
         data = Data(self.output, config, row.noisy)
         trainer = Trainer(data.config, data.all(self.batches), seeds)
         evaluator = Evaluator(config, data)

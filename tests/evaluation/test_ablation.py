@@ -159,8 +159,7 @@ def test_every_run_is_made_once_with_its_own_options(tmp_path, monkeypatch, caps
     def make(runs, row, seeds):
         trained.append((row.name, tuple(seeds)))
         kept = [run for run in runs.results["runs"] if run["row"] != row.name or run["seed"] not in seeds]
-        options = json.loads(json.dumps(runs.options(row)))
-        runs.results["runs"] = kept + [made(row.name, seed, 50.0, options) for seed in seeds]
+        runs.results["runs"] = kept + [made(row.name, seed, 50.0, runs.options(row)) for seed in seeds]
         ablation.save(runs.output / "results.json", runs.results)
 
     def run(*more):
