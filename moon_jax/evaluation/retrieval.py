@@ -55,8 +55,8 @@ MOST_PHOTOS = 1000
 
 
 def brief(name: str) -> str:
-    """The description of a set of queries in messages, without how products as queries are altered."""
-    return QUERY_SETS[name].partition(", altered")[0]
+    """The description of a set of queries in messages: in full only where sets differ by how photos are changed."""
+    return QUERY_SETS[name] if name in PHOTOS else QUERY_SETS[name].partition(",")[0]
 
 
 MAX_PIXELS = options.Data().max_pixels

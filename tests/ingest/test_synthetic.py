@@ -105,7 +105,7 @@ def render(**changes):
 def test_a_picture_shows_its_facts():
     plain = render()
     assert plain.shape == (synthetic.PIXELS, synthetic.PIXELS, 3)
-    middle = slice(60, 100)
+    middle = slice(synthetic.PIXELS * 3 // 8, synthetic.PIXELS * 5 // 8)
     # In the middle of the plate, the colour is that of the product, apart from shading.
     for name, rgb in synthetic.COLOURS.items():
         seen = render(colour=name)[middle, middle].mean((0, 1))
@@ -114,7 +114,7 @@ def test_a_picture_shows_its_facts():
     # Every other attribute changes the picture: pattern and material the product, the background its surroundings.
     for pattern in synthetic.PATTERNS[1:]:
         assert np.abs(render(pattern=pattern) - plain)[middle, middle].mean() > 4, pattern
-    corner = slice(0, 12)
+    corner = slice(0, synthetic.PIXELS * 3 // 40)
     for background in synthetic.BACKGROUNDS[1:]:
         other = render(background=background)
         assert np.abs(other - plain)[corner, corner].mean() > 4, background
