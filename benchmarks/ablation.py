@@ -406,7 +406,8 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
         table.add_column("")
         for name in names:
             table.add_column(name, justify="right")
-    steps = sorted({point["step"] for run in results["runs"] for point in run["curve"]})
+    curved = {row.name for row in listed if row.curve}
+    steps = sorted({point["step"] for run in results["runs"] if run["row"] in curved for point in run["curve"]})
     for name in ("", *map(str, steps)):
         curves.add_column(name, justify="right" if name else "left")
     for row in listed:
