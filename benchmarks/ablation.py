@@ -17,6 +17,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -132,7 +133,7 @@ def rows() -> list[Row]:
         Row("ω stopped", {"objective.weighting": "stopped"}),
         Row("ω routed", {"objective.weighting": "routed"}),
         Row("ω uniform", {"objective.weighting": "uniform"}),
-        Row("experts: half redrawn", {"experts.reinitialized": 0.5}),
+        Row("experts: half reinitialized", {"experts.reinitialized": 0.5}),
         Row("router by token kind, learned", {"experts.router_term": "token", "experts.term_init": 2.0}),
         Row("router by view, hard", {"experts.count": 6, "experts.router_term": "hard"}),
         Row("router by view, learned", {"experts.router_term": "learned", "experts.term_init": 2.0}),
@@ -172,8 +173,9 @@ class Data:
 
     def __init__(self, output: Path, config: Any, noisy: bool):
         from moon_jax.data import pipeline
+        from moon_jax.data import rows as rows_lib
         from moon_jax.data.prepared import open_prepared
-        from moon_jax.data.text import Tokenizer
+        from moon_jax.data.text import BARE, Tokenizer
 
         self.folder = output / ("noisy" if noisy else "augmented")
         self.prepared = open_prepared(self.folder)
@@ -181,19 +183,14 @@ class Data:
         reader = pipeline.Reader(config, self.tokenizer)
         # Rows only as long as this catalogue needs.
         self.config = pipeline.fitted(config, self.prepared, reader)
-        self.store = output / "batches" / f"{self.folder.name}-{self._name(config)}"
-
-    @staticmethod
-    def _name(config: Any) -> str:
-        from moon_jax import config as config_lib
-        from moon_jax.data import rows as rows_lib
-        from moon_jax.data.text import BARE
-
-        data = [config.data.augmented, *config.data.mixture, config.data.batch]
-        own_prefix = rows_lib.prefix_is_view(BARE, config.experts.router_term)
-        return "-".join(map(str, [*data, *([] if own_prefix else ["separate"]), config_lib.batch_rows(config)]))
+        # Everything that batches depend on, so that they are never those of another setting.
+        prefix = rows_lib.prefix_is_view(BARE, config.experts.router_term)
+        known = repr((self.prepared.fingerprint, self.config.data, config.vision, config.seed, prefix))
+        digest = hashlib.sha256(known.encode()).hexdigest()[:12]
+        self.store = output / "batches" / f"{self.folder.name}-{config.data.augmented}-{digest}"
 
     def batch(self, number: int) -> Any:
+        """The Batch of a step, as numpy arrays (data/pipeline.py)."""
         from moon_jax import config as config_lib
         from moon_jax.data import pipeline
 
@@ -201,7 +198,7 @@ class Data:
         return pipeline.batches(self.prepared, reader, range(config_lib.batch_rows(self.config)))[number]
 
     def all(self, count: int) -> Any:
-        """A Batch whose leaves have a leading axis of `count`."""
+        """The first `count` batches: a Batch whose leaves have a leading axis of that length, mapped from disk."""
         import jax
 
         leaves, treedef = jax.tree.flatten(self.batch(0))
@@ -245,7 +242,10 @@ def order(seed: int, steps: int, count: int) -> np.ndarray:
 
 
 class Trainer:
-    """Trains models of one config that differ in their seeds, side by side. Compiles once."""
+    """Trains models of one config that differ in their seeds, side by side. Compiles once.
+
+    `states` is a TrainState whose leaves have a leading axis of seeds; `batches` is the result of `Data.all`.
+    """
 
     def __init__(self, config: Any, batches: Any, seeds: Sequence[int]):
         import jax
@@ -316,7 +316,7 @@ class Trainer:
 
 
 class Evaluator:
-    """Measures a model in COLUMNS. Compiles once for all models of a config."""
+    """Evaluates models of a config in COLUMNS, in percent. Compiles once."""
 
     def __init__(self, config: Any, data: Data):
         from moon_jax.evaluation import labels
@@ -396,12 +396,12 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     columns = [name for name in COLUMNS if any(name in run["scores"] for run in results["runs"])]
     scores, more, curves = (
         Table(title=results["title"]),
-        Table(title="after the last step: size, weights ω, share of triplets with φ below the threshold, experts"),
+        Table(title="after the last step: size, weights ω, share of triplets with φ below 0.6, mutual information"),
         Table(title="mean of the directions by step, and its change against full"),
     )
     for table, names in (
         (scores, columns),
-        (more, ("parameters (M)", "active (M)", "s/step", "ω", "φ low (%)", "modality in expert (bits, by layer)")),
+        (more, ("parameters (M)", "active (M)", "s/step", "ω", "φ low (%)", "modality and expert (bits, by layer)")),
     ):
         table.add_column("")
         for name in names:

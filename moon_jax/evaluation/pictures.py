@@ -157,8 +157,8 @@ def _matrix(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequen
 
 
 def experts(path: Path, lines: Sequence[dict[str, Any]], footer: str) -> None:
-    """Which experts text tokens and image tokens use in each layer at the last of `lines`, and by training step how
-    much a token's modality tells about its expert.
+    """Which experts text tokens and image tokens use in each layer at the last of `lines`, and by training step the
+    mutual information of a token's modality and its expert.
     """
     line = lines[-1]
     if not line["experts"]:
@@ -191,7 +191,8 @@ def experts(path: Path, lines: Sequence[dict[str, Any]], footer: str) -> None:
         if told:
             right.legend(frameon=False)
         right.set_ylim(0, 1)
-        right.set_title("modality known from the expert, bits")
+        right.set_title("mutual information of modality and expert")
+        right.set_ylabel("bits")
         right.set_xlabel("step")
 
 

@@ -42,7 +42,7 @@ def test_a_row_changes_only_what_its_name_says(row):
     named = {
         "experts.count": ("without experts", "by view, hard"),
         "experts.width": ("whole copies",),
-        "experts.reinitialized": ("half redrawn",),
+        "experts.reinitialized": ("half reinitialized",),
         "experts.router_term": ("router by",),
         "experts.term_init": ("learned",),
         "data.augmented": ("co-augmentation", "half of the time"),
