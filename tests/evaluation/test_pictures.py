@@ -140,3 +140,8 @@ def test_the_catalogues_own_queries_are_shown(tmp_path):
     products.append(Product(images=(PHOTO,), id="q"))
     pictures.gallery(tmp_path / "g.png", encoded(products, own_queries=(2,)), prepared_of(products), 10**6, 0, "")
     assert size(tmp_path / "g.png")[0] > 1500  # two directions side by side
+
+
+def test_messages_tell_the_sets_of_queries_apart():
+    named = [retrieval.brief(name) for name in ("products", "queries", *retrieval.PHOTOS)]
+    assert len(set(named)) == len(named) and named[0] == "products as queries"
