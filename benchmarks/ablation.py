@@ -99,6 +99,10 @@ NOISY = f"full, {NOISE:.0%} noise"
 UNFILTERED = {"objective.phi_threshold": 0.0}
 
 
+START_ROW = Row("start", against="start")
+"""The dense models that all rows go on from."""
+
+
 def rows() -> list[Row]:
     """All rows; what decides most comes first."""
     return [
@@ -392,7 +396,7 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     by_row: dict[str, dict[int, Any]] = {}
     for run in results["runs"]:
         by_row.setdefault(run["row"], {})[run["seed"]] = run
-    listed = [Row("start", against="start"), *rows()]
+    listed = [START_ROW, *rows()]
     columns = [name for name in COLUMNS if any(name in run["scores"] for run in results["runs"])]
     scores, more, curves = (
         Table(title=results["title"]),
@@ -475,17 +479,23 @@ class Runs:
         """The config of a row's runs, but for their seeds."""
         from moon_jax import config as config_lib
 
-        common = START if row.name == "start" else COMMON | {"training.steps": self.steps}
+        common = START if row.name == START_ROW.name else COMMON | {"training.steps": self.steps}
         return config_lib.replace(config_lib.load("quickstart"), common | row.options)
 
     def options(self, row: Row) -> dict[str, Any]:
-        """All that determines a run beside its seed: the options that differ from their defaults, and the batches."""
+        """All that determines a run beside its seed: the options that differ from their defaults, the batches, and those
+        options of its start that differ from its own.
+        """
         from moon_jax import config as config_lib
 
         defaults = config_lib.leaves(config_lib.Config())
         held = config_lib.leaves(self.config(row)).items()
         changed = {name: value for name, value in held if value != defaults[name]}
-        return json.loads(json.dumps(changed | {"noisy": row.noisy, "batches": self.batches}))
+        own = json.loads(json.dumps(changed | {"noisy": row.noisy, "batches": self.batches}))
+        if row.name == START_ROW.name:
+            return own
+        start = self.options(START_ROW)
+        return own | {"start": {name: start.get(name) for name in start | own if start.get(name) != own.get(name)}}
 
     def missing(self, row: Row) -> list[int]:
         """The seeds whose runs have to be made."""
@@ -506,7 +516,7 @@ class Runs:
         trainer = Trainer(data.config, data.all(self.batches), seeds)
         evaluator = Evaluator(config, data)
         starts = [self.output / f"start-{seed}.npz" for seed in seeds]
-        if row.name == "start":
+        if row.name == START_ROW.name:
             trainer.start()
         else:
             source = config_lib.replace(config, {"experts.count": 0, "experts.router_term": "none"})
@@ -527,7 +537,7 @@ class Runs:
         for number, seed in enumerate(seeds):
             line = metrics.line(steps, jax.tree.map(lambda x, n=number: x[n], last), config)
             encoder = trainer.encoder(number)
-            if row.name == "start":
+            if row.name == START_ROW.name:
                 np.savez(starts[number], **keys.flatten(jax.device_get(encoder)))
             total, active = sizes(encoder, config.experts)
             made = {
@@ -612,7 +622,7 @@ def main() -> None:
     points = next(count for count in (4, 2, 1) if parsed.steps % (CHUNK * count) == 0)
     runs = Runs(output, range(parsed.seeds), parsed.steps, points, parsed.batches, results)
     chosen = [row for row in rows() if not parsed.rows or any(part in row.name for part in parsed.rows.split("|"))]
-    listed = [Row("start", against="start"), *chosen]
+    listed = [START_ROW, *chosen]
     groups = [list(runs.seeds)] if parsed.device else [[seed] for seed in runs.seeds]
     for group in groups:  # all rows of a seed first, so that partial results compare
         for row in listed:

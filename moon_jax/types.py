@@ -111,6 +111,7 @@ class EncoderOutput:
 
     embedding: Array  # f32[R,G,D]: unit length, zero if the view is absent
     gate: Array  # f32[L,R,G,E]: G̃ summed over the span's tokens
+    modality: Array  # f32[L,2,E]: G̃ summed over all text tokens, and over all visual tokens
     tokens: Array  # i32[R,G]: number of tokens of each span
     load: Array  # f32[L,E]: valid tokens routed to each expert
     prob: Array  # f32[L,E]: router probability summed over valid tokens

@@ -337,7 +337,9 @@ def sources(config: config_lib.Config, files: Files | Held) -> dict[str, Lazy]:
                 raise UserError(f"{files.folder}: {row.theirs} has shape {lazy.shape}, other layers {layers[0].shape}")
             layers.append(lazy)
     if config.experts.router_term in ("learned", "token"):  # no folder has it
-        own = router.own_experts(router.TERMS[config.experts.router_term], config.experts.count)
+        own = router.own_experts(
+            router.TERMS[config.experts.router_term], config.experts.count, config.experts.per_token
+        )
         term = (config.experts.term_init * own).astype(np.float32)
         for path in [path for path in leaves if path.endswith("experts/router")]:
             leaves[f"{path}_term"] = [Lazy(term.shape, term.__getitem__)] * len(leaves[path])

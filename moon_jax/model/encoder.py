@@ -56,6 +56,12 @@ def composition(rows: Rows) -> Array:
     return (span_mask(rows) * rows.view[..., None]).max(axis=1).astype(jnp.int32)
 
 
+def modality_mask(rows: Rows) -> Array:
+    """1 for the text tokens, and 1 for the visual tokens of a row; 0 for padding. f32[R,2,S]."""
+    image, real = rows.visual >= 0, rows.segment > 0
+    return jnp.stack([real & ~image, real & image], axis=1).astype(jnp.float32)
+
+
 def token_kind(rows: Rows, router_term: str) -> Array:
     """The kind of each token for the router's term (router.TERMS), from 1; 0 for padding. i32[R,S]."""
     if router_term in ("token", "token_hard"):
@@ -87,12 +93,15 @@ class Encoder(nn.Module):
         mask = span_mask(rows)
         decoder = Decoder(c, self.training, name="decoder")
         kind = token_kind(rows, c.experts.router_term)
-        x, sums = decoder(x, rows.segment, rows.position, mask, kind, rows.visual, deepstack)
+        pool, spans = jnp.concatenate([mask, modality_mask(rows)], axis=1), mask.shape[1]
+        x, sums = decoder(x, rows.segment, rows.position, pool, kind, rows.visual, deepstack)
+        gate = jnp.zeros((0, *pool.shape[:2], c.experts.count)) if sums is None else sums.gate
         self.sow("intermediates", "hidden", x)
         shape = (0, c.experts.count)
         return EncoderOutput(
             embedding=pool_mean(x, last_token_mask(rows) if c.language.pooling == "last" else mask),
-            gate=jnp.zeros((0, *mask.shape[:2], c.experts.count)) if sums is None else sums.gate,
+            gate=gate[:, :, :spans],
+            modality=gate[:, :, spans:].sum(1),
             tokens=mask.sum(-1).astype(jnp.int32),
             load=jnp.zeros(shape) if sums is None else sums.load,
             prob=jnp.zeros(shape) if sums is None else sums.prob,

@@ -129,11 +129,11 @@ class MixtureOfExperts(nn.Module):
         tokens, kind = x.reshape(-1, width), kind.reshape(-1)
         term = None
         if c.router_term in ("learned", "token"):
-            own = c.term_init * router_lib.own_experts(router_lib.TERMS[c.router_term], c.count)
+            own = c.term_init * router_lib.own_experts(router_lib.TERMS[c.router_term], c.count, c.per_token)
             init = partitioned((None, None), lambda key, shape, dtype: jnp.asarray(own, dtype))
             term = self.param("router_term", init, own.shape, self.param_dtype)
         elif c.router_term != "none":
-            term = jnp.asarray(router_lib.hard_term(router_lib.TERMS[c.router_term], c.count))
+            term = jnp.asarray(router_lib.hard_term(router_lib.TERMS[c.router_term], c.count, c.per_token))
         if term is not None:
             term = term.astype(jnp.float32)[jnp.maximum(kind, 1) - 1]
         valid = kind > 0

@@ -31,16 +31,21 @@ TERMS = {"learned": len(VIEWS), "hard": len(VIEWS), "token": 2, "token_hard": 2}
 """The router terms, and how many kinds of token each distinguishes: the views, or text (0) and image (1)."""
 
 
-def own_experts(kinds: int, experts: int) -> np.ndarray:
-    """bool[kinds,E]: which experts belong to which kind of token: e mod 3 for views, halves for text and image."""
-    number = np.arange(experts)
-    kind = number % kinds if kinds == len(VIEWS) else number * kinds // experts
+def own_experts(kinds: int, experts: int, per_token: int) -> np.ndarray:
+    """bool[kinds,E]: which experts belong to which kind of token: groups of K = `per_token` consecutive ones, taken by
+    the views in turn, or by text and image one half each.
+
+    K consecutive experts may be the slices of one feed-forward (hub/weights.py), which must stay together.
+    """
+    groups = experts // per_token
+    group = np.minimum(np.arange(experts) // per_token, groups - 1)  # experts left over belong to the last one
+    kind = group % kinds if kinds == len(VIEWS) else group * kinds // groups
     return kind == np.arange(kinds)[:, None]
 
 
-def hard_term(kinds: int, experts: int) -> np.ndarray:
+def hard_term(kinds: int, experts: int, per_token: int) -> np.ndarray:
     """f32[kinds,E]: 0 if the kind of token may use the expert, else −inf."""
-    return np.where(own_experts(kinds, experts), 0.0, -np.inf).astype(np.float32)
+    return np.where(own_experts(kinds, experts, per_token), 0.0, -np.inf).astype(np.float32)
 
 
 def route(hidden: Array, kernel: Array, per_token: int, term: Array | None = None) -> Routing:

@@ -41,12 +41,12 @@ def loss(
     """The total loss and its components.
 
     Returns:
-        f32[]; and {"objectives": Objectives, "modality": f32[L,2,E], G̃ summed over all text and all image tokens,
-        "dropped": f32[L], the share of routes dropped for lack of capacity}.
+        f32[]; and {"objectives": Objectives, "modality": f32[L,2,E], as in EncoderOutput, "dropped": f32[L], the share
+        of routes dropped for lack of capacity}.
     """
     output = Encoder(config, training=True).apply({"params": params["encoder"]}, batch.rows)
     result = objectives(output, params["alignment"], batch, config, step)
-    modality = jax.lax.stop_gradient(output.gate[:, :, :2].sum(axis=1))  # views t and i of every row
+    modality = jax.lax.stop_gradient(output.modality)
     routes = jnp.maximum(config.experts.per_token * output.valid, 1)
     return result.total, {"objectives": result, "modality": modality, "dropped": output.dropped / routes}
 

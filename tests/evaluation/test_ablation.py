@@ -178,6 +178,10 @@ def test_every_run_is_made_once_with_its_own_options(tmp_path, monkeypatch, caps
     assert run("--seeds", "2", "--steps", "200", "--device") == [(name, (0, 1)) for name in ROWS]
     some = [("start", (2,)), ("without filtering", (2,)), ("without filtering, 30% noise", (2,))]
     assert run("--seeds", "3", "--steps", "200", "--rows", "without filt") == some
+    # An option of the dense model that rows start from makes them other runs, too.
+    monkeypatch.setitem(ablation.START, "training.min_warmup", 31)
+    again = [(name, (seed,)) for seed in range(3) for name in ("start", "full", ablation.NOISY)]
+    assert run("--seeds", "3", "--steps", "200", "--rows", "full") == again
     capsys.readouterr()
     assert run("--seeds", "4", "--steps", "200", "--minutes", "-1") == []
     assert "stopped after -1 minutes" in capsys.readouterr().out

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from moon_jax import config as config_lib
 from moon_jax import sharding
+from moon_jax.data import pipeline
 from moon_jax.data import rows as rows_lib
 from moon_jax.errors import UserError
 from moon_jax.hub import keys, weights
@@ -17,6 +19,7 @@ from moon_jax.model.encoder import Encoder
 from moon_jax.serving.embedder import abstract_params
 from moon_jax.training.checkpoints import on_one_device
 from moon_jax.training.loop import abstract_state
+from moon_jax.types import VIEWS, Product
 from tests.conftest import random_params, tiny
 
 
@@ -316,6 +319,27 @@ def test_slices_of_the_dense_feed_forward_start_as_equal_groups(tmp_path, tokeni
     router = np.asarray(experts["router"])
     np.testing.assert_array_equal(router[..., ::2], router[..., 1::2])
     assert (router[..., 0] != router[..., 2]).all()
+
+
+@pytest.mark.parametrize(
+    ("term", "count"), [("none", 4), ("learned", 4), ("hard", 6), ("token", 4), ("token_hard", 6)]
+)
+def test_slices_leave_the_function_unchanged(tmp_path, tokenizer, term, count):
+    """Whatever the router's term: the slices of a feed-forward are always chosen together."""
+    dense = tiny(experts__count=0)
+    params = random_params(dense, tokenizer)
+    config = tiny(
+        experts__count=count, experts__per_token=2, experts__width=20, experts__router_term=term, experts__term_init=3.0
+    )
+    like = jax.tree.map(on_one_device, abstract_params(config, tokenizer)["encoder"])
+    held = weights.Held(tmp_path, dense, jax.tree.map(jnp.asarray, params))
+    upcycled = weights.placed(held, config, like)
+    reader = pipeline.Reader(config, tokenizer)
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    segments = reader.read(Product(text="a red shoe", images=(Image.fromarray(pixels),)), VIEWS)
+    rows = rows_lib.pack([[segments]], rows_lib.Layout.of(config), tokenizer.pad)
+    before, after = (Encoder(c).apply({"params": p}, rows).embedding for c, p in ((dense, params), (config, upcycled)))
+    np.testing.assert_allclose(after, before, atol=1e-5)
 
 
 def test_a_dense_model_in_memory_is_upcycled_like_its_folder(tmp_path, tokenizer):

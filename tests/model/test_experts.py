@@ -18,6 +18,7 @@ from moon_jax.data import rows as rows_lib
 from moon_jax.errors import UserError
 from moon_jax.model import experts, grouped_matmul, router
 from moon_jax.model.encoder import Encoder, initialize
+from moon_jax.training.metrics import mutual_information
 from moon_jax.types import VIEWS, Product
 from tests.conftest import tiny
 
@@ -268,9 +269,9 @@ def test_capacity_is_a_multiple_of_the_even_share():
 def test_a_hard_term_keeps_compositions_apart():
     hidden, kernel = np.random.default_rng(0).normal(size=(30, D)), np.random.default_rng(1).normal(size=(D, 8))
     composition = np.arange(30) % 3
-    term = router.hard_term(3, 8)
+    term = router.hard_term(3, 8, 2)
     routing = router.route(jnp.asarray(hidden), jnp.asarray(kernel), 2, term[composition])
-    assert (np.asarray(routing.index) % 3 == composition[:, None]).all()
+    assert (np.asarray(routing.index) // 2 % 3 == composition[:, None]).all()
     prob, index = chosen_routes(hidden, kernel, 2, term[composition])
     np.testing.assert_array_equal(routing.index, index)
     np.testing.assert_allclose(routing.prob, prob, atol=1e-6)
@@ -280,16 +281,24 @@ def test_a_hard_term_keeps_compositions_apart():
 
 
 def test_experts_belong_to_views_or_to_text_and_image():
-    own = router.own_experts(2, 4).astype(int)
-    assert own.tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
-    assert router.own_experts(3, 4).astype(int).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]
-    assert np.isneginf(router.hard_term(2, 4)).tolist() == (own == 0).tolist()
+    """Groups of K consecutive experts stay together, and each kind gets one if there are enough."""
+
+    def own(*sizes):
+        return router.own_experts(*sizes).argmax(axis=0).tolist()
+
+    assert own(2, 4, 2) == [0, 0, 1, 1] and own(2, 4, 1) == [0, 0, 1, 1] and own(2, 6, 2) == [0, 0, 0, 0, 1, 1]
+    assert own(2, 5, 2) == [0, 0, 1, 1, 1]  # the one left over belongs to the last group
+    assert own(3, 4, 1) == [0, 1, 2, 0] and own(3, 6, 2) == [0, 0, 1, 1, 2, 2] and own(3, 8, 2)[6:] == [0, 0]
+    assert router.own_experts(3, 4, 2).sum(axis=0).tolist() == [1] * 4
+    for kinds, experts, per_token in [(2, 4, 2), (2, 5, 2), (3, 6, 2), (3, 8, 2)]:
+        assert router.own_experts(kinds, experts, per_token).sum(axis=1).min() >= per_token
+    assert np.isneginf(router.hard_term(2, 4, 2)).tolist() == (~router.own_experts(2, 4, 2)).tolist()
 
 
 @pytest.mark.parametrize(("term", "apart"), [("token_hard", True), ("token", False), ("none", False)])
 def test_a_term_by_token_keeps_text_and_image_apart(term, apart):
     """An image token goes to the image experts, also inside the view mm, and padding to none."""
-    config = tiny(experts__count=6, experts__per_token=2, experts__router_term=term)
+    config = tiny(experts__count=4, experts__per_token=2, experts__router_term=term)
     rng = np.random.default_rng(0)
     tokenizer = text.train(["red shoe"], 300)
     picture = Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8))
@@ -301,11 +310,17 @@ def test_a_term_by_token_keeps_text_and_image_apart(term, apart):
     found = jax.jit(Encoder(config).apply)({"params": nn.unbox(params)}, rows)
     share = np.asarray(found.gate / np.maximum(found.tokens, 1)[None, :, :, None])[:, 0]
     only_text = share[:, 0]
-    assert (only_text[:, 3:] == 0).all() == apart
+    assert (only_text[:, 2:] == 0).all() == apart
     # Two of the image view's tokens, its start and end, are text tokens.
     images = (found.tokens[0, 1] - 2) / found.tokens[0, 1]
-    assert np.allclose(share[:, 1, 3:].sum(-1), images, atol=1e-6) == apart
+    assert np.allclose(share[:, 1, 2:].sum(-1), images, atol=1e-6) == apart
     assert not found.gate[:, 1].any()
+    # Every text token counts as text, those of the image view, too.
+    information = [mutual_information(layer) for layer in np.asarray(found.modality)]
+    assert np.allclose(information, 1) if apart else max(information) < 0.99
+    real, image = rows.segment[0] > 0, rows.visual[0] >= 0
+    counted = np.asarray(found.modality).sum(-1)
+    np.testing.assert_allclose(counted, np.broadcast_to([(real & ~image).sum(), image.sum()], counted.shape), rtol=1e-5)
 
 
 def test_the_initial_term_favours_the_experts_of_the_own_kind():
@@ -313,7 +328,7 @@ def test_the_initial_term_favours_the_experts_of_the_own_kind():
     rows = rows_lib.pack([[]], rows_lib.Layout.of(config), 0)
     params = nn.unbox(initialize(config, jax.random.key(0), rows))
     term = params["decoder"]["periods"]["layer_0"]["experts"]["router_term"]
-    np.testing.assert_array_equal(term[0], 1.5 * router.own_experts(2, 4))
+    np.testing.assert_array_equal(term[0], 1.5 * router.own_experts(2, 4, 2))
 
 
 def test_the_start_of_the_weights_gives_text_and_image_equal_parts():

@@ -217,6 +217,7 @@ def inputs(x):
     output = EncoderOutput(
         embedding=f32(x["embedding"]).reshape(R, 3, D),
         gate=f32(x["gate"]).reshape(L, R, 3, E),
+        modality=jnp.zeros((L, 2, E)),
         tokens=jnp.asarray(x["tokens"].reshape(R, 3)),
         load=f32(x["load"]),
         prob=f32(x["prob"]),
