@@ -105,6 +105,7 @@ CHOICES = {
 
 
 RENAMED = {
+    "data.known": "objective.further",
     "data.mirror": "data.flip",
     "experts.redrawn": "experts.reinitialized",
     "training.bad_steps": "training.max_bad_steps",
@@ -168,7 +169,7 @@ def check(config: Config) -> Config:
     """Returns `config`; raises UserError for the first option or combination that cannot work."""
     language, vision, experts = config.language, config.vision, config.experts
     unbounded = ("vision.deepstack", "experts.dense_layers", "objective.margin")
-    may_be_zero = ("seed", "evaluation.every", "experts.count", "data.known")
+    may_be_zero = ("seed", "evaluation.every", "experts.count", "objective.further")
     may_be_zero += tuple(f"training.{name}" for name in ("min_warmup", "keep_every", "keep_best"))
     for name, value in leaves(config).items():
         if isinstance(value, bool) or name.startswith("mesh.") or name in unbounded:

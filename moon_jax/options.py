@@ -108,7 +108,6 @@ class Data:
         "drawn", "titles and images read: drawn, half, original, augmented or all (data/pipeline.py)"
     )
     negatives: int = option(1, "N, negatives per triplet; those that the data lack are left out")
-    known: int = option(32, "W, other positives of a query in the same batch that are listed and masked")
     threads: int = option(2, "reader threads")
 
 
@@ -124,6 +123,7 @@ class Objective:
     weighting: str = option("samples", "of ω: samples, uniform, lagging, routed, product (paper) or stopped")
     symmetric: str = option("none", "losses taken in both directions: none (paper), intra (text → image too) or all")
     known: str = option("masked", "a query's other known positives in the batch: masked, or positive as well")
+    further: int = option(32, "W, known positives in the batch that count as positive; those beyond are masked")
     similar_margin: float = option(0.0, "negatives above s⁺ by this margin are masked (0.1 is usual); 0 masks none")
     dual_init: float = option(0.02, "standard deviation of the initial W*")
     phi_threshold: float = option(0.6, "φ below which a triplet is down-weighted (paper); 0 turns the filter off")

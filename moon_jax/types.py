@@ -99,7 +99,7 @@ class Batch:
     group: Array  # i32[R]: index of the title group, -1 if there is none
     weight: Array  # f32[B]
     triplet: Array  # i32[B]: index of the triplet in the training set
-    known: Array  # i32[B,W]: rows after the queries (positive b is b) that the query is known to want, -1 for none
+    known: Array  # u8[B,⌈(R-B)/8⌉]: bit c: row B + c is of something else that the query is known to want
 
 
 @struct.dataclass
@@ -131,8 +131,8 @@ class Objectives:
     balance: Array  # f32[]: L_aux
     sparsity: Array  # f32[]: L_sparsity
     phi: Array  # f32[B]: φ, NaN for a triplet without one
-    negatives: Array  # i32[B]: number of unmasked negatives in the inter-product objectives
-    known: Array  # i32[B]: other known positives of the query in the batch, as listed in Batch.known
+    negatives: Array  # i32[B]: number of unmasked negatives in the inter-product objectives; -1 if it serves none
+    known: Array  # i32[B]: other known positives of the query in the batch, as in Batch.known
     excluded: Array  # i32[B]: candidates that were too similar to count as negatives (`objective.similar_margin`)
 
 

@@ -32,27 +32,22 @@ class Known:
         first, last = np.searchsorted(self._query, [query, query + 1])
         return self._keys[first:last]
 
-    def among(self, queries: np.ndarray, positives: np.ndarray, candidates: np.ndarray, most: int) -> np.ndarray:
+    def among(self, queries: np.ndarray, positives: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """Which candidates each query is known to want, besides those with the title of its own positive.
 
         Args:
             queries: i32[B], record indices.
             positives: i64[B], keys of their own positives.
             candidates: i64[C], keys; -1 for none.
-            most: W.
 
         Returns:
-            i32[B,W], ascending indices of candidates, then -1.
+            u8[B,⌈C/8⌉], bit c of a row for candidate c; a list would have to be cut for queries that want half of a
+            batch.
         """
-        found = np.full((len(queries), most), -1, np.int32)
-        if not most or not len(self._query):
-            return found
+        found = np.zeros((len(queries), len(candidates)), bool)
         wanted: dict[int, np.ndarray] = {}
         for row, query in enumerate(np.asarray(queries).tolist()):
             if query not in wanted:
-                mine = self.of(query)
-                wanted[query] = np.flatnonzero(np.isin(candidates, mine)) if len(mine) else mine
-            hits = wanted[query]
-            hits = hits[candidates[hits] != positives[row]][:most]
-            found[row, : len(hits)] = hits
-        return found
+                wanted[query] = np.isin(candidates, self.of(query))
+            found[row] = wanted[query] & (candidates != positives[row])
+        return np.packbits(found, axis=1, bitorder="little")

@@ -229,7 +229,7 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
     random_rows = random_rows.random_map(lambda number, rng: read(*held.pop(number), rng))
 
     def row(number: int, product: Product | None, made: bool) -> list[rows_lib.Segment]:
-        """`made`: the query is the product itself. Queries that people wrote or photographed stay as they are."""
+        """`made`: the query is a product. Queries that people wrote or photographed stay as they are."""
         if product is None:
             return []
         role = number % count // data.batch
@@ -244,7 +244,7 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
         indices = [int(order[step * data.batch + offset]) for offset in range(data.batch)]
         chosen = [prepared.triplets[index] for index in indices]
         members = prepared.members(indices, data.negatives)
-        made = members[: data.batch] == members[data.batch : 2 * data.batch]
+        made = members[: data.batch] < prepared.product_count
         candidates = known_lib.keys(prepared.group, members[data.batch :])
         needed = np.unique([members[r] for r in share if members[r] >= 0]).tolist()
         products = dict(zip(needed, records.read_many(prepared.products, needed), strict=True))
@@ -255,7 +255,7 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
             group=np.where(members >= 0, prepared.group[members], -1).astype(np.int32),
             weight=np.array([triplet.weight for triplet in chosen], np.float32),
             triplet=np.array(indices, np.int32),
-            known=known.among(members[: data.batch], candidates[: data.batch], candidates, data.known),
+            known=known.among(members[: data.batch], candidates[: data.batch], candidates),
         )
 
     return grain.MapDataset.range(STEPS).map(batch)

@@ -59,6 +59,11 @@ class Prepared:
         return np.concatenate([np.asarray(role, np.int32) for role in roles])
 
     @property
+    def product_count(self) -> int:
+        """The number of products; all records from there on are queries."""
+        return 1 + max(part[-1] for part in (self.train, self.val) if part)
+
+    @property
     def synthetic(self) -> bool:
         """Whether the products are rendered, not real."""
         return bool(self.manifest.get("synthetic"))

@@ -105,6 +105,19 @@ def contrastive_loss(
     return sum(losses) / len(losses), kept, excluded
 
 
+def bits(packed: Array, columns: Array) -> Array:
+    """bool[N,c] from u8[N,⌈C/8⌉] and i32[c]: the bit of each column, the lowest of a byte first; False beyond."""
+    byte = jnp.take(packed, columns // 8, axis=1, mode="fill", fill_value=0)
+    return (byte >> (columns % 8).astype(jnp.uint8)) & 1 > 0
+
+
+def first_true(mask: Array, most: int) -> Array:
+    """i32[N,min(most,C)]: the indices of the first true columns of bool[N,C], then -1."""
+    count = mask.shape[1]
+    early, _ = jax.lax.top_k(jnp.where(mask, count - jnp.arange(count), 0), min(most, count))
+    return jnp.where(early > 0, count - early, -1)
+
+
 def _mean(values: Array, weight: Array) -> Array:
     """Σ w·v / Σ w over the samples with positive weight, 0 if there are none; f32[] from two f32[B]."""
     # A value with weight 0 may be anything, NaN included.
@@ -175,19 +188,20 @@ def objectives(
 
     def wanted(columns: Array) -> Array:
         """bool[B,c]: the query is known to want the candidate."""
-        return (batch.known[:, :, None] == columns).any(1)
+        return bits(batch.known, columns)
 
     def wanting(columns: Array) -> Array:
         """bool[B,c]: the query of that triplet is known to want the positive of this one."""
-        return (jnp.take(batch.known, columns, axis=0, mode="clip") == first[:, None, None]).any(-1)
+        return bits(jnp.take(batch.known, columns, axis=0, mode="clip"), first).T
 
     # G̃ averaged over each span's tokens: f32[L,2+N,B,G,E].
     routing = output.gate / jnp.maximum(output.tokens, 1)[None, :, :, None]
     routing = routing.reshape(routing.shape[0], len(embedding), size, *routing.shape[2:])
 
     losses, counts, served, chances = [], [], [], []
-    negatives, excluded = jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.int32)
-    further = batch.known if options.known == "positive" else None
+    negatives, excluded = jnp.full(size, -1, jnp.int32), jnp.zeros(size, jnp.int32)
+    known = wanted(every)
+    further = first_true(known, options.further) if options.known == "positive" else None
     whole = (items, items_present)
     for view in (T, I, MM):
         exists = present[q, :, view] & present[p, :, MM]
@@ -247,6 +261,6 @@ def objectives(
         sparsity=sparsity,
         phi=jax.lax.stop_gradient(phi),
         negatives=negatives,
-        known=(batch.known >= 0).sum(1),
+        known=known.sum(1),
         excluded=excluded,
     )

@@ -53,7 +53,7 @@ def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh, template:
         group=of(count, None, jnp.int32),
         weight=of(size, None, jnp.float32),
         triplet=of(size, None, jnp.int32),
-        known=of(size, np.empty((1, config.data.known)), jnp.int32),
+        known=of(size, np.empty((1, -(-(count - size) // 8))), jnp.uint8),
     )
 
 

@@ -216,7 +216,7 @@ def line(step: int, metrics: dict[str, Any], config: config_lib.Config) -> dict[
     shares = modality / np.maximum(modality.sum(axis=-1, keepdims=True), 1e-9)
     has_phi = np.isfinite(result.phi)
     phi = result.phi[has_phi]
-    negatives = result.negatives[result.negatives > 0]  # 0: the triplet serves no inter-product objective
+    serves = result.negatives >= 0
     margin = filtering.margin_at(config.objective.margin, (step - 1) / config.training.steps)  # `step` steps are done
     named = {
         name: dict(zip(OBJECTIVES, map(kind, values), strict=True))
@@ -236,11 +236,10 @@ def line(step: int, metrics: dict[str, Any], config: config_lib.Config) -> dict[
         "phi_mean": _round(phi.mean()) if phi.size else None,
         "phi_below_threshold": _round((phi < config.objective.phi_threshold).mean()) if phi.size else None,
         "phi_histogram": np.histogram(phi, PHI_BINS, (0, 1))[0].tolist() if phi.size else None,
-        "negatives_mean": _round(negatives.mean()) if negatives.size else None,
-        "negatives_min": int(negatives.min()) if negatives.size else None,
+        "negatives_mean": _round(result.negatives[serves].mean()) if serves.any() else None,
+        "negatives_min": int(result.negatives[serves].min()) if serves.any() else None,
         "known_mean": _round(result.known.mean()),
-        "known_full": _round((result.known >= config.data.known).mean()) if config.data.known else None,
-        "negatives_excluded": _round(result.excluded[result.negatives > 0].mean()) if negatives.size else None,
+        "negatives_excluded": _round(result.excluded[serves].mean()) if serves.any() else None,
         "experts": [
             [{"text": _round(text), "image": _round(image)} for text, image in zip(*layer, strict=True)]
             for layer in shares

@@ -90,8 +90,12 @@ def test_queries_are_altered_and_products_are_not(prepared, tokenizer):
 def test_queries_of_people_are_left_as_they_are(prepared, tokenizer):
     """In a batch where half of the queries are products and half were written or photographed for one."""
     product = next(t.positive for t in prepared.triplets if prepared.products[t.positive].text)
-    query = next(
-        t.positive for t in prepared.triplets if t.positive != product and prepared.products[t.positive].images
+    asked = next(
+        prepared.products[n] for n in prepared.train if n != product and len(prepared.products[n].images) == 1
+    )
+    query = len(prepared.products)  # a record after all products
+    prepared = dataclasses.replace(
+        prepared, products=[*prepared.products, asked], group=np.append(prepared.group, np.int32(-1))
     )
     both = [Triplet(query, product, None), Triplet(product, product, None)]
     config = tiny(data__batch=8, data__keep_word=0.1, data__crop=(0.3, 0.5), data__flip=1.0)
@@ -106,8 +110,22 @@ def test_queries_of_people_are_left_as_they_are(prepared, tokenizer):
         assert same == own[row]
 
 
+def test_a_product_as_a_query_is_altered_whatever_was_bought_for_it(prepared, tokenizer):
+    """Otherwise a model would know the corrupted purchases of the ablation by their whole titles."""
+    query = next(n for n in prepared.train if prepared.products[n].images and len(prepared.products[n].text.split()) > 1)
+    wrong = [Triplet(query, n, None) for n in prepared.train if n != query]
+    config = tiny(data__batch=8, data__keep_word=0.1, data__crop=(0.3, 0.5), data__flip=1.0)
+    reader = pipeline.Reader(config, tokenizer)
+    batch = pipeline.batches(dataclasses.replace(prepared, triplets=wrong), reader)[0]
+    plain = rows.pack([[reader.read(prepared.products[query], VIEWS)]], rows.Layout.of(config), tokenizer.pad)
+    assert (batch.product[:8] == query).all()
+    for row in range(8):
+        assert not np.array_equal(batch.rows.tokens[row], plain.tokens[0])
+        assert not np.array_equal(batch.rows.patches[row], plain.patches[0])
+
+
 def test_known_positives_of_a_query_are_listed(prepared, tokenizer):
-    """By title, without those that the own positive masks anyway; a list that is full is cut."""
+    """By title, without those that the own positive masks anyway."""
     titled = [n for n in prepared.train if prepared.group[n] >= 0]
     a, b, c, d = [titled[n] for n in np.unique(prepared.group[titled], return_index=True)[1]][:4]
     wanted = [Triplet(a, b, d), Triplet(a, c, d), Triplet(d, c, a), Triplet(d, b, None)]
@@ -119,11 +137,23 @@ def test_known_positives_of_a_query_are_listed(prepared, tokenizer):
         query, own = batch.product[row], items[row]
         further = {a: {b, c}, d: {b, c}}[query] - {own}
         expected = [n for n, item in enumerate(items) if item in further]
-        assert expected and batch.known[row].tolist() == expected + [-1] * (32 - len(expected))
-    short = pipeline.batches(data, pipeline.Reader(tiny(data__batch=size, data__known=1), tokenizer))[0]
-    np.testing.assert_array_equal(short.known, batch.known[:, :1])
+        bits = np.unpackbits(batch.known[row], bitorder="little")
+        assert expected and np.flatnonzero(bits).tolist() == expected
     none = pipeline.batches(prepared, pipeline.Reader(tiny(), tokenizer))[0]
-    assert (none.known == -1).all()  # each product is the query of itself alone
+    assert not none.known.any()  # each product is the query of itself alone
+
+
+def test_all_known_positives_of_a_query_are_listed(prepared, tokenizer):
+    """Also if one query wants everything: a bounded list had left most of a batch as its negatives."""
+    titled = [n for n in prepared.train if prepared.group[n] >= 0]
+    wanted = [Triplet(titled[0], n, None) for n in titled]
+    data = dataclasses.replace(prepared, triplets=wanted)
+    size = len(wanted)
+    batch = pipeline.batches(data, pipeline.Reader(tiny(data__batch=size), tokenizer))[0]
+    group = batch.group[size : 2 * size]
+    bits = np.unpackbits(batch.known, axis=1, count=2 * size, bitorder="little")
+    np.testing.assert_array_equal(bits[:, :size], group[:, None] != group[None])
+    assert not bits[:, size:].any() and size > 33
 
 
 def test_rows_are_fitted_to_what_the_catalogue_needs(prepared, tokenizer):

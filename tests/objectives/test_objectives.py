@@ -128,7 +128,7 @@ def oracle(x, config, step):
         ]
 
     loss, count, routing = np.zeros(M), np.zeros(M, int), np.zeros((L, M, E))
-    negatives, excluded, chance = np.zeros(B, int), np.zeros(B, int), np.full(M, np.log(2.0))
+    negatives, excluded, chance = np.full(B, -1), np.zeros(B, int), np.full(M, np.log(2.0))
     mean_gate = x["gate"] / np.maximum(x["tokens"], 1)[None, ..., None]
     for m, view in enumerate((T, I, MM)):
         served = [b for b in range(B) if present[Q, b, view] and present[P, b, MM]]
@@ -137,7 +137,8 @@ def oracle(x, config, step):
             own = (e[P, b, MM], ids(P, b))
             further = []
             if o.known == "positive":
-                further = [e[item][MM] for item in items if wants(b, item) and present[item][MM]]
+                wished = [item for item in items if wants(b, item)][: o.further]
+                further = [e[item][MM] for item in wished if present[item][MM]]
             parts[b] = contrast(e[Q, b, view], own, item_candidates((P, b), MM, b), epsilon, further)
             if o.symmetric == "all":
                 queries = [
@@ -226,7 +227,8 @@ def inputs(x):
         valid=jnp.int32(x["valid"]),
     )
     ids = x["product"].reshape(-1), x["group"].reshape(-1)
-    return output, Batch(rows, *ids, f32(x["weight"]), np.arange(B), x["known"])
+    known = (x["known"][..., None] == np.arange(R - B)).any(1)
+    return output, Batch(rows, *ids, f32(x["weight"]), np.arange(B), np.packbits(known, axis=1, bitorder="little"))
 
 
 def parameters(x, config):
@@ -250,6 +252,7 @@ def settings(**more):
         {"matryoshka": (2, 3)},
         {"symmetric": "all"},
         {"known": "positive"},
+        {"known": "positive", "further": 1},
         {"similar_margin": 0.1, "matryoshka": (3,)},
         {"symmetric": "all", "known": "positive", "similar_margin": 0.1},
     ],
