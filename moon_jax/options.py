@@ -107,7 +107,7 @@ class Data:
     augmented: str = option(
         "drawn", "titles and images read: drawn, half, original, augmented or all (data/pipeline.py)"
     )
-    negatives: int = option(1, "N, negatives per triplet; those that the data lack are left out")
+    negatives: int = option(1, "N, negatives per triplet: the first, and mined ones (moon-jax prepare --negatives)")
     threads: int = option(2, "reader threads")
 
 

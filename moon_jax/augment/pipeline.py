@@ -373,7 +373,8 @@ def _manifest(
     counts: dict[str, Any],
 ) -> dict[str, Any]:
     """The data's manifest plus a summary of the augmentation. Also copies the files beside the shards."""
-    for name in (prepared_lib.GROUPS, prepared_lib.TRIPLETS, prepared_lib.VAL_QUERIES, prepared_lib.QUARANTINE):
+    names = [prepared_lib.GROUPS, prepared_lib.TRIPLETS, prepared_lib.VAL_QUERIES, prepared_lib.QUARANTINE]
+    for name in names if prepared.negatives is None else [*names, prepared_lib.NEGATIVES]:
         temporary = output / f"{name}.tmp"
         shutil.copyfile(prepared.folder / name, temporary)
         temporary.replace(output / name)
@@ -393,4 +394,7 @@ def _manifest(
         "thresholds": thresholds,
         **counts,
     }
-    return prepare.manifest_of(output, described, shards, others=(RESULTS, PICTURE))
+    manifest = prepare.manifest_of(output, described, shards, others=(RESULTS, PICTURE))
+    if prepared.negatives is None:
+        return manifest
+    return prepare.with_negatives(output, manifest, described["mined"])

@@ -6,7 +6,7 @@ import argparse
 import functools
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moon_jax import config as config_lib
 from moon_jax import interrupt
@@ -43,24 +43,21 @@ AFTER_STOP = "resumes from here"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="a file, a folder, hf://datasets/owner/name or tfds://name")
     parser.add_argument("--output", required=True, help="a folder: new, empty, or left by an interrupted prepare")
-    parser.add_argument("--columns", default="own", help="a column map: own (default), mbe, mbe2, … or a .json file")
+    parser.add_argument("--columns", help="a column map: own (default), mbe, mbe2, … or a .json file")
     parser.add_argument("--fetch", action="append", default=[], metavar="HOST", help="download image URLs of this host")
     parser.add_argument("--processes", type=int, help="worker processes (default: one per core)")
     parser.add_argument(
         "--negatives", metavar="VECTORS", help="mine hard negatives for prepared --data by vectors of embed"
     )
     parser.add_argument(
-        "--negative-count", type=int, default=3, help="mined negatives per triplet (default: %(default)s)"
+        "--negative-count", type=int, metavar="N", help="mined negatives per triplet (default: 3)"
     )
-    parser.add_argument(
-        "--negative-ranks", default="1-100", metavar="A-B", help="ranks that they are taken from (default: %(default)s)"
-    )
+    parser.add_argument("--negative-ranks", metavar="A-B", help="ranks that they are taken from (default: 1-100)")
     parser.add_argument(
         "--negative-bound",
         type=float,
-        default=0.95,
         metavar="SHARE",
-        help="their highest similarity, as a share of the positive's (default: %(default)s)",
+        help="their highest similarity, as a share of the positive's (default: 0.95)",
     )
 
 
@@ -76,9 +73,18 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     silence_libraries()
     terminal = progress.Terminal()
     if parsed.negatives:
+        useless = ("--columns", parsed.columns), ("--fetch", parsed.fetch), ("options", overrides)
+    else:
+        given = {name: getattr(parsed, f"negative_{name}") for name in ("count", "ranks", "bound")}
+        useless = [(f"--negative-{name}", value is not None) for name, value in given.items()]
+    for name, value in useless:
+        if value:
+            other = "prepares nothing anew" if parsed.negatives else "is missing"
+            raise UserError(f"{name}: has no effect, because --negatives {other}; leave it out")
+    if parsed.negatives:
         _mine(parsed, terminal)
         return
-    options = prepare.Options.of(config, parsed.columns, parsed.fetch)
+    options = prepare.Options.of(config, parsed.columns or "own", parsed.fetch)
     pool = functools.partial(workers.pool, count)
     prepared = prepare.prepare(parsed.data, parsed.output, options, pool, count, terminal.progress)
     manifest = prepared.manifest
@@ -103,14 +109,20 @@ def _mine(parsed: argparse.Namespace, terminal: Terminal) -> None:
 
     if not prepared_lib.is_prepared(parsed.data):
         raise UserError(f"--data {parsed.data}: not prepared data; --negatives adds to what moon-jax prepare wrote")
-    first, separator, last = parsed.negative_ranks.partition("-")
-    if not (separator and first.isdecimal() and last.isdecimal()):
-        raise UserError(f"--negative-ranks {parsed.negative_ranks}: give two ranks, such as 1-100")
-    options = negatives.Options(parsed.negative_count, (int(first), int(last)), parsed.negative_bound)
+    given: dict[str, Any] = {"count": parsed.negative_count, "bound": parsed.negative_bound}
+    if parsed.negative_ranks is not None:
+        first, separator, last = parsed.negative_ranks.partition("-")
+        if not (separator and first.isdecimal() and last.isdecimal()):
+            raise UserError(f"--negative-ranks {parsed.negative_ranks}: give two ranks, such as 1-100")
+        given["ranks"] = int(first), int(last)
+    options = negatives.Options(**{name: value for name, value in given.items() if value is not None})
     output = Path(parsed.output)
     about = negatives.write(Path(parsed.data), output, parsed.negatives, options, terminal.progress)
     total = len(prepared_lib.open_prepared(output).triplets)
     terminal.line(f"{about['negatives']:,} negatives mined, for {about['triplets']:,} of {total:,} triplets")
+    if not about["negatives"]:
+        terminal.line(f"prepared in {parsed.output}, without further negatives: all candidates were known or too similar")
+        return
     train = ["moon-jax", "train", "--config", "quickstart", "--data", parsed.output, "--workdir", "runs/mined"]
     more = f"--config.data.negatives={1 + options.count}"
     terminal.line(f"prepared in {parsed.output}; to train with all of them: {shlex.join([*train, more])}")

@@ -200,9 +200,16 @@ def batches(prepared: Prepared, reader: Reader, share: Sequence[int] | None = No
             fields of a Batch are cheap and always complete. A row does not depend on the process that reads it.
 
     Raises:
-        UserError: an image cannot be decoded; raised when the element is read.
+        UserError: the data have fewer negatives per triplet than `data.negatives`; or an image cannot be decoded,
+            raised when the element is read.
     """
     config = reader.config
+    there = 1 + (0 if prepared.negatives is None else prepared.negatives.shape[1])
+    if config.data.negatives > there:
+        raise UserError(
+            f"config.data.negatives: {config.data.negatives}, but the data have {there} per triplet; mine more with"
+            " moon-jax prepare --negatives, or lower it"
+        )
     layout = rows_lib.Layout.of(config, reader.template)
     data, count = config.data, config_lib.batch_rows(config)
     share = range(count) if share is None else share

@@ -46,16 +46,14 @@ class Prepared:
 
         Args:
             triplets: indices.
-            negatives: N.
+            negatives: N, at most one more than the columns of `negatives`.
 
         Returns:
             i32[(2+N)·len(triplets)], -1 where there is no record.
         """
         chosen = [self.triplets[index] for index in triplets]
         roles = [[-1 if t[role] is None else t[role] for t in chosen] for role in range(3)]
-        columns = 0 if self.negatives is None else self.negatives.shape[1]
-        for column in range(negatives - 1):
-            roles.append(self.negatives[list(triplets), column] if column < columns else [-1] * len(chosen))
+        roles += [self.negatives[list(triplets), column] for column in range(negatives - 1)]
         return np.concatenate([np.asarray(role, np.int32) for role in roles])
 
     @property

@@ -45,7 +45,7 @@ def title(prepared, index):
     ],
     ids=str,
 )
-def test_mined_negatives_equal_a_plain_loop(prepared, vectors, options, monkeypatch):
+def test_mined_negatives_equal_a_plain_loop(prepared, vectors, options, tmp_path, monkeypatch):
     """With a query that wants several products, a query that is none, and a product without vector."""
     monkeypatch.setattr(negatives, "ANCHORS", 16)
     train = list(prepared.train)
@@ -53,7 +53,9 @@ def test_mined_negatives_equal_a_plain_loop(prepared, vectors, options, monkeypa
     triplets = [*prepared.triplets, *(Triplet(query, train[n], None) for n in (5, 9, 12))]
     data = dataclasses.replace(prepared, triplets=triplets, train=range(len(train) - 2))
     opened = Vectors(vectors)
-    found = negatives.mine(data, opened, options)
+    found = negatives.mine(data, opened, options, tmp_path)
+    monkeypatch.setattr(negatives.similarity, "top_k", None)  # what is mined already is not mined again
+    np.testing.assert_array_equal(negatives.mine(data, opened, options, tmp_path), found)
 
     embedded, there = opened.encode_views([prepared.products[n] for n in data.train])
     vector = {n: embedded[k, 2 if there[k, 2] else 1] for k, n in enumerate(data.train) if there[k].any()}
@@ -69,7 +71,8 @@ def test_mined_negatives_equal_a_plain_loop(prepared, vectors, options, monkeypa
             limit = options.bound * (anchor @ vector[triplet.positive] if triplet.positive in vector else 1.0)
             for other in sorted(vector, key=lambda n: -(anchor @ vector[n])):
                 name = title(prepared, other)
-                if name not in wants[triplet.query] | seen and anchor @ vector[other] <= limit:
+                drawn = set() if triplet.negative is None else {title(prepared, triplet.negative)}
+                if name not in wants[triplet.query] | drawn | seen and anchor @ vector[other] <= limit:
                     seen.add(name)
                     expected.append(other)
             expected = expected[options.ranks[0] - 1 : options.ranks[1]][: options.count]
@@ -105,7 +108,11 @@ def test_from_the_command_line_into_a_batch(prepared, vectors, tokenizer, tmp_pa
         (["--negative-ranks", "9-3"], "count and ranks start at 1, the ranks rise"),
         (["--negative-bound", "0"], "the bound is positive"),
         (["--data", "{tmp}/nothing"], "not prepared data; --negatives adds to what moon-jax prepare wrote"),
-        (["--output", "{data}"], "exists already; give a new or empty folder"),
+        (["--output", "{data}"], "was made from another or a changed source"),
+        (["--negatives", "{tmp}/nothing"], "--negatives {tmp}/nothing: no such folder; it is the output of moon-jax embed"),
+        (["--columns", "own"], "--columns: has no effect, because --negatives prepares nothing anew; leave it out"),
+        (["--config.prepare.longest_side=9"], "options: has no effect, because --negatives prepares nothing anew"),
+        (["--negative-bound", "nan"], "the bound is positive"),
     ],
 )
 def test_mistakes_are_one_line(prepared, vectors, tmp_path, capsys, more, message):
@@ -121,8 +128,61 @@ def test_mistakes_are_one_line(prepared, vectors, tmp_path, capsys, more, messag
     more = [word.format(tmp=tmp_path, data=prepared.folder) for word in more]
     assert cli.main([*arguments, *more]) == 2
     said = capsys.readouterr().err.strip()
-    assert message in said and "\n" not in said
+    assert message.format(tmp=tmp_path) in said and "\n" not in said
     assert not (tmp_path / "m" / "manifest.json").exists()
+
+
+def test_flags_of_mining_need_it(prepared, tmp_path, capsys):
+    arguments = ["prepare", "--data", str(prepared.folder), "--output", str(tmp_path / "m"), "--negative-count", "7"]
+    assert cli.main(arguments) == 2
+    assert "--negative-count: has no effect, because --negatives is missing" in capsys.readouterr().err
+
+
+def test_mining_goes_on_where_it_was_stopped(prepared, vectors, tmp_path, monkeypatch):
+    """The same command again: stopped while mining and while writing, then finished, then with other options."""
+    monkeypatch.setattr(negatives, "ANCHORS", 16)
+    options, output = negatives.Options(), tmp_path / "m"
+    about = negatives.write(prepared.folder, tmp_path / "whole", vectors, options, progress.silent)
+
+    def stop(*arguments, **more):
+        raise KeyboardInterrupt
+
+    searched = []
+    top_k = negatives.similarity.top_k
+
+    def count(*arguments):
+        searched.append(arguments)
+        return stop() if len(searched) == 3 else top_k(*arguments)
+
+    for name, instead in (("top_k", count), ("with_negatives", stop)):
+        module = negatives.similarity if name == "top_k" else negatives.prepare
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, instead)
+            negatives.write(prepared.folder, output, vectors, options, progress.silent)
+    assert not prepared_lib.is_prepared(output)
+    for _ in range(2):
+        assert negatives.write(prepared.folder, output, vectors, options, progress.silent)["count"] == about["count"]
+    files = {path.name: path.read_bytes() for path in output.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    with pytest.raises(UserError, match="was made from another"):
+        negatives.write(prepared.folder, output, vectors, negatives.Options(2), progress.silent)
+
+
+def test_augmented_data_keep_their_mined_negatives(prepared, vectors, tmp_path):
+    negatives.write(prepared.folder, tmp_path / "m", vectors, negatives.Options(), progress.silent)
+    command = ["augment", "--data", str(tmp_path / "m"), "--output", str(tmp_path / "a"), "--processes", "1"]
+    assert cli.main(command) == 0
+    mined, augmented = (prepared_lib.open_prepared(tmp_path / name) for name in ("m", "a"))
+    np.testing.assert_array_equal(augmented.negatives, mined.negatives)
+    assert augmented.manifest["mined"] == mined.manifest["mined"] and augmented.manifest["augmented"]
+    assert augmented.fingerprint != mined.fingerprint
+
+
+def test_nothing_mined_recommends_nothing(prepared, vectors, tmp_path, capsys):
+    arguments = ["prepare", "--data", str(prepared.folder), "--negatives", str(vectors), "--negative-bound", "1e-9"]
+    assert cli.main([*arguments, "--output", str(tmp_path / "m"), "--negative-ranks", "90-100"]) == 0
+    said = capsys.readouterr().out
+    assert "0 negatives mined" in said and "without further negatives" in said and "data.negatives" not in said
 
 
 def test_the_manifest_is_complete(prepared, vectors, tmp_path):

@@ -183,16 +183,19 @@ def test_rows_are_fitted_to_what_the_catalogue_needs(prepared, tokenizer):
 def test_further_negatives_follow_the_first(prepared, tokenizer):
     more = np.arange(2 * len(prepared.triplets), dtype=np.int32).reshape(-1, 2) % len(prepared.train)
     more[::3, 1] = -1
-    config = tiny(data__negatives=4)
+    config = tiny(data__negatives=3)
     size = config.data.batch
     data = dataclasses.replace(prepared, negatives=more)
     batch = pipeline.batches(data, pipeline.Reader(config, tokenizer))[0]
-    assert batch.rows.view.shape[0] == len(batch.product) == 6 * size
+    assert batch.rows.view.shape[0] == len(batch.product) == 5 * size
     for b in range(size):
         found = batch.product[b::size].tolist()
         first = prepared.triplets[batch.triplet[b]].negative
-        assert found[2:] == [first, *more[batch.triplet[b]].tolist(), -1]
+        assert found[2:] == [first, *more[batch.triplet[b]].tolist()]
         assert (batch.rows.view[b::size].any(1) == (np.array(found) >= 0)).all()
+    for lacking, count in ((data, 4), (prepared, 2)):
+        with pytest.raises(UserError, match=rf"data.negatives: {count}, but the data have {count - 1} per triplet"):
+            pipeline.batches(lacking, pipeline.Reader(tiny(data__negatives=count), tokenizer))
 
 
 def test_flipping_image_sampling_and_weights(prepared, tokenizer):
