@@ -238,7 +238,7 @@ def encode(
         own_queries = records.Subset(prepared.products, own_index)
         own, own_present = _finite(*embedder.encode_views(own_queries, advance=advance), own_queries)
         if qrels is None:
-            name, excluded = "queries", bought(prepared, own_index, found)
+            name, excluded = "queries", bought(prepared, own_index)
         else:
             name, found, excluded = "qrels", qrels, None
         queries[name] = Queries(own_index, targets, own, own, own_present, own_present, found, excluded=excluded)
@@ -261,23 +261,16 @@ def judgements(prepared: Prepared) -> tuple[np.ndarray, np.ndarray, metrics.Qrel
     return own.astype(np.int32), positive[order][first].astype(np.int32), found
 
 
-def bought(prepared: Prepared, queries: np.ndarray, relevant: metrics.Qrels) -> metrics.Qrels:
-    """The candidates that the queries are known to want from training, unless they are relevant in the evaluation, too.
-    They are left out of the rankings: a model that was trained to find them is not wrong when it does.
-
-    Args:
-        queries: i32[Q], record indices.
-        relevant: as `judgements` returns it.
+def bought(prepared: Prepared, queries: np.ndarray) -> metrics.Qrels:
+    """The candidates that the queries i32[Q], record indices, are known to want from training. They are left out of the
+    rankings: a model that was trained to find them is not wrong when it does. None is relevant in the evaluation, too.
     """
     known = known_lib.Known(prepared.triplets, prepared.group)
     parts = [known.of(query) for query in queries.tolist()]
     number = np.repeat(np.arange(len(queries)), [len(part) for part in parts])
     key = np.concatenate([*parts, np.zeros(0, np.int64)]).astype(np.int64)
     candidates = known_lib.keys(prepared.group, np.array(prepared.val))
-    found = metrics.Qrels.by_key(number, key, np.ones(len(key)), candidates, len(queries))
-    pair = found.query * found.candidates + found.candidate
-    kept = ~np.isin(pair, relevant.query * relevant.candidates + relevant.candidate)
-    return dataclasses.replace(found, query=found.query[kept], candidate=found.candidate[kept], grade=found.grade[kept])
+    return metrics.Qrels.by_key(number, key, np.ones(len(key)), candidates, len(queries))
 
 
 def _finite(vectors: np.ndarray, present: np.ndarray, products: Sequence[Product]) -> tuple[np.ndarray, np.ndarray]:

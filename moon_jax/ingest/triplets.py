@@ -46,11 +46,12 @@ def from_catalogue(tables: Tables) -> None:
 
 
 def from_log(tables: Tables, fraction: float) -> None:
-    """Creates `triplet`, `val_pair` and their queries. The last `fraction` of the choices by time is held out for
-    evaluation; choices without a time are held out by a hash of the query, with the same fraction.
+    """Creates `triplet`, `val_pair` and their queries. What a file's name says is held out or trained on. Of the other
+    choices the last `fraction` by time is held out for evaluation. Choices without a time, or all of one time, are held
+    out by a hash of the query, with the same fraction.
 
-    A pair chosen both before and after the cut is used for training only. A product must be in the matching part of
-    the split.
+    What a query chose both before and after the cut, by title, is used for training only. A product must be in the
+    matching part of the split.
     """
     candidates = VAL if tables.sides()[1] else TRAIN
     tables.run("""
@@ -64,16 +65,10 @@ def from_log(tables: Tables, fraction: float) -> None:
         FROM event JOIN alias ON alias.id = event.product JOIN product ON product.id = alias.kept
         WHERE reason IS NULL
     """)
-    chosen = tables.one("SELECT count(*) FROM shown WHERE weight > 0 AND time IS NOT NULL")
-    cut = float("inf")
-    if chosen > 1:
-        cut = tables.one(
-            "SELECT time FROM shown WHERE weight > 0 AND time IS NOT NULL ORDER BY time LIMIT 1 OFFSET $position",
-            position=max(1, min(round((1 - fraction) * chosen), chosen - 1)),
-        )
-    # Without a time, the query's hash decides.
+    cut = _cut(tables, fraction)
     by_chance = f"('0x' || left(query, 12))::BIGINT < {fraction!r} * 2.0 ** 48"
-    late = f"CASE WHEN time IS NULL THEN {by_chance} ELSE time >= $cut END"
+    by_time = f"CASE WHEN time IS NULL OR $cut IS NULL THEN {by_chance} ELSE time >= $cut END"
+    late = f"CASE split WHEN 'val' THEN true WHEN 'train' THEN false ELSE {by_time} END"
     tables.run(f"CREATE TABLE dated AS SELECT *, {late} AS late FROM shown", cut=cut)
     # Sums integers in millionths: a sum of floats would depend on the order.
     tables.run("""
@@ -83,9 +78,17 @@ def from_log(tables: Tables, fraction: float) -> None:
         FROM dated WHERE weight > 0 GROUP BY query, positive, late
     """)
     tables.run(f"CREATE TABLE training_pair AS SELECT * FROM chosen WHERE NOT late AND side = {TRAIN}")
+    tables.run("""
+        CREATE TABLE bought AS
+        SELECT DISTINCT training_pair.query, coalesce(title, index::UBIGINT) AS title_key
+        FROM training_pair JOIN product ON product.index = training_pair.positive
+    """)
     tables.run(f"""
         CREATE TABLE held_out AS
-        SELECT * FROM chosen ANTI JOIN training_pair USING (query, positive) WHERE late AND side = {candidates}
+        SELECT chosen.* FROM chosen JOIN product ON product.index = chosen.positive
+        ANTI JOIN bought
+        ON bought.query = chosen.query AND bought.title_key = coalesce(product.title, product.index::UBIGINT)
+        WHERE late AND chosen.side = {candidates}
     """)
     _log_queries(tables)
     tables.run(f"""
@@ -104,6 +107,22 @@ def from_log(tables: Tables, fraction: float) -> None:
         UNION ALL
         SELECT index, positive, 1.0 FROM query WHERE side = {VAL_QUERIES} AND positive >= 0
     """)
+
+
+def _cut(tables: Tables, fraction: float) -> float | None:
+    """The time from which on choices are held out: the one whose share is nearest to `fraction`, such as a whole day if
+    times are dates. None if no time leaves choices on both sides.
+    """
+    tables.run("""
+        CREATE TABLE moment AS
+        SELECT time, sum(number) OVER (ORDER BY time DESC) AS late, sum(number) OVER () AS choices
+        FROM (
+            SELECT time, count(*) AS number FROM shown
+            WHERE weight > 0 AND time IS NOT NULL AND split = '' GROUP BY time
+        )
+    """)
+    nearest = "SELECT time FROM moment WHERE late < choices ORDER BY abs(late - $fraction * choices), time DESC LIMIT 1"
+    return next((time for (time,) in tables.rows(nearest, fraction=fraction)), None)
 
 
 def _log_queries(tables: Tables) -> None:
@@ -133,11 +152,6 @@ def _skipped_above(tables: Tables) -> None:
         SELECT query, session, positive AS item, min(position) AS top, sum(weight) > 0 AS taken,
             min(position) FILTER (weight > 0) AS chosen_at
         FROM dated WHERE NOT late AND side = {TRAIN} AND position IS NOT NULL GROUP BY query, session, positive
-    """)
-    tables.run("""
-        CREATE TABLE bought AS
-        SELECT DISTINCT training_pair.query, coalesce(title, index::UBIGINT) AS title_key
-        FROM training_pair JOIN product ON product.index = training_pair.positive
     """)
     # Of several products at one position, keeps the first in catalogue order.
     tables.run("""

@@ -69,6 +69,7 @@ RECORDS = pa.schema(
 EVENTS = pa.schema(
     [
         *READ,
+        ("split", pa.string()),  # train, val, or empty
         ("query", pa.string()),  # digest of text and images
         ("product", pa.string()),
         ("weight", pa.float64()),
@@ -243,11 +244,11 @@ def _record(file: File, product: Product, target: str, digests: Sequence[bytes])
 
 
 def _event(file: File, query: Product, event: parse.Event, digests: Sequence[bytes]) -> dict[str, Any]:
-    del file
     key = hashlib.blake2b(repr((query.text, *digests)).encode(), digest_size=16).hexdigest()
     query = dataclasses.replace(query, id=key, group=records.title_group(query.text) if query.text else "")
     record = records.encode(query)
     return _described(query, record) | {
+        "split": file.split,
         "query": key,
         "product": event.product,
         "weight": event.weight,

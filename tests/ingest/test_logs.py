@@ -93,8 +93,9 @@ def test_a_large_log_equals_a_plain_implementation(tmp_path):
                 rows.append(row | {"event": event, "time": time, "count": int(rng.integers(1, 4))})
     found = prepared_from(write(tmp_path / "data", products, rows), tmp_path / "p")
 
-    times = sorted(row["time"] for row in rows if WEIGHTS[row["event"]])
-    cut = times[round(0.9 * len(times))]
+    times = [row["time"] for row in rows if WEIGHTS[row["event"]]]
+    share = {cut: sum(time >= cut for time in times) / len(times) for cut in times}
+    cut = min((cut for cut in times if share[cut] < 1), key=lambda cut: (abs(share[cut] - 0.1), -cut))
     weight, pages, late = defaultdict(float), defaultdict(dict), set()
     for row in rows:
         pair = row["query"], row["product_id"]
@@ -132,7 +133,56 @@ def test_a_large_log_equals_a_plain_implementation(tmp_path):
             assert title[negative] not in bought[query] and int(negative[1:]) % 4 == int(product[1:]) % 4
     assert direct > 50 and direct == found.manifest["negatives_skipped_above"]
     evaluated = {(found.products[q].text, found.products[p].id) for q, p, _ in found.val_queries}
-    assert evaluated == late - set(weight)
+    assert evaluated == {(query, product) for query, product in late if title[product] not in bought[query]}
+    assert len(evaluated) < len(late - set(weight))  # some titles were bought in training
+
+
+def held_out(found):
+    return {(found.products[q].text, found.products[p].id) for q, p, _ in found.val_queries}
+
+
+def test_the_names_of_log_files_say_what_is_held_out(tmp_path):
+    """Whatever their times; a log without a split in its name is cut by time as ever."""
+    early = [{"query": f"early {n}", "product_id": f"p{n}", "event": "click", "time": n} for n in range(4)]
+    late = [{"query": f"late {n}", "product_id": f"p{n}", "event": "click", "time": 100 + n} for n in range(20)]
+    folder = write(tmp_path / "data", catalogue(24), early, "log_val.jsonl")
+    (folder / "log-train.jsonl").write_text("\n".join(map(json.dumps, late)))
+    found = prepared_from(folder, tmp_path / "p")
+    assert held_out(found) == {(f"early {n}", f"p{n}") for n in range(4)}
+    assert set(triplets(found)) == {(f"late {n}", f"p{n}") for n in range(20)}
+    (folder / "log-train.jsonl").rename(folder / "log.jsonl")
+    found = prepared_from(folder, tmp_path / "q")
+    assert held_out(found) == {(f"early {n}", f"p{n}") for n in range(4)} | {(f"late {n}", f"p{n}") for n in (18, 19)}
+
+
+@pytest.mark.parametrize(
+    ("days", "last"),
+    [
+        ([10] * 9 + [80], 1),  # the last day alone is far more than a tenth, but there is no smaller share
+        ([40] * 2 + [15, 5], 1),
+        ([85, 8, 7], 1),
+        ([92, 5, 3], 2),
+    ],
+)
+def test_a_log_of_days_is_cut_between_days(tmp_path, days, last):
+    rows = [
+        {"query": f"day {day}, {n}", "product_id": f"p{n % 40}", "event": "click", "time": f"2026-01-{day + 1:02}"}
+        for day, count in enumerate(days)
+        for n in range(count)
+    ]
+    found = prepared_from(write(tmp_path / "data", catalogue(40), rows), tmp_path / "p")
+    assert {query.split(",")[0] for query, _ in held_out(found)} == {
+        f"day {day}" for day in range(len(days) - last, len(days))
+    }
+
+
+def test_a_log_of_one_day_is_cut_by_queries(tmp_path):
+    rows = [
+        {"query": f"query {n}", "product_id": f"p{n % 40}", "event": "click", "time": "2026-01-01"} for n in range(400)
+    ]
+    found = prepared_from(write(tmp_path / "data", catalogue(40), rows), tmp_path / "p")
+    assert 20 < len(held_out(found)) < 60
+    assert {query for query, _ in held_out(found)}.isdisjoint(query for query, _ in triplets(found))
 
 
 def purchases(count, queries, products, seed=0):
