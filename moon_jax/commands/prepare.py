@@ -92,10 +92,14 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
         if manifest["read"][kind]:
             terminal.line(f"{manifest['read'][kind]:,} {name} read, {manifest['kept'][kind]:,} kept")
     terminal.line(prepared.summary() or "0 left out")
+    val, queries = manifest["splits"]["val"], manifest["val_queries"]
     terminal.line(
-        f"{manifest['splits']['train']:,} training products, {len(prepared.val):,} held out;"
-        f" {len(prepared.triplets):,} triplets, {prepared.manifest['val_queries']:,} evaluation queries"
+        f"{manifest['splits']['train']:,} training products,"
+        f" {f'{val:,} held out' if val else 'all of them searched in the evaluation'};"
+        f" {len(prepared.triplets):,} triplets, {queries:,} evaluation queries"
     )
+    if manifest["read"]["log"] and not queries:
+        terminal.line("no query of the log is held out: the evaluation will not measure its searches")
     train = shlex.join(
         ["moon-jax", "train", "--config", "quickstart", "--data", parsed.output, "--workdir", "runs/first"]
     )

@@ -254,7 +254,7 @@ def gallery(path: Path, encoded: Encoded, prepared: Prepared, max_pixels: int, s
         halves = figure.subfigures(1, len(tasks), squeeze=False, wspace=0.03)[0]
         for half, (name, query, candidate, task) in zip(halves, tasks, strict=True):
             title = f"{query} → {candidate}: {VIEW_NAMES[query]} to {VIEW_NAMES[candidate]}"
-            framed = "relevant by your qrels" if name == "qrels" else "same title"
+            framed = {"qrels": "relevant by your qrels", "queries": "wanted by the query"}.get(name, "same title")
             title += f" (framed ✓: {framed}; {len(task.candidates):,} candidates"
             title += "; seen in training)" if name == "products_trained_on" else ")"
             half.suptitle(title, x=0.01, ha="left", fontsize=11)

@@ -124,8 +124,8 @@ def evaluate(
         unused = len(queries.product) - len(used)
         if unused:
             which = retrieval.brief(name)
-            why = "the model embeds none of their views, or no relevant product"
-            terminal.line(f"{unused:,} of {len(queries.product):,} queries ({which}) count in no direction: {why}")
+            why = "the model embeds none of their views, or no candidate is relevant"
+            terminal.line(f"{unused:,} of {len(queries.product):,} queries ({which}) are not scored: {why}")
     for old in (METRICS, QUERIES, EMBEDDINGS, COMPARED, "pictures/directions.png", "pictures/gallery.png"):
         (workdir / old).unlink(missing_ok=True)
     write_queries(workdir / QUERIES, prepared, searches, _name(embedder))

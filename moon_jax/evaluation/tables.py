@@ -154,21 +154,17 @@ def results(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
     found, lines = [], report.lines_of(Path(workdir))
     seen = "; seen in training" if "products_trained_on" in metrics["retrieval"] else ""
     for name, scores in metrics["retrieval"].items():
-        if name in retrieval.PHOTOS:
-            if name == "photos_background" and "i→i" in scores:
-                entry = scores["i→i"]
-                found.append(
-                    f"photo on another background to image (i→i): R@10 {entry['R@10']:.1f}% (chance"
-                    f" {entry['chance@10']:.1f}%), {entry['queries']:,} queries, {entry['candidates']:,} candidates"
-                )
-            continue
-        cross = [direction for direction in ("t→i", "i→t", "i→mm") if direction in scores]
-        cross = cross[:2] if name != "queries" else cross[-1:]
+        if name == "queries":  # those of a log or a catalogue: what they are trained to find
+            cross = [direction for direction in ("t→mm", "i→mm") if direction in scores]
+        elif name in retrieval.PHOTOS:
+            cross = ["i→i"] if name == "photos_background" and "i→i" in scores else []
+        else:
+            cross = [direction for direction in ("t→i", "i→t") if direction in scores]
         for direction in cross:
             entry = scores[direction]
             query, candidate = (pictures.VIEW_NAMES[view] for view in direction.split("→"))
-            kind = "catalogue queries" if name == "queries" else "queries"
-            note = seen if name == "products_trained_on" else ""
+            query = "photo on another background" if name in retrieval.PHOTOS else query
+            kind, note = ("catalogue queries", "") if name == "queries" else ("queries", seen)
             found.append(
                 f"{query} to {candidate} ({direction}): R@10 {entry['R@10']:.1f}% (chance {entry['chance@10']:.1f}%),"
                 f" {entry['queries']:,} {kind}, {entry['candidates']:,} candidates{note}"
@@ -180,21 +176,22 @@ def results(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
         name, best = max(shown.items(), key=lambda item: item[1]["accuracy"] - item[1]["majority"])
         what = name.removeprefix("attribute ")
         found.append(
-            f"{what} from the image alone: correct for {best['accuracy']:.1f}% of products"
-            f" (majority-class baseline: {best['majority']:.1f}%){seen}"
+            f"{what} from the image alone: correct for {best['accuracy']:.1f}% of products (majority-class baseline:"
+            f" {best['majority']:.1f}%){f'; the best of {len(shown)} tasks' if shown.keys() - {name} else ''}{seen}"
         )
     if lines:
         first, last = lines[0], lines[-1]
         weights = {name: last["omega"][name] for name in OBJECTIVES}
+        weights = {name: weight for name, weight in weights.items() if last["count"][name]} or weights
         heavy, light = max(weights, key=weights.get), min(weights, key=weights.get)
         if len(lines) > 1 and first["total"] is not None and last["total"] is not None:
             found.append(
                 f"loss: {first['total']:.2f} at step {first['step']}, {last['total']:.2f} at step {last['step']}"
             )
         extremes = f"highest {heavy} ({weights[heavy]:.2f}), lowest {light} ({weights[light]:.2f})"
-        served = [weight for name, weight in weights.items() if last["count"][name]]
-        equal = max(served, default=0) - min(served, default=0) < 1e-4
-        found.append(f"objective weights ω: {f'all {weights[heavy]:.2f}' if equal else extremes}")
+        equal, absent = weights[heavy] - weights[light] < 1e-4, [name for name in OBJECTIVES if name not in weights]
+        without = f"; no samples: {', '.join(absent)}" if absent else ""
+        found.append(f"objective weights ω: {f'all {weights[heavy]:.2f}' if equal else extremes}{without}")
         if last["phi_below_threshold"] is not None:
             share = 100 * last["phi_below_threshold"]
             found.append(f"the filter down-weights {share:.0f}% of the triplets in the last batch")
@@ -203,7 +200,9 @@ def results(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
                 np.array([[e[m] or 0 for e in layer] for layer in last["experts"]]) for m in ("text", "image")
             )
             overlap = np.minimum(text, image).sum(axis=1).mean()
-            found.append(f"expert usage of text and image tokens overlaps by {100 * overlap:.0f}%")
+            found.append(
+                f"expert usage of text and image tokens overlaps by {100 * overlap:.0f}% (100%: both use the same experts)"
+            )
     return found
 
 

@@ -241,7 +241,7 @@ def objectives(
         dual,
         routed,
         loss,
-        weighting.shares(count, queries, inter),
+        weighting.shares(count / np.array([1, 1, 1, 1, len(embedding) - 2])[kept], queries, inter),
         jnp.maximum(chance, LEAST_CHANCE),
         options.weighting,
     )

@@ -33,16 +33,17 @@ def shares(count: Array, queries: Array, inter: int) -> Array:
     """s: the weight of each objective in a mean over samples; sums to 1, uniform if nothing lacks a view. f32[M].
 
     A query counts for I samples, whichever views it has: the I inter-product objectives share them by |B_m|. With photo
-    queries alone, q_i→p_mm has the weight of all three. Each pair of an image and a text counts for one sample.
+    queries alone, q_i→p_mm has the weight of all three. Each pair of an image and a text counts for one sample; those of
+    a triplet's N negatives together, so that mined negatives take nothing from the queries.
 
     Args:
-        count: i32[M], |B_m|.
+        count: f32[M], |B_m|, for the negatives divided by N.
         queries: i32[], queries that serve any inter-product objective.
         inter: I, number of inter-product objectives; these come first.
     """
     within = count[:inter] / jnp.maximum(count[:inter].sum(), 1)
     samples = jnp.concatenate([inter * queries * within, count[inter:].astype(jnp.float32)])
-    return samples / jnp.maximum(samples.sum(), 1)
+    return samples / jnp.maximum(samples.sum(), 1e-9)
 
 
 def omega(dual: Array, routing: Array, active: Array) -> Array:

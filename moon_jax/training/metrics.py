@@ -221,7 +221,7 @@ def line(step: int, metrics: dict[str, Any], config: config_lib.Config) -> dict[
     named = {
         name: dict(zip(OBJECTIVES, map(kind, values), strict=True))
         for name, kind, values in (
-            ("loss", _exact, result.loss),
+            ("loss", _exact, np.where(result.count > 0, result.loss, np.nan)),  # no samples: null
             ("omega", _round, result.weight),
             ("count", int, result.count),
         )

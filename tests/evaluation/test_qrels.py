@@ -258,7 +258,7 @@ def test_queries_that_the_model_cannot_embed_are_counted(prepared, ids, tmp_path
     queries, qrels = written(tmp_path, ids, "txt")
     given = ["evaluate", "--model", "bm25", "--data", str(prepared.folder), "--output", str(tmp_path / "o")]
     assert cli.main([*given, "--queries", str(queries), "--qrels", str(qrels)]) == 0
-    assert "1 of 2 queries (your queries) count in no direction" in capsys.readouterr().out  # the image query
+    assert "1 of 2 queries (your queries) are not scored" in capsys.readouterr().out  # the image query
 
 
 def test_both_files_are_read_before_a_model_is_opened(prepared, ids, tmp_path, capsys):

@@ -100,7 +100,7 @@ def test_result_lines_show_scores_and_training_lines(tmp_path):
         "loss: 5.00 at step 10, 2.00 at step 20",
         "objective weights ω: highest q_i→p_mm (0.50), lowest n_i→n_t (0.05)",
         "the filter down-weights 25% of the triplets in the last batch",
-        "expert usage of text and image tokens overlaps by 50%",
+        "expert usage of text and image tokens overlaps by 50% (100%: both use the same experts)",
     ]
     # One line for the changed photos; equal weights, but for objectives without samples.
     equal = line | {
@@ -114,7 +114,22 @@ def test_result_lines_show_scores_and_training_lines(tmp_path):
     assert found[2] == (
         "photo on another background to image (i→i): R@10 12.0% (chance 0.5%), 40 queries, 50 candidates"
     )
-    assert "objective weights ω: all 0.25" in found and sum("photo" in line for line in found) == 1
+    assert f"objective weights ω: all 0.25; no samples: {OBJECTIVES[0]}" in found
+    assert sum("photo" in line for line in found) == 1
+    # A log: what its queries are trained to find; products are seen in training, also as changed photos.
+    logged = {"products_trained_on": SCORES, "photos_background": {"i→i": scores["t→i"]}, "queries": SCORES}
+    tasks = {"category": METRICS["labels"]["attribute colour"] | {"i": label(30.0, 32.0)}, **METRICS["labels"]}
+    found = tables.results(METRICS | {"retrieval": logged, "labels": tasks}, tmp_path)[:6]
+    assert [line.split(":")[0] for line in found] == [
+        "text to image (t→i)",
+        "image to text (i→t)",
+        "photo on another background to image (i→i)",
+        "text to text + image (t→mm)",
+        "image to text + image (i→mm)",
+        "colour from the image alone",
+    ]
+    assert [line.endswith("; seen in training") for line in found] == [True, True, True, False, False, True]
+    assert "; the best of 2 tasks" in found[-1]
     assert tables.results({"retrieval": {}, "labels": {}}, tmp_path / "nowhere") == []
 
 

@@ -172,8 +172,9 @@ def oracle(x, config, step):
 
     # A query counts for three samples, divided among its views by |B_m|; a pair of image and text counts for one.
     queries = sum(any(present[Q, b, view] for view in (T, I, MM)) and present[P, b, MM] for b in range(B))
-    share = np.array([3 * queries * n / max(sum(count[:3]), 1) for n in count[:3]] + list(count[3:]), float)
-    share = share / max(share.sum(), 1)
+    pairs = [count[3], count[4] / (len(e) - 2)]  # the negatives of a triplet together count for one
+    share = np.array([3 * queries * n / max(sum(count[:3]), 1) for n in count[:3]] + pairs)
+    share = share / (share.sum() or 1)
     active = count > 0
     p = np.where(active, np.exp(x["dual"]), 0)
     p = p / np.maximum(p.sum(-1, keepdims=True), 1e-300)
