@@ -1,10 +1,10 @@
 """Ablation: one dense model per seed is trained first; from it, the method and the method without each of its parts
 train on, for equally many steps. Prints one table like the paper's.
 
-    python benchmarks/ablation.py --data path/to/fashion --output ablation/fashion
-    python benchmarks/ablation.py --data path/to/fashion --output ablation/fashion --minutes 100
-    python benchmarks/ablation.py --data path/to/fashion --output ablation/fashion --device --minutes 9     on a GPU
-    python benchmarks/ablation.py --results docs/ablation/fashion.json      prints the tables of earlier runs
+    python -m benchmarks.ablation --data path/to/fashion --output ablation/fashion
+    python -m benchmarks.ablation --data path/to/fashion --output ablation/fashion --minutes 100
+    python -m benchmarks.ablation --data path/to/fashion --output ablation/fashion --device --minutes 9     on a GPU
+    python -m benchmarks.ablation_tables docs/ablation/fashion.json     prints the tables of earlier runs
 
 The same command again resumes: it trains the runs that are missing or have other options. --minutes starts no run after
 that time. --device trains all seeds of a row at once. Nothing is tuned for any row; each differs from `full` only by
@@ -22,7 +22,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -33,22 +32,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from scipy import stats
 
-NOISE = 0.3
-"""Share of the purchases that are corrupted: the positive becomes any other product."""
-
-START = {
-    "data.batch": 64,
-    "training.steps": 300,
-    "experts.count": 0,
-    "language.mlp_width": 240,  # an expert of 120 is half of it: two active ones have its FLOPs
-}
-"""Options of the dense models that all rows start from, beside those of the quickstart."""
-
-COMMON = START | {"experts.count": 4, "training.learning_rate": 1e-3}
-"""Options of all rows."""
+from benchmarks.ablation_tables import COMMON, NOISE, START, START_ROW, Row, rows, tables
 
 BATCHES = 400
 """Different batches of a data setting; a run repeats them in an order of its own."""
@@ -57,91 +42,8 @@ CHUNK = 25
 """Steps between two looks at a run."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One variant of the method."""
-
-    name: str
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    noisy: bool = False
-    against: str = "full"  # the row that it is compared with
-    curve: bool = False  # evaluated several times
-    paper: tuple[float, ...] = ()  # the paper's scores in PAPER_COLUMNS
-
-
-PAPER_COLUMNS = ("t→mm", "i→mm", "mm→mm", "t→i", "i→t", "class", "attribute")
-PAPER = (63.09, 91.08, 94.21, 73.12, 64.91, 68.08, 84.29)
-"""The paper's scores of the full MOON2.0 on MBE2.0 (arXiv 2511.12449), and of which measures: R@10, then accuracy."""
-
-COLUMNS = (
-    "mean",
-    "t→t",
-    "t→i",
-    "t→mm",
-    "i→t",
-    "i→i",
-    "i→mm",
-    "mm→t",
-    "mm→i",
-    "mm→mm",
-    "background",
-    "class",
-    "attribute",
-)
-"""The columns of our table. mean: over the nine directions, or those that the catalogue's own queries have. background:
-i→i with photos before another background.
-"""
-
 BACKGROUND = "photos_background"
 """The set of queries of the column background."""
-
-NOISY = f"full, {NOISE:.0%} noise"
-UNFILTERED = {"objective.phi_threshold": 0.0}
-
-
-START_ROW = Row("start", against="start")
-"""The dense models that all rows go on from."""
-
-
-def rows() -> list[Row]:
-    """All rows; what decides most comes first."""
-    return [
-        Row("full", curve=True),
-        Row(
-            "without experts, equal FLOPs",
-            {"experts.count": 0},
-            curve=True,
-            paper=(51.29, 74.59, 78.45, 62.16, 56.21, 62.55, 75.62),
-        ),
-        Row("router by token kind, hard", {"experts.router_term": "token_hard"}, curve=True),
-        Row("experts: whole copies, twice the FLOPs", {"experts.width": 240}, curve=True),
-        Row(
-            "without dual-level alignment",
-            {"objective.levels": "mm→mm"},
-            paper=(37.99, 65.72, 67.45, 31.45, 23.35, 57.12, 67.24),
-        ),
-        Row("without intra-product alignment", {"objective.levels": "inter"}),
-        Row(
-            "without co-augmentation",
-            {"data.augmented": "original"},
-            paper=(59.69, 78.17, 80.62, 64.79, 58.68, 66.21, 77.77),
-        ),
-        Row("own photo and title half of the time", {"data.augmented": "half"}),
-        Row("without filtering", UNFILTERED, paper=(60.63, 83.40, 80.00, 70.40, 63.21, 67.99, 84.04)),
-        Row(NOISY, noisy=True),
-        Row(f"without filtering, {NOISE:.0%} noise", UNFILTERED, True, NOISY),
-        Row(f"similar negatives masked, {NOISE:.0%} noise", {"objective.similar_margin": 0.1}, True, NOISY),
-        Row("fixed mixture 12:3:2", {"data.mixture": (3.0, 12.0, 2.0)}),
-        Row("ω lagging", {"objective.weighting": "lagging"}),
-        Row("ω product", {"objective.weighting": "product"}),
-        Row("ω stopped", {"objective.weighting": "stopped"}),
-        Row("ω routed", {"objective.weighting": "routed"}),
-        Row("ω uniform", {"objective.weighting": "uniform"}),
-        Row("experts: half reinitialized", {"experts.reinitialized": 0.5}),
-        Row("router by token kind, learned", {"experts.router_term": "token", "experts.term_init": 2.0}),
-        Row("router by view, hard", {"experts.count": 6, "experts.router_term": "hard"}),
-        Row("router by view, learned", {"experts.router_term": "learned", "experts.term_init": 2.0}),
-    ]
 
 
 def noisy_copy(folder: Path, output: Path) -> None:
@@ -189,9 +91,8 @@ class Data:
         self.config = pipeline.fitted(config, self.prepared, reader)
         # Everything that batches depend on, so that they are never those of another setting.
         prefix = rows_lib.prefix_is_view(BARE, config.experts.router_term)
-        known = repr((self.prepared.fingerprint, self.config.data, config.vision, config.seed, prefix))
-        digest = hashlib.sha256(known.encode()).hexdigest()[:12]
-        self.store = output / "batches" / f"{self.folder.name}-{config.data.augmented}-{digest}"
+        known = (self.prepared.fingerprint, self.config.data, config.vision, config.seed, prefix)
+        self.store = output / "batches" / f"{self.folder.name}-{config.data.augmented}-{digest(known)}"
 
     def batch(self, number: int) -> Any:
         """The Batch of a step, as numpy arrays (data/pipeline.py)."""
@@ -346,13 +247,13 @@ class Evaluator:
         found["mean"] = float(np.mean(directions))
         if own:
             return found
-        accuracies: dict[str, list[float]] = {"class": [], "attribute": []}
+        accuracies: dict[str, list[float]] = {"category": [], "attribute": []}
         for task in self.tasks:
             # From the image alone, because titles often contain the label.
             named = labels.label_vectors(embedder, task.labels, labels.PROMPTS)
             none_known = encoded.candidates[:0], encoded.present[:0]
             answers = labels.Answers(task, named, encoded.candidates, encoded.present, *none_known)
-            kind = "class" if task.name.startswith("category") else "attribute"
+            kind = "category" if task.name.startswith("category") else "attribute"
             accuracies[kind].append(labels.measure(answers)["i"]["accuracy"])
         return found | {name: float(np.mean(values)) for name, values in accuracies.items() if values}
 
@@ -367,101 +268,6 @@ def sizes(encoder: Any, experts: Any) -> tuple[int, int]:
         routed = {"gate_up", "down"} & {key.key for key in path} if experts.count else ()
         active += leaf.size * experts.per_token // experts.count if routed else leaf.size
     return total, active
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean over seeds and its standard error; the error of a single seed is NaN."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return statistics.fmean(values), error
-
-
-def sign(differences: Sequence[float]) -> str:
-    """↑ or ↓ if the change between paired runs is significant at 95% by Student's t; otherwise ·."""
-    mean, error = mean_and_error(differences)
-    if len(differences) < 2 or abs(mean) <= stats.t.ppf(0.975, len(differences) - 1) * error:
-        return "·"
-    return "↑" if mean > 0 else "↓"
-
-
-def plus_minus(values: Sequence[float], digits: int = 1) -> str:
-    """The mean over seeds, with its standard error if there are several."""
-    mean, error = mean_and_error(values)
-    return f"{mean:.{digits}f} ±{error:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
-
-
-def tables(results: dict[str, Any]) -> Iterator[Table]:
-    """Means over seeds ± standard errors, with the sign of the change and, in brackets, of the paper's change; then
-    sizes, weights and experts; then the learning curves.
-    """
-    by_row: dict[str, dict[int, Any]] = {}
-    for run in results["runs"]:
-        by_row.setdefault(run["row"], {})[run["seed"]] = run
-    listed = [START_ROW, *rows()]
-    columns = [name for name in COLUMNS if any(name in run["scores"] for run in results["runs"])]
-    scores, more, curves = (
-        Table(title=results["title"]),
-        Table(title="after the last step: size, weights ω, share of triplets with φ below 0.6, mutual information"),
-        Table(title="mean of the directions by step, and its change against full"),
-    )
-    for table, names in (
-        (scores, columns),
-        (more, ("parameters (M)", "active (M)", "s/step", "ω", "φ low (%)", "modality and expert (bits, by layer)")),
-    ):
-        table.add_column("")
-        for name in names:
-            table.add_column(name, justify="right")
-    curved = {row.name for row in listed if row.curve}
-    steps = sorted({point["step"] for run in results["runs"] if run["row"] in curved for point in run["curve"]})
-    for name in ("", *map(str, steps)):
-        curves.add_column(name, justify="right" if name else "left")
-    for row in listed:
-        own, other = by_row.get(row.name, {}), by_row.get(row.against, {})
-        if not own:
-            continue
-        cells = []
-        for name in columns:
-            if not all(name in run["scores"] for run in own.values()):
-                cells.append("")
-                continue
-            cell = plus_minus([run["scores"][name] for run in own.values()])
-            if row.against != row.name:
-                cell += f" {sign([own[s]['scores'][name] - other[s]['scores'][name] for s in own if s in other])}"
-                if row.paper and name in PAPER_COLUMNS:
-                    column = PAPER_COLUMNS.index(name)
-                    cell += f"({'↓' if row.paper[column] < PAPER[column] else '↑'})"
-            cells.append(cell)
-        label = f"{row.name} ({len(own)})"
-        scores.add_row(label, *cells)
-        first = next(iter(own.values()))
-        weights, shared = (
-            " ".join(f"{value:.2f}" for value in np.mean([run[name] for run in own.values()], axis=0))
-            for name in ("omega", "bits")
-        )
-        more.add_row(
-            label,
-            f"{first['parameters'] / 1e6:.2f}",
-            f"{first['active'] / 1e6:.2f}",
-            f"{min(run['seconds_per_step'] for run in own.values()):.2f}",  # other load only adds time
-            weights,
-            plus_minus([100 * run["phi_low"] for run in own.values()]),
-            shared,
-        )
-        points = [{point["step"]: point["mean"] for point in run["curve"]} for run in own.values()]
-        if row.curve:
-            cells = []
-            for step in steps:
-                cell = plus_minus([each[step] for each in points], 2) if all(step in each for each in points) else ""
-                theirs = {s: {p["step"]: p["mean"] for p in run["curve"]} for s, run in by_row.get("full", {}).items()}
-                paired = [
-                    each[step] - theirs[seed][step]
-                    for seed, each in zip(own, points, strict=True)
-                    if step in each and step in theirs.get(seed, {})
-                ]
-                if row.name != "full" and cell and paired:
-                    cell += f" ({plus_minus(paired, 2)})"
-                cells.append(cell)
-            curves.add_row(label, *cells)
-    yield from (scores, more, curves)
 
 
 @dataclasses.dataclass
@@ -483,25 +289,29 @@ class Runs:
         return config_lib.replace(config_lib.load("quickstart"), common | row.options)
 
     def options(self, row: Row) -> dict[str, Any]:
-        """All that determines a run beside its seed: the options that differ from their defaults, the batches, and those
-        options of its start that differ from its own.
+        """All that determines a run beside its seed: the options that differ from their defaults, the batches, and
+        digests of the whole config and of its start.
         """
         from moon_jax import config as config_lib
 
-        defaults = config_lib.leaves(config_lib.Config())
-        held = config_lib.leaves(self.config(row)).items()
-        changed = {name: value for name, value in held if value != defaults[name]}
-        own = json.loads(json.dumps(changed | {"noisy": row.noisy, "batches": self.batches}))
-        if row.name == START_ROW.name:
-            return own
-        start = self.options(START_ROW)
-        return own | {"start": {name: start.get(name) for name in start | own if start.get(name) != own.get(name)}}
+        defaults, held = config_lib.leaves(config_lib.Config()), config_lib.leaves(self.config(row))
+        changed = {name: value for name, value in held.items() if value != defaults[name]}
+        own = changed | {"noisy": row.noisy, "batches": self.batches, "config": digest(held)}
+        if row.name != START_ROW.name:
+            own["start"] = digest(self.options(START_ROW))
+        return json.loads(json.dumps(own))
 
     def missing(self, row: Row) -> list[int]:
         """The seeds whose runs have to be made."""
         wanted = self.options(row)
         held = {r["seed"] for r in self.results["runs"] if r["row"] == row.name and r["options"] == wanted}
+        if row.name == START_ROW.name:
+            held = {seed for seed in held if self.start(seed).is_file()}
         return [seed for seed in self.seeds if seed not in held]
+
+    def start(self, seed: int) -> Path:
+        """The file with the dense model of that seed."""
+        return self.output / f"start-{seed}.npz"
 
     def make(self, row: Row, seeds: Sequence[int]) -> None:
         """Trains and evaluates the runs of a row with these seeds side by side."""
@@ -515,7 +325,7 @@ class Runs:
         data = Data(self.output, config, row.noisy)
         trainer = Trainer(data.config, data.all(self.batches), seeds)
         evaluator = Evaluator(config, data)
-        starts = [self.output / f"start-{seed}.npz" for seed in seeds]
+        starts = [self.start(seed) for seed in seeds]
         if row.name == START_ROW.name:
             trainer.start()
         else:
@@ -560,6 +370,10 @@ class Runs:
         save(self.output / "results.json", self.results)
 
 
+def digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
 def save(path: Path, results: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -585,9 +399,8 @@ def prepare(data: str, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="a catalogue")
-    parser.add_argument("--output", type=Path, help="folder of the runs; needs up to 20 GB for batches")
-    parser.add_argument("--results", type=Path, help="print the tables of this results.json; nothing runs")
+    parser.add_argument("--data", required=True, help="a catalogue")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs; needs up to 20 GB for batches")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="training steps of a run (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=BATCHES, help="different batches (default: %(default)s)")
@@ -595,15 +408,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after that time")
     parser.add_argument("--device", action="store_true", help="train all seeds of a row at once, for a GPU or TPU")
     parsed = parser.parse_args()
-    console = Console(width=240)
-    if parsed.results:
-        for table in tables(json.loads(parsed.results.read_text(encoding="utf-8"))):
-            console.print(table)
-        return
-    if not parsed.data or not parsed.output:
-        parser.error("give --data and --output, or --results")
     if parsed.steps % CHUNK:
         parser.error(f"--steps {parsed.steps}: give a multiple of {CHUNK}")
+    parts = parsed.rows.split("|") if parsed.rows else [""]
+    unknown = [part for part in parts if not any(part in row.name for row in rows())]
+    if unknown:
+        parser.error(f"--rows {unknown[0]}: no such row; the rows are {' | '.join(row.name for row in rows())}")
     began, output = time.monotonic(), parsed.output
     output.mkdir(parents=True, exist_ok=True)
     lock = (output / "lock").open("a")
@@ -612,16 +422,20 @@ def main() -> None:
     except BlockingIOError:
         parser.error(f"--output {output}: another process is working there; wait for it, or stop it")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((output / "cache").resolve()))
-    prepare(parsed.data, output)
+    try:
+        prepare(parsed.data, output)
+    except subprocess.CalledProcessError as error:  # the command has said why
+        sys.exit(error.returncode)
     path = output / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
     results["title"] = (
         f"{Path(parsed.data).name}: R@10 and accuracy in percent, {parsed.steps} steps from a dense model of"
-        f" {START['training.steps']}; mean ± standard error over (seeds); ↑ ↓ significant at 95%, · not; (in the paper)"
+        f" {START['training.steps']}; mean ± standard error over (seeds); ↑ ↓ significant at 95%, · not;"
+        " in brackets: the paper's own result"
     )
     points = next(count for count in (4, 2, 1) if parsed.steps % (CHUNK * count) == 0)
     runs = Runs(output, range(parsed.seeds), parsed.steps, points, parsed.batches, results)
-    chosen = [row for row in rows() if not parsed.rows or any(part in row.name for part in parsed.rows.split("|"))]
+    chosen = [row for row in rows() if any(part in row.name for part in parts)]
     listed = [START_ROW, *chosen]
     groups = [list(runs.seeds)] if parsed.device else [[seed] for seed in runs.seeds]
     for group in groups:  # all rows of a seed first, so that partial results compare
@@ -635,7 +449,7 @@ def main() -> None:
             print(f"{time.monotonic() - began:.0f} s: {row.name}, seeds {', '.join(map(str, seeds))}", flush=True)
             runs.make(row, seeds)
     for table in tables(runs.results):
-        console.print(table)
+        Console(width=240).print(table)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
                 heads=4,
                 kv_heads=2,
                 head_dim=32,
-                mlp_width=256,
+                mlp_width=240,  # two experts' width: a dense run can be upcycled to slices of it
                 rope_theta=10_000.0,
                 rope_sections=(6, 5, 5),
             ),

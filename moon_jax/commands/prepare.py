@@ -49,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--negatives", metavar="VECTORS", help="mine hard negatives for prepared --data by vectors of embed"
     )
-    parser.add_argument(
-        "--negative-count", type=int, metavar="N", help="mined negatives per triplet (default: 3)"
-    )
+    parser.add_argument("--negative-count", type=int, metavar="N", help="mined negatives per triplet (default: 3)")
     parser.add_argument("--negative-ranks", metavar="A-B", help="ranks that they are taken from (default: 1-100)")
     parser.add_argument(
         "--negative-bound",
@@ -125,7 +123,7 @@ def _mine(parsed: argparse.Namespace, terminal: Terminal) -> None:
     total = len(prepared_lib.open_prepared(output).triplets)
     terminal.line(f"{about['negatives']:,} negatives mined, for {about['triplets']:,} of {total:,} triplets")
     if not about["negatives"]:
-        terminal.line(f"prepared in {parsed.output}, without further negatives: all candidates were known or too similar")
+        terminal.line(f"prepared in {parsed.output}, without further negatives: all were known or too similar")
         return
     train = ["moon-jax", "train", "--config", "quickstart", "--data", parsed.output, "--workdir", "runs/mined"]
     more = f"--config.data.negatives={1 + options.count}"

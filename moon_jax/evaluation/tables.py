@@ -201,7 +201,8 @@ def results(metrics: dict[str, Any], workdir: str | Path) -> list[str]:
             )
             overlap = np.minimum(text, image).sum(axis=1).mean()
             found.append(
-                f"expert usage of text and image tokens overlaps by {100 * overlap:.0f}% (100%: both use the same experts)"
+                f"expert usage of text and image tokens overlaps by {100 * overlap:.0f}%"
+                " (100%: both use the same experts)"
             )
     return found
 

@@ -33,8 +33,8 @@ def shares(count: Array, queries: Array, inter: int) -> Array:
     """s: the weight of each objective in a mean over samples; sums to 1, uniform if nothing lacks a view. f32[M].
 
     A query counts for I samples, whichever views it has: the I inter-product objectives share them by |B_m|. With photo
-    queries alone, q_i→p_mm has the weight of all three. Each pair of an image and a text counts for one sample; those of
-    a triplet's N negatives together, so that mined negatives take nothing from the queries.
+    queries alone, q_i→p_mm has the weight of all three. Each pair of an image and a text counts for one sample; those
+    of a triplet's N negatives count for one together, so that mined negatives take nothing from the queries.
 
     Args:
         count: f32[M], |B_m|, for the negatives divided by N.

@@ -272,7 +272,8 @@ def prepare_data(config: config_lib.Config, store: storage.Store, terminal: prog
             raise
     manifest = prepared.manifest
     kind = "synthetic training products" if prepared.synthetic else "training products"
-    held_out = f"{len(prepared.val):,} held out" if manifest["splits"]["val"] else "all of them searched in the evaluation"
+    val = manifest["splits"]["val"]
+    held_out = f"{val:,} held out" if val else "all of them searched in the evaluation"
     terminal.line(
         f"{len(prepared.train):,} {kind}, {held_out}"
         f" ({manifest['without_text']:,} without text, {manifest['without_image']:,} without image),"

@@ -109,7 +109,7 @@ def test_from_the_command_line_into_a_batch(prepared, vectors, tokenizer, tmp_pa
         (["--negative-bound", "0"], "the bound is positive"),
         (["--data", "{tmp}/nothing"], "not prepared data; --negatives adds to what moon-jax prepare wrote"),
         (["--output", "{data}"], "was made from another or a changed source"),
-        (["--negatives", "{tmp}/nothing"], "--negatives {tmp}/nothing: no such folder; it is the output of moon-jax embed"),
+        (["--negatives", "{tmp}/x"], "--negatives {tmp}/x: no such folder; it is the output of moon-jax embed"),
         (["--columns", "own"], "--columns: has no effect, because --negatives prepares nothing anew; leave it out"),
         (["--config.prepare.longest_side=9"], "options: has no effect, because --negatives prepares nothing anew"),
         (["--negative-bound", "nan"], "the bound is positive"),

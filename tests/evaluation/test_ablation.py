@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from benchmarks import ablation
+from benchmarks import ablation, ablation_tables
 from moon_jax import config as config_lib
 from moon_jax.data import pipeline
 from moon_jax.data.prepared import open_prepared
@@ -21,9 +21,9 @@ from moon_jax.training import step as step_lib
 from tests.conftest import random_params, tiny
 
 QUICKSTART = config_lib.load("quickstart")
-FULL = config_lib.replace(QUICKSTART, ablation.COMMON)
+FULL = config_lib.replace(QUICKSTART, ablation_tables.COMMON)
 EXPERTS = FULL.experts
-ROWS = {row.name: row for row in ablation.rows()}
+ROWS = {row.name: row for row in ablation_tables.rows()}
 
 
 def leaves(config):
@@ -55,8 +55,8 @@ def test_a_row_changes_only_what_its_name_says(row):
     for option, words in named.items():
         assert (option in row.options) == any(word in row.name for word in words), option
     assert row.noisy == ("noise" in row.name) and row.against in ROWS
-    assert row.noisy == (row.against != "full") or row.name == ablation.NOISY
-    assert not row.paper or len(row.paper) == len(ablation.PAPER_COLUMNS)
+    assert row.noisy == (row.against != "full") or row.name == ablation_tables.NOISY
+    assert not row.paper or len(row.paper) == len(ablation_tables.PAPER_COLUMNS)
 
 
 def test_the_fixed_mixture_is_that_of_the_predecessor():
@@ -86,7 +86,7 @@ def test_noise_corrupts_some_purchases_and_nothing_else(prepared, tmp_path):
     old, new = (np.array([(t.query, t.positive, t.negative) for t in data.triplets]) for data in (prepared, found))
     np.testing.assert_array_equal(old[:, [0, 2]], new[:, [0, 2]])
     wrong = old[:, 1] != new[:, 1]
-    assert wrong.mean() == pytest.approx(ablation.NOISE, abs=4 * np.sqrt(0.21 / len(old)))
+    assert wrong.mean() == pytest.approx(ablation_tables.NOISE, abs=4 * np.sqrt(0.21 / len(old)))
     assert set(new[:, 1]) <= set(old[:, 1]) and not (new[:, 1] == new[:, 2]).any()
     kept = (tmp_path / "noisy" / "triplets.npy").stat().st_mtime_ns
     ablation.noisy_copy(prepared.folder, tmp_path / "noisy")
@@ -102,15 +102,15 @@ def test_signs_come_from_a_paired_t_test(shift):
             ours, theirs = rng.normal(shift, 0.5, seeds), rng.normal(0, 0.1, seeds)
             p = stats.ttest_rel(ours, theirs).pvalue
             expected = "·" if p >= 0.05 else "↑" if (ours - theirs).mean() > 0 else "↓"
-            found = ablation.sign((ours - theirs).tolist())
+            found = ablation_tables.sign((ours - theirs).tolist())
             assert found == expected
             seen.add(found)
-    assert "·" in seen and ablation.sign([3.0]) == "·"
+    assert "·" in seen and not ablation_tables.sign([3.0])
     assert abs(shift) < 1 or ("↑" if shift > 0 else "↓") in seen
 
 
 def made(row, seed, score, options=None):
-    scores = dict.fromkeys((*ablation.PAPER_COLUMNS, "mean"), score)
+    scores = dict.fromkeys((*ablation_tables.PAPER_COLUMNS, "mean"), score)
     return {
         "row": row,
         "seed": seed,
@@ -128,7 +128,7 @@ def made(row, seed, score, options=None):
 
 def printed(runs):
     console = Console(width=250, record=True)
-    for table in ablation.tables({"runs": runs, "title": "made up"}):
+    for table in ablation_tables.tables({"runs": runs, "title": "made up"}):
         console.print(table)
     return console.export_text().splitlines()
 
@@ -140,16 +140,16 @@ def test_the_tables_have_means_errors_and_signs_with_those_of_the_paper():
     runs += [made("ω lagging", 0, 99.0)]
     lines = printed(runs)
     full, sizes, curve = (line for line in lines if "full (3)" in line)
-    assert full.count("51.0 ±0.6") == len(ablation.PAPER_COLUMNS) + 1
+    assert full.count("51.0 ±0.6") == len(ablation_tables.PAPER_COLUMNS) + 1
     expected = ["2.00", "1.00", "0.50", " ".join(["0.20"] * 5), "12.5 ±0.0", "0.25 0.50"]
     assert [cell.strip() for cell in sizes.split("│")[2:-1]] == expected
     assert "50.00 ±0.58" in curve and "51.00 ±0.58" in curve
     without, _, curve = (line for line in lines if f"{dense} (3)" in line)
-    assert without.count("41.0 ±0.6 ↓(↓)") == len(ablation.PAPER_COLUMNS)  # the paper has no mean
-    assert without.count("41.0 ±0.6 ↓") == len(ablation.PAPER_COLUMNS) + 1
+    assert without.count("41.0 ±0.6 ↓(↓)") == len(ablation_tables.PAPER_COLUMNS)  # the paper has no mean
+    assert without.count("41.0 ±0.6 ↓") == len(ablation_tables.PAPER_COLUMNS) + 1
     assert "41.03 ±0.58 (-9.97 ±0.03)" in curve
     single = next(line for line in lines if "ω lagging (1)" in line)
-    assert single.count("99.0 ·") == len(ablation.PAPER_COLUMNS) + 1
+    assert single.count("99.0 ") == len(ablation_tables.PAPER_COLUMNS) + 1
 
 
 def test_every_run_is_made_once_with_its_own_options(tmp_path, monkeypatch, capsys):
@@ -158,6 +158,9 @@ def test_every_run_is_made_once_with_its_own_options(tmp_path, monkeypatch, caps
 
     def make(runs, row, seeds):
         trained.append((row.name, tuple(seeds)))
+        if row.name == "start":
+            for seed in seeds:
+                runs.start(seed).touch()
         kept = [run for run in runs.results["runs"] if run["row"] != row.name or run["seed"] not in seeds]
         runs.results["runs"] = kept + [made(row.name, seed, 50.0, runs.options(row)) for seed in seeds]
         ablation.save(runs.output / "results.json", runs.results)
@@ -178,18 +181,31 @@ def test_every_run_is_made_once_with_its_own_options(tmp_path, monkeypatch, caps
     assert run("--seeds", "2", "--steps", "200", "--device") == [(name, (0, 1)) for name in ROWS]
     some = [("start", (2,)), ("without filtering", (2,)), ("without filtering, 30% noise", (2,))]
     assert run("--seeds", "3", "--steps", "200", "--rows", "without filt") == some
+    # A lost model is trained again, and nothing else.
+    (tmp_path / "o" / "start-1.npz").unlink()
+    assert run("--seeds", "3", "--steps", "200", "--rows", "without filt") == [("start", (1,))]
     # An option of the dense model that rows start from makes them other runs, too.
-    monkeypatch.setitem(ablation.START, "training.min_warmup", 31)
-    again = [(name, (seed,)) for seed in range(3) for name in ("start", "full", ablation.NOISY)]
+    monkeypatch.setitem(ablation_tables.START, "training.min_warmup", 31)
+    again = [(name, (seed,)) for seed in range(3) for name in ("start", "full", ablation_tables.NOISY)]
     assert run("--seeds", "3", "--steps", "200", "--rows", "full") == again
     capsys.readouterr()
+    # So does a new default.
+    with monkeypatch.context() as patch:
+        config = ablation.Runs.config
+        newer = {"prepare.longest_side": 9}
+        patch.setattr(ablation.Runs, "config", lambda self, row: config_lib.replace(config(self, row), newer))
+        assert len(run("--seeds", "1", "--steps", "200", "--rows", "full")) == 3
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run("--rows", "full|nonsense")
+    assert "--rows nonsense: no such row; the rows are full | without experts" in capsys.readouterr().err
     assert run("--seeds", "4", "--steps", "200", "--minutes", "-1") == []
     assert "stopped after -1 minutes" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run("--steps", "110")
     assert "--steps 110: give a multiple of 25" in capsys.readouterr().err
     found = json.loads((tmp_path / "o" / "results.json").read_text())["runs"]
-    assert {run["options"]["training.steps"] for run in found} == {200, ablation.START["training.steps"]}
+    assert {run["options"]["training.steps"] for run in found} == {200, ablation_tables.START["training.steps"]}
     assert all(run["options"]["noisy"] == ("noise" in run["row"]) for run in found)
 
 
@@ -216,7 +232,7 @@ def test_a_model_is_evaluated_in_the_columns_of_the_paper(prepared, tokenizer, o
     assert len(directions) == 9
     changed = expected["retrieval"]["photos_viewpoint"]["i→i"]["R@10"]
     assert found["background"] == pytest.approx(changed, abs=1e-3)
-    assert found["class"] == pytest.approx(expected["labels"]["category"]["i"]["accuracy"], abs=1e-3)
+    assert found["category"] == pytest.approx(expected["labels"]["category"]["i"]["accuracy"], abs=1e-3)
     own = [entry["i"]["accuracy"] for name, entry in expected["labels"].items() if name != "category"]
     assert found["attribute"] == pytest.approx(np.mean(own), abs=1e-3)
 

@@ -321,9 +321,7 @@ def test_slices_of_the_dense_feed_forward_start_as_equal_groups(tmp_path, tokeni
     assert (router[..., 0] != router[..., 2]).all()
 
 
-@pytest.mark.parametrize(
-    ("term", "count"), [("none", 4), ("learned", 4), ("hard", 6), ("token", 4), ("token_hard", 6)]
-)
+@pytest.mark.parametrize(("term", "count"), [("none", 4), ("learned", 4), ("hard", 6), ("token", 4), ("token_hard", 6)])
 def test_slices_leave_the_function_unchanged(tmp_path, tokenizer, term, count):
     """Whatever the router's term: the slices of a feed-forward are always chosen together."""
     dense = tiny(experts__count=0)

@@ -290,8 +290,8 @@ def test_experts_belong_to_views_or_to_text_and_image():
     assert own(2, 5, 2) == [0, 0, 1, 1, 1]  # the one left over belongs to the last group
     assert own(3, 4, 1) == [0, 1, 2, 0] and own(3, 6, 2) == [0, 0, 1, 1, 2, 2] and own(3, 8, 2)[6:] == [0, 0]
     assert router.own_experts(3, 4, 2).sum(axis=0).tolist() == [1] * 4
-    for kinds, experts, per_token in [(2, 4, 2), (2, 5, 2), (3, 6, 2), (3, 8, 2)]:
-        assert router.own_experts(kinds, experts, per_token).sum(axis=1).min() >= per_token
+    for kinds, count, per_token in [(2, 4, 2), (2, 5, 2), (3, 6, 2), (3, 8, 2)]:
+        assert router.own_experts(kinds, count, per_token).sum(axis=1).min() >= per_token
     assert np.isneginf(router.hard_term(2, 4, 2)).tolist() == (~router.own_experts(2, 4, 2)).tolist()
 
 
