@@ -7,10 +7,9 @@ Parameters: 2.1 B, all active. Cost: about 4 PFLOP per step, at 6 FLOPs per para
 recomputation; the vision tower's part grows with the number of images. Parameters and AdamW's two moments in float32
 take 26 GB, divided over the devices of `mesh.fsdp`.
 
-From the paper: the method, learning rate 1e-5 with a cosine schedule, 256 triplets per batch, 22,500 steps (one epoch
-of MBE2.0). Ours, because the paper does not state it: the backbone, 256 visual tokens and 64 text tokens, and
-everything in moon_jax/options.py marked "ours". Without experts there is no routing for ω to follow, so every
-objective weighs 1/M.
+From the paper: the method but for ω, learning rate 1e-5 with a cosine schedule, 256 triplets per batch, 22,500 steps
+(one epoch of MBE2.0). Ours, because the paper does not state it: the backbone, 256 visual tokens and 64 text tokens,
+and everything in moon_jax/options.py marked "ours", the weights ω among it.
 """
 
 from ml_collections import ConfigDict

@@ -113,7 +113,7 @@ RENAMED = {
 }
 """Former names of options."""
 
-RETIRED = {"objective.weighting": {"balanced": "samples", "counted": "samples"}}
+RETIRED = {"objective.weighting": {"balanced": "samples"}}
 """Values that options no longer have, and what a saved config is read as. Only training uses this option."""
 
 

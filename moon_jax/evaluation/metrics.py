@@ -169,16 +169,15 @@ def by_query(found: np.ndarray, relevance: Relevance) -> dict[str, np.ndarray]:
     return {name: 100.0 * values for name, values in measures.items()}
 
 
-def chance(number: np.ndarray, total: int, k: int) -> float:
+def chance(number: np.ndarray, total: np.ndarray, k: int) -> float:
     """R@k in percent of a random order: 1 − C(total−h, k) / C(total, k) for h relevant candidates, mean over queries.
 
     Args:
         number: i64[Q], relevant candidates of each query.
-        total: number of candidates.
+        total: i64[Q], candidates of each query.
     """
-    k = min(k, total)
-    numbers, queries = np.unique(number, return_counts=True)
-    missed = [math.comb(total - hits, k) / math.comb(total, k) for hits in numbers.tolist()]
+    pairs, queries = np.unique(np.stack([number, total], 1), axis=0, return_counts=True)
+    missed = [math.comb(all_ - hits, min(k, all_)) / math.comb(all_, min(k, all_)) for hits, all_ in pairs.tolist()]
     return 100.0 * (1 - float(np.dot(missed, queries)) / len(number))
 
 

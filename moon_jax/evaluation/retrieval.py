@@ -333,9 +333,11 @@ def summary(task: Search, measures: dict[str, np.ndarray]) -> dict[str, Any]:
         {"R@1": …, "R@5", "R@10", "MRR", "nDCG@10", "mAP", "chance@10", "interval": {"R@1": [low, high], …}, "queries",
         "candidates", "pool": a hash of the candidates, since scores compare only if these are the same}.
     """
+    relevant = task.relevance.number
+    ranked = len(task.candidates) - (0 if task.excluded is None else task.excluded.number)
     return {
         **{name: round(float(values.mean()), 4) for name, values in measures.items()},
-        "chance@10": round(metrics.chance(task.relevance.number, len(task.candidates), 10), 4),
+        "chance@10": round(metrics.chance(relevant, np.broadcast_to(ranked, relevant.shape), 10), 4),
         "interval": {name: metrics.rounded(ends) for name, ends in metrics.intervals(measures).items()},
         "queries": len(task.query_product),
         "candidates": len(task.candidates),

@@ -147,6 +147,20 @@ def test_a_plain_background_is_replaced_and_the_subject_stays():
     np.testing.assert_array_equal(again, editing.replace_background(pixels, np.random.default_rng(3)))
 
 
+def test_a_replaced_background_leaves_no_trace_of_the_old_one():
+    """The subject's edge, mixed with the old white, is not carried over."""
+    size = 64
+    y, x = np.mgrid[:size, :size]
+    inside = np.clip(18 - np.hypot(y - 32, x - 32) + 0.5, 0, 1)[..., None]  # a disc with a soft edge
+    pixels = np.rint(255 - inside * 225).astype(np.uint8).repeat(3, axis=2)
+    rng, traces = np.random.default_rng(0), []
+    for _ in range(120):
+        found = editing.replace_background(pixels, rng).astype(int)
+        if found[:3].max() < 150:  # a dark scene
+            traces.append((found.min(2) > 165).sum())
+    assert len(traces) > 3 and max(traces) == 0
+
+
 def test_an_image_without_a_plain_background_or_without_a_subject_stays():
     noise = np.random.default_rng(1).integers(0, 255, (90, 120, 3), dtype=np.uint8)
     empty = np.full((30, 40, 3), 200, np.uint8)

@@ -178,6 +178,45 @@ def test_rows_are_fitted_to_what_the_catalogue_needs(prepared, tokenizer):
     assert pipeline.fitted(limited, prepared, pipeline.Reader(limited, tokenizer)) == limited
 
 
+@pytest.mark.parametrize("augmented", ["drawn", "all"])
+def test_fitted_rows_hold_98_percent_of_the_texts(prepared, tokenizer, augmented):
+    """Titles of 1 to 100 words; with `all`, each beside its enriched title."""
+    products = [Product(text=" ".join(["red"] * n), enriched_texts=("blue " * n,), id=str(n)) for n in range(1, 101)]
+    data = dataclasses.replace(
+        prepared,
+        products=products,
+        group=np.arange(100, dtype=np.int32),
+        triplets=[Triplet(n, n, None) for n in range(100)],
+        train=range(100),
+        val=range(100),
+    )
+    config = tiny(data__text_tokens=1000, data__augmented=augmented)
+    reader = pipeline.Reader(config, tokenizer)
+    length = lambda text: len(tokenizer.encode([text], 1000)[0])  # noqa: E731
+    texts = [text for p in products for text in (p.text, *p.enriched_texts)]
+    if augmented == "all":
+        texts = [f"{p.text} {p.enriched_texts[0]}" for p in products]
+    lengths = sorted(map(length, texts))
+    found = pipeline.fitted(config, data, reader).data.text_tokens
+    assert lengths[round(0.97 * len(lengths))] <= found <= lengths[round(0.98 * len(lengths))] < lengths[-1]
+
+
+def test_some_backgrounds_of_queries_are_replaced(prepared, tokenizer):
+    """A quarter of them; products keep theirs."""
+    pixels = np.full((32, 32, 3), 255, np.uint8)
+    pixels[8:24, 8:24] = 30
+    lone = dataclasses.replace(
+        prepared,
+        products=[Product(text="a b c", images=(Image.fromarray(pixels),), id="x")],
+        group=np.array([0]),
+        triplets=[Triplet(0, 0, None)],
+    )
+    config = tiny(data__batch=256, data__flip=0.0, data__background=0.25, data__crop=(1.0, 1.0))
+    batch = pipeline.batches(lone, pipeline.Reader(config, tokenizer))[0]
+    white = batch.rows.patches[:, 0].mean(1) > 250
+    assert white[256:512].all() and 0.14 < 1 - white[:256].mean() < 0.36
+
+
 def test_further_negatives_follow_the_first(prepared, tokenizer):
     more = np.arange(2 * len(prepared.triplets), dtype=np.int32).reshape(-1, 2) % len(prepared.train)
     more[::3, 1] = -1

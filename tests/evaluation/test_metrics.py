@@ -124,8 +124,11 @@ def test_chance_is_the_mean_over_all_orders():
     number = np.array([1, 2, 2, 5, 0])
     tops = list(itertools.combinations(range(9), 4))
     share = np.mean([[min(top) < hits for hits in number] for top in tops])
-    assert metrics.chance(number, 9, 4) == pytest.approx(100 * share)
-    assert metrics.chance(number[:4], 9, 50) == 100.0
+    assert metrics.chance(number, np.full(len(number), 9), 4) == pytest.approx(100 * share)
+    assert metrics.chance(number[:4], np.full(4, 9), 50) == 100.0
+    # One of 20, and two of 11, in ten places.
+    expected = 100 * np.mean([10 / 20, 1 - (1 / 11) * (0 / 10)])
+    assert metrics.chance(np.array([1, 2]), np.array([20, 11]), 10) == pytest.approx(expected)
 
 
 def test_bootstrap_intervals_of_many_independent_values_are_the_normal_ones():

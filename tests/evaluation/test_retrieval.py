@@ -171,6 +171,11 @@ def test_photos_are_changed_in_sets_of_their_own(photographed, monkeypatch):
         # without a scene still finds that of the product with its title.
         assert len(task.query_product) == (4 if edit == "background" else 5)
         assert len(task.candidates) == (4 if edit == "scene" else 5)
+    # Each product and each set has its own random numbers.
+    one = photographed.products[photographed.val[0]]
+    made = [retrieval.Photos([one, one], edit, 10**6) for edit in ("background", "viewpoint")]
+    shown = [np.asarray(photos[number].images[0]).tobytes() for photos in made for number in (0, 1)]
+    assert len(set(shown)) == 4 and shown[0] == np.asarray(made[0][0].images[0]).tobytes()
     # The same photos again, whatever their number; no photo is the original.
     again = retrieval.encode(Whole(), prepared, photos=("photos_detail", "photos_background"))
     for name in ("photos_detail", "photos_background"):

@@ -9,6 +9,7 @@ import pytest
 
 from moon_jax.training import chips
 from moon_jax.training import metrics as metrics_lib
+from moon_jax.types import OBJECTIVES
 from tests.conftest import tiny
 
 
@@ -59,6 +60,31 @@ def test_a_truncated_log_line_is_removed(tmp_path, cut):
     path.write_bytes(whole.encode() + '{"step": 2, "loss": {"q_t→'.encode()[:-cut])
     assert [line["step"] for line in metrics_lib._keep(path, 2)] == [1]
     assert path.read_text(encoding="utf-8") == whole
+
+
+def test_a_line_counts_what_serves_an_objective():
+    """Triplets that serve none are left out, those whose negatives are all excluded are not; no samples: null."""
+    config, count = tiny(), len(OBJECTIVES)
+    result = SimpleNamespace(
+        total=np.float32(2),
+        loss=np.array([1.0, 0, 2, 3, 4]),
+        weight=np.full(count, 0.25),
+        count=np.array([3, 0, 3, 3, 3]),
+        balance=np.float32(1),
+        sparsity=np.float32(1),
+        phi=np.array([0.5, np.nan, 0.7]),
+        negatives=np.array([0, -1, 5]),
+        excluded=np.array([10, 7, 2]),
+        known=np.array([4, 0, 2]),
+    )
+    modality = np.array([[[5.0, 5, 0, 0], [0, 0, 1, 9]], [[1, 1, 1, 1], [2, 2, 2, 2]]])
+    found = {"objectives": result, "modality": modality, "dropped": np.zeros(2), "grad_norm": 1.0, "finite": True}
+    line = metrics_lib.line(1, found, config)
+    assert (line["negatives_mean"], line["negatives_min"], line["negatives_excluded"]) == (2.5, 0, 6.0)
+    assert line["known_mean"] == 2.0 and line["modality_information"] == pytest.approx([1, 0])
+    assert list(line["loss"].values()) == [1.0, None, 2.0, 3.0, 4.0]
+    result.negatives = np.full(3, -1)
+    assert metrics_lib.line(1, found, config)["negatives_excluded"] is None
 
 
 def test_mutual_information_of_modality_and_expert():
