@@ -1,4 +1,4 @@
-"""How often any ranking of titles can find the right one from the words that a query of the evaluation keeps.
+"""How often a ranking that knows every word finds the right title from the words that a query of the evaluation keeps.
 
     python benchmarks/text_bound.py --data prepared [--seeds 5]
 

@@ -132,6 +132,8 @@ class ColumnMap:
         for fields in REQUIRED[kind]:
             names = [column for field in fields if field in sources for column in sources[field].columns]
             if not set(names) & set(present):
+                if kind == "product" and {"query", "product_id"} <= set(present):
+                    raise UserError(f"{where}: has the columns of a log; give it a name that starts with log")
                 close = closest(names, 0.5)
                 raise UserError(
                     f"{where}: no column {' or '.join(names) or fields[0]}; the columns are {', '.join(present)};"

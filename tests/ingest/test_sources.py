@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -440,6 +441,33 @@ def test_the_closest_column_is_suggested_for_a_missing_one(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError, match=r"a.jsonl: no column doc_image, but there is doc_imag; rename it to doc_image"):
         prepared_from(tmp_path, tmp_path / "p", "mbe")
+
+
+def test_a_log_under_another_name_is_recognised(tmp_path):
+    (tmp_path / "products.jsonl").write_text(json.dumps({"product_id": "1", "title": "mug"}))
+    (tmp_path / "clicks.csv").write_text("query,product_id,event\nred mug,1,click\n")
+    with pytest.raises(UserError, match=r"clicks.csv: has the columns of a log; give it a name that starts with log"):
+        prepared_from(tmp_path, tmp_path / "p")
+
+
+def test_the_map_of_a_log_in_the_docs_works(tmp_path):
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    [written] = [part for part in text.split("```json\n")[1:] if '"events"' in part.split("```")[0]]
+    (tmp_path / "map.json").write_text(written.split("```")[0])
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    (folder / "mug.jpg").write_bytes(jpeg((90, 90, 90), (8, 8), 0))
+    products = [{"sku": n, "name": f"mug {n}", "photo": "mug.jpg"} for n in range(6)]
+    rows = [
+        {"search_term": f"mug {n}", "sku": n, "action": action, "at": f"2026-01-0{n + 1}"}
+        for n in range(6)
+        for action in ("view", "basket", "buy")
+    ]
+    (folder / "products.jsonl").write_text("\n".join(map(json.dumps, products)))
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = prepared_from(folder, tmp_path / "p", str(tmp_path / "map.json"))
+    assert found.manifest["kept"]["log"] == 18
+    assert {round(t.weight, 4) for t in found.triplets} == {round(math.log2(1 + 2 + 4), 4)}
 
 
 def test_a_log_needs_a_map_with_a_log_section(tmp_path):
