@@ -52,8 +52,8 @@ def test_a_saved_config_with_former_names_is_read(tmp_path):
     config = config_lib.replace(config_lib.Config(), {"data.flip": 0.25, "training.learning_rate_factors": ("a=0",)})
     nested = json.loads(config_lib.to_json(config))
     for old, new in config_lib.RENAMED.items():
-        group, name = new.split(".")
-        nested[group][old.split(".")[1]] = nested[group].pop(name)
+        (group, name), (old_group, old_name) = new.split("."), old.split(".")
+        nested[old_group][old_name] = nested[group].pop(name)
     nested["objective"]["weighting"] = "balanced"  # this mode is gone
     (tmp_path / "config.json").write_text(json.dumps(nested))
     assert config_lib.read_json(tmp_path / "config.json") == config
