@@ -205,7 +205,7 @@ def _train(
             config = pipeline.fitted(config, prepared, reader)
             reader = pipeline.Reader(config, opened.tokenizer)
             fit = config.data
-            terminal.line(f"rows fitted to the catalogue: {fit.text_tokens} text and {fit.visual_tokens} visual tokens")
+            terminal.line(f"inputs fitted to the catalogue: {fit.text_tokens} text and {fit.visual_tokens} visual tokens each")
         placed = abstract_batch(config, mesh, reader.template)
         began = time.monotonic()
         with terminal.busy("compiling the training step"):
