@@ -205,7 +205,8 @@ def _train(
             config = pipeline.fitted(config, prepared, reader)
             reader = pipeline.Reader(config, opened.tokenizer)
             fit = config.data
-            terminal.line(f"inputs fitted to the catalogue: {fit.text_tokens} text and {fit.visual_tokens} visual tokens each")
+            sizes = f"{fit.text_tokens} text and {fit.visual_tokens} visual tokens each"
+            terminal.line(f"inputs fitted to the catalogue: {sizes}")
         placed = abstract_batch(config, mesh, reader.template)
         began = time.monotonic()
         with terminal.busy("compiling the training step"):
