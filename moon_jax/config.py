@@ -209,6 +209,10 @@ def check(config: Config) -> Config:
         ),
         (experts.reinitialized <= 1, "experts.reinitialized must lie between 0 and 1"),
         (
+            config.objective.similar_margin < 2,
+            "objective.similar_margin must lie below 2: two cosines differ by no more, so it would mask nothing",
+        ),
+        (
             TEMPLATES.get(config.data.template, config.data.template).count("{}") == 1,
             f"data.template must be one of {', '.join(TEMPLATES)}, or a text with one {{}} in it",
         ),

@@ -69,6 +69,7 @@ def test_a_saved_config_with_former_names_is_read(tmp_path):
         ("--config.experts.dispatch=alltoall", "experts.dispatch must be grouped, expert_parallel or dense"),
         ("--config.experts.router_term=soft", "experts.router_term must be none, learned, hard, token or token_hard"),
         ("--config.training.remat=some", "training.remat must be full, selective or none"),
+        ("--config.objective.similar_margin=5", "objective.similar_margin must lie below 2"),
         ("--config.experts.capacity=-1.0", "config.experts.capacity: -1.0 is below 0"),
         ("--config.language.kv_heads=3", "language.heads must be a multiple"),
         ("--config.data.crop=(0.7,)", "config.data.crop: (0.7,) is not a tuple"),
