@@ -67,6 +67,7 @@ COLUMNS = (
 i→i with photos before another background.
 """
 
+DENSE = "without experts, equal FLOPs"
 NOISY = f"full, {NOISE:.0%} noise"
 UNFILTERED = {"objective.phi_threshold": 0.0}
 
@@ -80,7 +81,7 @@ def rows() -> list[Row]:
     return [
         Row("full", curve=True),
         Row(
-            "without experts, equal FLOPs",
+            DENSE,
             {"experts.count": 0},
             curve=True,
             paper=(51.29, 74.59, 78.45, 62.16, 56.21, 62.55, 75.62),
@@ -139,21 +140,23 @@ def plus_minus(values: Sequence[float], digits: int = 1) -> str:
 
 
 def tables(results: dict[str, Any]) -> Iterator[Table]:
-    """Means over seeds ± standard errors, with the sign of the change and, in brackets, of the paper's change; then
-    sizes, weights and experts; then the learning curves.
+    """Means over seeds ± standard errors, with the sign of the change and, in brackets, of the paper's change; the
+    changes, paired by seed; sizes, weights and experts; the learning curves.
     """
     by_row: dict[str, dict[int, Any]] = {}
     for run in results["runs"]:
         by_row.setdefault(run["row"], {})[run["seed"]] = run
     listed = [START_ROW, *rows()]
     columns = [name for name in COLUMNS if any(name in run["scores"] for run in results["runs"])]
-    scores, more, curves = (
+    scores, changes, more, curves = (
         Table(title=results["title"]),
+        Table(title="change against full, in noise against full with noise; paired by seed ± standard error"),
         Table(title="after the last step: size, weights ω, share of triplets with φ below 0.6, mutual information"),
-        Table(title="mean of the directions by step, and its change against full"),
+        Table(title="mean of the directions by step, and its change against the dense model of equal FLOPs"),
     )
     for table, names in (
         (scores, columns),
+        (changes, columns),
         (more, ("parameters (M)", "active (M)", "s/step", "ω", "φ low (%)", "modality and expert (bits, by layer)")),
     ):
         table.add_column("")
@@ -167,20 +170,25 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
         own, other = by_row.get(row.name, {}), by_row.get(row.against, {})
         if not own:
             continue
-        cells = []
+        cells, paired = [], []
         for name in columns:
             if not all(name in run["scores"] for run in own.values()):
                 cells.append("")
+                paired.append("")
                 continue
             cell = plus_minus([run["scores"][name] for run in own.values()])
             if row.against != row.name:
-                cell += f" {sign([own[s]['scores'][name] - other[s]['scores'][name] for s in own if s in other])}"
+                differences = [own[s]["scores"][name] - other[s]["scores"][name] for s in own if s in other]
+                cell += f" {sign(differences)}"
+                paired.append(plus_minus(differences, 2) if differences else "")
                 if row.paper and name in PAPER_COLUMNS:
                     column = PAPER_COLUMNS.index(name)
                     cell += f"({'↓' if row.paper[column] < PAPER[column] else '↑'})"
             cells.append(cell)
         label = f"{row.name} ({len(own)})"
         scores.add_row(label, *cells)
+        if row.against != row.name:
+            changes.add_row(label, *paired)
         first = next(iter(own.values()))
         weights, shared = (
             " ".join(f"{value:.2f}" for value in np.mean([run[name] for run in own.values()], axis=0))
@@ -200,17 +208,17 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
             cells = []
             for step in steps:
                 cell = plus_minus([each[step] for each in points], 2) if all(step in each for each in points) else ""
-                theirs = {s: {p["step"]: p["mean"] for p in run["curve"]} for s, run in by_row.get("full", {}).items()}
+                theirs = {s: {p["step"]: p["mean"] for p in run["curve"]} for s, run in by_row.get(DENSE, {}).items()}
                 paired = [
                     each[step] - theirs[seed][step]
                     for seed, each in zip(own, points, strict=True)
                     if step in each and step in theirs.get(seed, {})
                 ]
-                if row.name != "full" and cell and paired:
+                if row.name != DENSE and cell and paired:
                     cell += f" ({plus_minus(paired, 2)})"
                 cells.append(cell)
             curves.add_row(label, *cells)
-    yield from (scores, more, curves)
+    yield from (scores, changes, more, curves)
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
     silence_libraries()
     terminal = progress.Terminal()
     if parsed.negatives:
-        useless = ("--columns", parsed.columns), ("--fetch", parsed.fetch), ("options", overrides)
+        useless = [("--columns", parsed.columns), ("--fetch", parsed.fetch), *((option, True) for option in overrides)]
     else:
         given = {name: getattr(parsed, f"negative_{name}") for name in ("count", "ranks", "bound")}
         useless = [(f"--negative-{name}", value is not None) for name, value in given.items()]

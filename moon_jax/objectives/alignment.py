@@ -105,12 +105,6 @@ def contrastive_loss(
     return sum(losses) / len(losses), kept, excluded
 
 
-def bits(packed: Array, columns: Array) -> Array:
-    """bool[N,c] from u8[N,⌈C/8⌉] and i32[c]: the bit of each column, the lowest of a byte first; False beyond."""
-    byte = jnp.take(packed, columns // 8, axis=1, mode="fill", fill_value=0)
-    return (byte >> (columns % 8).astype(jnp.uint8)) & 1 > 0
-
-
 def first_true(mask: Array, most: int) -> Array:
     """i32[N,min(most,C)]: the indices of the first true columns of bool[N,C], then -1."""
     count = mask.shape[1]
@@ -186,13 +180,15 @@ def objectives(
             **more,
         )
 
+    known = jnp.unpackbits(batch.known, axis=1, count=len(items), bitorder="little") > 0
+
     def wanted(columns: Array) -> Array:
         """bool[B,c]: the query is known to want the candidate."""
-        return bits(batch.known, columns)
+        return jnp.take(known, columns, axis=1, mode="fill", fill_value=False)
 
     def wanting(columns: Array) -> Array:
         """bool[B,c]: the query of that triplet is known to want the positive of this one."""
-        return bits(jnp.take(batch.known, columns, axis=0, mode="clip"), first).T
+        return jnp.take(known[:, :size], columns, axis=0, mode="clip").T
 
     # G̃ averaged over each span's tokens: f32[L,2+N,B,G,E].
     routing = output.gate / jnp.maximum(output.tokens, 1)[None, :, :, None]
@@ -200,7 +196,6 @@ def objectives(
 
     losses, counts, served, chances = [], [], [], []
     negatives, excluded = jnp.full(size, -1, jnp.int32), jnp.zeros(size, jnp.int32)
-    known = wanted(every)
     further = first_true(known, options.further) if options.known == "positive" else None
     whole = (items, items_present)
     for view in (T, I, MM):

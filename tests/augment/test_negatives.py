@@ -111,7 +111,10 @@ def test_from_the_command_line_into_a_batch(prepared, vectors, tokenizer, tmp_pa
         (["--output", "{data}"], "was made from another or a changed source"),
         (["--negatives", "{tmp}/x"], "--negatives {tmp}/x: no such folder; it is the output of moon-jax embed"),
         (["--columns", "own"], "--columns: has no effect, because --negatives prepares nothing anew; leave it out"),
-        (["--config.prepare.longest_side=9"], "options: has no effect, because --negatives prepares nothing anew"),
+        (
+            ["--config.prepare.longest_side=9"],
+            "--config.prepare.longest_side=9: has no effect, because --negatives prepares nothing anew",
+        ),
         (["--negative-bound", "nan"], "the bound is positive"),
     ],
 )
