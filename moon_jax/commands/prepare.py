@@ -90,13 +90,10 @@ def run(parsed: argparse.Namespace, overrides: list[str]) -> None:
         if manifest["read"][kind]:
             terminal.line(f"{manifest['read'][kind]:,} {name} read, {manifest['kept'][kind]:,} kept")
     terminal.line(prepared.summary() or "0 left out")
-    val, queries = manifest["splits"]["val"], manifest["val_queries"]
     terminal.line(
-        f"{manifest['splits']['train']:,} training products,"
-        f" {f'{val:,} held out' if val else 'all of them searched in the evaluation'};"
-        f" {len(prepared.triplets):,} triplets, {queries:,} evaluation queries"
+        f"{prepared.sides}; {len(prepared.triplets):,} triplets, {manifest['val_queries']:,} evaluation queries"
     )
-    if manifest["read"]["log"] and not queries:
+    if manifest["read"]["log"] and not manifest["val_queries"]:
         terminal.line("no query of the log is held out: the evaluation will not measure its searches")
     train = shlex.join(
         ["moon-jax", "train", "--config", "quickstart", "--data", parsed.output, "--workdir", "runs/first"]

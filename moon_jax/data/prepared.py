@@ -62,6 +62,13 @@ class Prepared:
         return 1 + max(part[-1] for part in (self.train, self.val) if part)
 
     @property
+    def sides(self) -> str:
+        """How many products are for training and how many are held out, in words."""
+        train, val = (self.manifest["splits"][name] for name in ("train", "val"))
+        kind = "synthetic training products" if self.synthetic else "training products"
+        return f"{train:,} {kind}, {f'{val:,} held out' if val else 'all of them searched in the evaluation'}"
+
+    @property
     def synthetic(self) -> bool:
         """Whether the products are rendered, not real."""
         return bool(self.manifest.get("synthetic"))

@@ -271,12 +271,8 @@ def prepare_data(config: config_lib.Config, store: storage.Store, terminal: prog
                     folder.parent.rmdir()
             raise
     manifest = prepared.manifest
-    kind = "synthetic training products" if prepared.synthetic else "training products"
-    val = manifest["splits"]["val"]
-    held_out = f"{val:,} held out" if val else "all of them searched in the evaluation"
     terminal.line(
-        f"{len(prepared.train):,} {kind}, {held_out}"
-        f" ({manifest['without_text']:,} without text, {manifest['without_image']:,} without image),"
+        f"{prepared.sides} ({manifest['without_text']:,} without text, {manifest['without_image']:,} without image),"
         f" {manifest['splits']['train_queries'] + manifest['splits']['val_queries']:,} queries of the catalogue's own;"
         f" {prepared.summary() or '0 left out'}"
     )
